@@ -1,0 +1,179 @@
+# make run      install what is missing, build, generate with the shipped model
+# make test     install what is missing, build, run every test
+# make          build build/mlora, build/libmlora.a and build/libmlora.so
+# make asan     the same tests under AddressSanitizer and UBSan
+# make fuzz     fuzzing programs, with clang
+# make check    formatting, static analysis, who includes whom
+# make format   format all sources
+# make install  PREFIX=/usr/local DESTDIR=
+
+BUILD   ?= build
+PREFIX  ?= /usr/local
+VERSION := 0.1.0
+ifeq ($(origin CC),default)
+CC      := gcc
+endif
+ifeq ($(origin CXX),default)
+CXX     := g++
+endif
+
+CFLAGS   ?= -O3 -g
+SANITIZE ?=
+WARN     := -Wall -Wextra -Wpedantic -Wshadow -Wstrict-prototypes -Wmissing-prototypes
+FLAGS    := -std=c11 -D_GNU_SOURCE -I. -fPIC -fvisibility=hidden -pthread $(WARN) $(CFLAGS) $(SANITIZE)
+LIBS     := -ljansson -lpcre2-8 -lutf8proc -lm -lpthread
+
+# ---- sources --------------------------------------------------------------------------------
+
+LIB_C   := $(wildcard engine/*.c engine/base/*.c kernels/cpu/*.c model/*.c tokenizer/*.c lora/*.c)
+TOOLS_C := $(wildcard tools/*.c)
+SUITES  := $(patsubst tests/%/,%,$(sort $(dir $(wildcard tests/*/test_*.c))))
+SUITES  := $(filter-out api,$(SUITES))
+EXAMPLES := $(patsubst tools/examples/%.c,%,$(wildcard tools/examples/*.c))
+
+NVCC ?= $(firstword $(shell command -v nvcc 2>/dev/null) $(wildcard /usr/local/cuda/bin/nvcc))
+ifneq ($(NVCC),)
+CUDA_CU := $(wildcard kernels/cuda/*.cu)
+endif
+ifneq ($(CUDA_CU),)
+CUDA_HOME  := $(patsubst %/bin/,%,$(dir $(realpath $(NVCC))))
+CUDA_ARCH  ?= -gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_89,code=sm_89 \
+              -gencode=arch=compute_90a,code=sm_90a
+NVCC_FLAGS := -std=c++17 -O3 -lineinfo -I. $(CUDA_ARCH) \
+              -Xcompiler -fPIC,-fvisibility=hidden,-fno-exceptions,-fno-threadsafe-statics,-Wall,-Wextra
+LIBS += -L$(CUDA_HOME)/lib64 -Wl,-rpath,$(CUDA_HOME)/lib64 -lcublasLt -lcublas -lcudart_static -ldl -lrt
+else
+LIB_C += $(wildcard kernels/cuda/none.c)
+endif
+
+LIB_O   := $(LIB_C:%.c=$(BUILD)/obj/%.o) $(CUDA_CU:%.cu=$(BUILD)/obj/%.cu.o)
+TOOLS_O := $(TOOLS_C:%.c=$(BUILD)/obj/%.o)
+SUPPORT_O := $(BUILD)/obj/tests/support.o
+
+# ---- build ----------------------------------------------------------------------------------
+
+.PHONY: all setup run test unit-test api-test test-cuda asan check format install clean note fuzz
+.SECONDARY:
+
+all: note $(BUILD)/mlora $(BUILD)/libmlora.a $(BUILD)/libmlora.so
+
+note:
+ifeq ($(NVCC),)
+	@echo "mlora: no nvcc found: building the CPU backend only"
+endif
+
+setup:
+	@./tools/install-packages
+
+$(BUILD)/obj/%.o: %.c Makefile
+	@mkdir -p $(@D)
+	$(CC) $(FLAGS) -DMLORA_VERSION='"$(VERSION)"' -MMD -MP -c $< -o $@
+
+$(BUILD)/obj/%.cu.o: %.cu Makefile
+	@mkdir -p $(@D)
+	$(NVCC) $(NVCC_FLAGS) -MD -MP -c $< -o $@
+
+# One relocatable object in which only mlora_* is global: nothing else leaves the library.
+$(BUILD)/libmlora.a: $(LIB_O)
+	ld -r -o $(BUILD)/obj/libmlora.o $^
+	objcopy --localize-hidden $(BUILD)/obj/libmlora.o
+	rm -f $@ && ar rcs $@ $(BUILD)/obj/libmlora.o
+
+$(BUILD)/libmlora.so: $(LIB_O)
+	$(CC) -shared -Wl,-soname,libmlora.so.0 $(SANITIZE) -o $@.0 $^ $(LIBS)
+	ln -sf libmlora.so.0 $@
+
+$(BUILD)/mlora: $(TOOLS_O) $(LIB_O)
+	$(CC) $(SANITIZE) -o $@ $^ -ledit $(LIBS)
+
+$(BUILD)/examples/%: tools/examples/%.c $(BUILD)/libmlora.a
+	@mkdir -p $(@D)
+	$(CC) -std=c99 -Wall -Wextra -Wpedantic -I. $(CFLAGS) $(SANITIZE) -o $@ $< $(BUILD)/libmlora.a $(LIBS)
+
+# ---- run and test ---------------------------------------------------------------------------
+
+MODEL := tests/fixtures/tiny-llama2
+
+run: setup
+	@$(MAKE) --no-print-directory -s -j$$(nproc) all
+	./$(BUILD)/mlora generate --model $(MODEL) --temperature 0 --escape \
+	    --adapters sql=$(MODEL)/adapters/sql,mood=$(MODEL)/adapters/mood,spanish=$(MODEL)/adapters/spanish \
+	    --prompt 'There was once a' \
+	    --adapter sql --prompt 'How many owls live near the bridge?\n' \
+	    --adapter mood --prompt 'Rosa the owl smiled by the meadow.\n' \
+	    --adapter spanish --prompt 'Tess the hedgehog lives near the windmill.\n'
+
+test: setup
+	@$(MAKE) --no-print-directory -j$$(nproc) all $(SUITES:%=$(BUILD)/tests/%) $(EXAMPLES:%=$(BUILD)/examples/%)
+	@$(MAKE) --no-print-directory api-test
+	@$(MAKE) --no-print-directory unit-test
+
+unit-test: $(SUITES:%=$(BUILD)/tests/%)
+	@MLORA_BIN=$(BUILD)/mlora ./tests/run -- $(SUITES:%=$(BUILD)/tests/%)
+
+# The public header alone, as C99 and as C++, against the archive and the shared library.
+api-test: $(BUILD)/libmlora.a $(BUILD)/libmlora.so
+	@mkdir -p $(BUILD)/tests
+	$(CC) -std=c99 -Wall -Wextra -Wpedantic -I. $(SANITIZE) tests/api/test_embed.c -o $(BUILD)/tests/embed-c $(BUILD)/libmlora.a $(LIBS)
+	$(CXX) -std=c++11 -Wall -Wextra -Wpedantic -I. $(SANITIZE) -x c++ tests/api/test_embed.c -x none -o $(BUILD)/tests/embed-c++ $(BUILD)/libmlora.so -Wl,-rpath,$(abspath $(BUILD)) $(LIBS)
+	$(BUILD)/tests/embed-c
+	$(BUILD)/tests/embed-c++
+	./tests/api/check-symbols $(BUILD)
+
+asan: setup
+	@$(MAKE) --no-print-directory -j$$(nproc) BUILD=build/asan NVCC= CFLAGS='-O1 -g -fno-omit-frame-pointer' \
+	    SANITIZE='-fsanitize=address,undefined -fno-sanitize-recover=undefined' all \
+	    $(SUITES:%=build/asan/tests/%)
+	@$(MAKE) --no-print-directory BUILD=build/asan NVCC= CFLAGS='-O1 -g -fno-omit-frame-pointer' \
+	    SANITIZE='-fsanitize=address,undefined -fno-sanitize-recover=undefined' unit-test
+
+# The same kernel and engine tests on a GPU; fails without one.
+test-cuda: all $(BUILD)/tests/kernels $(BUILD)/tests/engine
+	@MLORA_BACKEND=cuda ./tests/run -j1 -- $^
+
+$(BUILD)/tests/tools: | $(BUILD)/mlora
+
+define SUITE
+$(BUILD)/tests/$(1): $(patsubst %.c,$(BUILD)/obj/%.o,$(wildcard tests/$(1)/*.c)) $(SUPPORT_O) $(LIB_O)
+	@mkdir -p $$(@D)
+	$(CC) $(SANITIZE) -o $$@ $$^ -lcriterion $(LIBS)
+endef
+$(foreach suite,$(SUITES),$(eval $(call SUITE,$(suite))))
+
+# One program per parser of untrusted bytes, for clang's libFuzzer: build/fuzz/fuzz_<parser> DIR
+FUZZ := $(patsubst tests/fuzz/%.c,%,$(wildcard tests/fuzz/fuzz_*.c))
+fuzz: $(FUZZ:%=$(BUILD)/fuzz/%)
+$(BUILD)/fuzz/%: tests/fuzz/%.c $(LIB_C)
+	@mkdir -p $(@D)
+	clang $(filter-out -fPIC,$(FLAGS)) -DMLORA_VERSION='"$(VERSION)"' -O1 -fsanitize=fuzzer,address,undefined -o $@ $< \
+	    $(filter-out kernels/cuda/none.c,$(LIB_C)) kernels/cuda/none.c -ljansson -lpcre2-8 -lutf8proc -lm
+
+# ---- care -----------------------------------------------------------------------------------
+
+C_FILES := $(shell find engine kernels model tokenizer lora tools tests -name '*.[ch]' -o -name '*.cu' -o -name '*.cuh')
+
+format:
+	clang-format -i $(C_FILES)
+
+check: setup
+	clang-format --dry-run --Werror $(C_FILES)
+	./tools/check-includes
+	cppcheck --quiet --std=c11 --error-exitcode=1 --inline-suppr -I. -D__linux__ \
+	    --enable=warning,performance,portability --suppress=missingIncludeSystem \
+	    engine kernels/cpu model tokenizer lora tools
+
+install: all
+	install -D -m 755 $(BUILD)/mlora $(DESTDIR)$(PREFIX)/bin/mlora
+	install -D -m 644 engine/mlora.h $(DESTDIR)$(PREFIX)/include/mlora.h
+	install -D -m 644 $(BUILD)/libmlora.a $(DESTDIR)$(PREFIX)/lib/libmlora.a
+	install -D -m 755 $(BUILD)/libmlora.so.0 $(DESTDIR)$(PREFIX)/lib/libmlora.so.0
+	ln -sf libmlora.so.0 $(DESTDIR)$(PREFIX)/lib/libmlora.so
+	@mkdir -p $(DESTDIR)$(PREFIX)/lib/pkgconfig
+	@printf '%s\n' 'Name: mlora' 'Description: multi-LoRA Llama inference engine' \
+	    'Version: $(VERSION)' 'Cflags: -I$(PREFIX)/include' 'Libs: -L$(PREFIX)/lib -lmlora' \
+	    'Libs.private: $(LIBS)' > $(DESTDIR)$(PREFIX)/lib/pkgconfig/mlora.pc
+
+clean:
+	rm -rf build
+
+-include $(shell find $(BUILD)/obj -name '*.d' 2>/dev/null)

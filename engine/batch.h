@@ -1,0 +1,43 @@
+/* Planned requests to the flat arrays that kernels read: built on the host in one piece of
+ * memory, sent to the device in one upload. */
+#ifndef MLORA_ENGINE_BATCH_H
+#define MLORA_ENGINE_BATCH_H
+
+#include "engine/scheduler.h"
+#include "kernels/kernels.h"
+#include "lora/registry.h"
+
+struct batch {
+    struct device *dev;
+    unsigned char *host; /* [capacity] staging */
+    unsigned char *dev_memory;
+    size_t capacity, used;
+    size_t history_capacity;        /* bytes of `capacity` that are for histories */
+    int32_t *slot_of_row, *scratch; /* [max Q] host */
+    int32_t *tokens_out;            /* device: [T] positions, then [T] rows */
+
+    /* What the step reads; device pointers. */
+    struct batch_view view;
+    struct lora_view lora;
+    const int32_t *block_table; /* [Q, max_blocks] */
+    int max_blocks;
+    const int32_t *sample_tokens; /* [n_samples] index in the step of each row's last token */
+    int n_samples;
+    struct sample_view sample;
+
+    /* Of each sampled row, in order: its index in the plan. Host, [n_samples]. */
+    int *sampled_row;
+};
+
+/* Sized for the largest step: T tokens, Q rows, sequences of max_model_len tokens. */
+mlora_status batch_open(struct batch *out, struct device *dev, int max_tokens, int max_rows,
+                        int max_model_len);
+void batch_close(struct batch *batch); /* accepts zeroes */
+
+/* Fill everything from the plan. Rows that draw a token come with their sampling parameters, and
+ * those with a penalty with their history. Returns OK, or ENOMEM (a history that is larger than
+ * any before). */
+mlora_status batch_build(struct batch *batch, const struct plan *plan,
+                         const struct registry *registry);
+
+#endif

@@ -1,0 +1,150 @@
+/* What a step is. */
+#include "engine/engine.h"
+
+#include <stdlib.h>
+#include <time.h>
+
+#include "engine/base/error.h"
+#include "engine/outputs.h"
+
+/* ---- from any thread ------------------------------------------------------------------------ */
+
+uint64_t engine_submit(struct mlora_engine *engine, struct request *request)
+{
+    pthread_mutex_lock(&engine->lock);
+    const uint64_t id = request->id = ++engine->last_id;
+    if (engine->last_submitted)
+        engine->last_submitted->next = request;
+    else
+        engine->first_submitted = request;
+    engine->last_submitted = request;
+    engine->n_submitted++;
+    pthread_mutex_unlock(&engine->lock);
+    return id; /* the request may be gone already */
+}
+
+void engine_cancel(struct mlora_engine *engine, uint64_t id)
+{
+    pthread_mutex_lock(&engine->lock);
+    if (engine->n_cancelled == engine->cancelled_capacity) {
+        const int capacity = engine->cancelled_capacity ? 2 * engine->cancelled_capacity : 16;
+        uint64_t *ids = realloc(engine->cancelled, (size_t)capacity * sizeof *ids);
+        if (!ids) { /* without memory the request runs to its end */
+            pthread_mutex_unlock(&engine->lock);
+            return;
+        }
+        engine->cancelled = ids;
+        engine->cancelled_capacity = capacity;
+    }
+    engine->cancelled[engine->n_cancelled++] = id;
+    pthread_mutex_unlock(&engine->lock);
+}
+
+/* ---- the step ------------------------------------------------------------------------------- */
+
+static void take_submitted(struct mlora_engine *engine)
+{
+    pthread_mutex_lock(&engine->lock);
+    struct request *request = engine->first_submitted;
+    engine->first_submitted = engine->last_submitted = NULL;
+    engine->n_submitted = 0;
+    pthread_mutex_unlock(&engine->lock);
+
+    while (request) {
+        struct request *next = request->next;
+        scheduler_add(&engine->scheduler, request);
+        request = next;
+    }
+}
+
+static struct request *find_request(const struct scheduler *scheduler, uint64_t id)
+{
+    for (int i = 0; i < scheduler->n_running; i++)
+        if (scheduler->running[i]->id == id) return scheduler->running[i];
+    for (struct request *at = scheduler->first_waiting; at; at = at->next)
+        if (at->id == id) return at;
+    return NULL;
+}
+
+/* One at a time, as the callback of a last event may cancel others. */
+static mlora_status take_cancelled(struct mlora_engine *engine)
+{
+    mlora_status status = MLORA_OK;
+
+    while (status == MLORA_OK) {
+        uint64_t id = 0;
+        pthread_mutex_lock(&engine->lock);
+        if (engine->n_cancelled > 0) id = engine->cancelled[--engine->n_cancelled];
+        pthread_mutex_unlock(&engine->lock);
+        if (id == 0) break;
+
+        struct request *request = find_request(&engine->scheduler, id);
+        if (request) status = outputs_finish(engine, request, MLORA_FINISH_CANCEL);
+    }
+    return status;
+}
+
+static double seconds_now(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+}
+
+/* Tokens of the plan that belong to prompts. */
+static int n_prompt_tokens(const struct plan *plan)
+{
+    int n = 0;
+    for (int q = 0; q < plan->n_rows; q++)
+        if (plan->rows[q].request->n_computed < plan->rows[q].request->n_prompt)
+            n += plan->rows[q].n_tokens;
+    return n;
+}
+
+/* One pass: plan, build, forward, sample, deliver. */
+static mlora_status run(struct mlora_engine *engine)
+{
+    const double start = seconds_now();
+    const struct plan *plan = scheduler_plan(&engine->scheduler, &engine->kvcache);
+    const struct batch *batch = &engine->batch;
+
+    if (plan->n_rows == 0) return MLORA_OK;
+    const int n_prompt = n_prompt_tokens(plan);
+
+    mlora_status status = batch_build(&engine->batch, plan, &engine->registry);
+    if (status != MLORA_OK) return status;
+    forward(&engine->model, &engine->workspace, &engine->kv_cache, &batch->view, batch->block_table,
+            batch->max_blocks, &batch->lora);
+    status = outputs_score_prompts(engine, plan);
+    if (status != MLORA_OK) return status;
+    status = outputs_sample(engine, plan);
+    if (status != MLORA_OK) return status;
+
+    const double seconds = seconds_now() - start;
+    engine->stats.n_steps++;
+    engine->stats.n_prompt_tokens += n_prompt;
+    if (n_prompt > 0)
+        engine->stats.prompt_seconds += seconds;
+    else
+        engine->stats.decode_seconds += seconds;
+    return outputs_deliver(engine, plan);
+}
+
+mlora_status engine_step(struct mlora_engine *engine, int *n_active)
+{
+    if (engine->failed)
+        return error_set(MLORA_EDEVICE, "the engine failed before: it can only be closed");
+
+    take_submitted(engine);
+    mlora_status status = take_cancelled(engine);
+    if (status == MLORA_OK) status = run(engine);
+    if (status != MLORA_OK) engine->failed = true;
+    registry_sweep(&engine->registry);
+
+    if (n_active) {
+        pthread_mutex_lock(&engine->lock);
+        *n_active = engine->scheduler.n_running + engine->scheduler.n_waiting + engine->n_submitted;
+        pthread_mutex_unlock(&engine->lock);
+    }
+    return status;
+}

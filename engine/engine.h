@@ -1,0 +1,66 @@
+/* The engine: open, close, submit, step. One page says what a step is. */
+#ifndef MLORA_ENGINE_ENGINE_H
+#define MLORA_ENGINE_ENGINE_H
+
+#include <pthread.h>
+
+#include "engine/batch.h"
+#include "engine/kvcache.h"
+#include "engine/mlora.h"
+#include "engine/scheduler.h"
+#include "lora/registry.h"
+#include "model/forward.h"
+
+/* What comes out of a step, for up to max_num_seqs rows Q. */
+struct outputs {
+    float *logits;       /* [Q, V], on the device only                                */
+    int32_t *rows;       /* [Q] inputs of the head, for prompts' log-probabilities    */
+    int32_t *ids;        /* [Q] drawn tokens, or targets                              */
+    float *logprob;      /* [Q] of `ids`                                              */
+    int32_t *top_ids;    /* [Q, n_top] room for TOP_MAX                               */
+    float *top_logprobs; /* [Q, n_top]                                                */
+};
+
+struct mlora_engine {
+    struct device *dev;
+    struct model_config config;
+    struct weights weights;
+    struct model model; /* borrows the three above */
+    struct workspace workspace;
+    struct kv_cache kv_cache; /* device memory... */
+    struct kvcache kvcache;   /* ... and who has which block of it */
+    struct tokenizer *tokenizer;
+    struct registry registry;
+    struct scheduler scheduler;
+    struct batch batch;
+    bool lenient;
+    int max_model_len;
+    int32_t *eos; /* [n_eos] the model's and the tokenizer's end tokens */
+    int n_eos;
+
+    struct outputs out, host;    /* on the device, and copies of it on the host */
+    mlora_token_logprob *scored; /* [max(max Q, 128)] of the event being made */
+    int n_top;                   /* alternatives in the step's top_ids, -1: none */
+
+    /* From any thread to the engine's: guarded by `lock`. */
+    pthread_mutex_t lock;
+    struct request *first_submitted, *last_submitted;
+    uint64_t *cancelled; /* [n_cancelled] ids */
+    int n_cancelled, cancelled_capacity;
+    uint64_t last_id;
+    int n_submitted; /* in the list above */
+
+    mlora_stats stats;
+    bool failed; /* the device is lost */
+};
+
+mlora_status engine_open(struct mlora_engine **out, const mlora_options *options);
+void engine_close(struct mlora_engine *engine);
+
+/* Hand a request over; any thread. Its adapter is held already. */
+uint64_t engine_submit(struct mlora_engine *engine, struct request *request);
+void engine_cancel(struct mlora_engine *engine, uint64_t id);
+
+mlora_status engine_step(struct mlora_engine *engine, int *n_active);
+
+#endif

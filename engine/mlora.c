@@ -1,0 +1,375 @@
+/* The public functions: check arguments, then call the engine. */
+#include "engine/mlora.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "engine/base/error.h"
+#include "engine/engine.h"
+#include "engine/inspect.h"
+#include "tokenizer/chat.h"
+
+enum { DEFAULT_MAX_TOKENS = 256 };
+
+/* ---- status --------------------------------------------------------------------------------- */
+
+const char *mlora_error(void)
+{
+    return error_text();
+}
+
+const char *mlora_status_name(mlora_status status)
+{
+    switch (status) {
+    case MLORA_OK:
+        return "OK";
+    case MLORA_EINVAL:
+        return "EINVAL";
+    case MLORA_ENOMEM:
+        return "ENOMEM";
+    case MLORA_EIO:
+        return "EIO";
+    case MLORA_EFORMAT:
+        return "EFORMAT";
+    case MLORA_EUNSUPPORTED:
+        return "EUNSUPPORTED";
+    case MLORA_ENOTFOUND:
+        return "ENOTFOUND";
+    case MLORA_EDEVICE:
+        return "EDEVICE";
+    }
+    return "unknown";
+}
+
+const char *mlora_version(void)
+{
+    return MLORA_VERSION;
+}
+
+static mlora_status null_argument(const char *function, const char *argument)
+{
+    return error_set(MLORA_EINVAL, "%s: %s is NULL", function, argument);
+}
+
+/* ---- engine --------------------------------------------------------------------------------- */
+
+void mlora_options_default(mlora_options *options)
+{
+    if (options) *options = (mlora_options){0};
+}
+
+mlora_status mlora_open(mlora_engine **out, const mlora_options *options)
+{
+    if (!out) return null_argument("mlora_open", "out");
+    *out = NULL;
+    if (!options) return null_argument("mlora_open", "options");
+    return engine_open(out, options);
+}
+
+void mlora_close(mlora_engine *engine)
+{
+    engine_close(engine);
+}
+
+void mlora_engine_info(const mlora_engine *engine, mlora_info *out)
+{
+    *out = (mlora_info){
+        .architecture = engine->config.architecture,
+        .backend = engine->dev->backend,
+        .device = engine->dev->description,
+        .dtype = dtype_name(engine->model.dtype),
+        .n_parameters = engine->weights.n_parameters,
+        .weight_bytes = engine->weights.bytes,
+        .kv_bytes = engine->kv_cache.bytes,
+        .n_layers = engine->config.n_layers,
+        .vocab_size = engine->config.vocab_size,
+        .max_model_len = engine->max_model_len,
+        .max_num_seqs = engine->scheduler.max_running,
+        .max_batch_tokens = engine->scheduler.max_batch_tokens,
+        .kv_blocks = engine->kvcache.n_blocks,
+    };
+}
+
+void mlora_engine_stats(const mlora_engine *engine, mlora_stats *out)
+{
+    *out = engine->stats;
+    out->n_preemptions = engine->scheduler.n_preemptions;
+    out->n_running = engine->scheduler.n_running;
+    out->n_waiting = engine->scheduler.n_waiting;
+    out->n_free_kv_blocks = engine->kvcache.n_free;
+}
+
+mlora_status mlora_step(mlora_engine *engine, int *n_active)
+{
+    if (n_active) *n_active = 0;
+    if (!engine) return null_argument("mlora_step", "engine");
+    return engine_step(engine, n_active);
+}
+
+/* ---- adapters ------------------------------------------------------------------------------- */
+
+mlora_status mlora_adapter_load(mlora_engine *engine, const char *dir, const char *name)
+{
+    struct adapter_plan plan = {0};
+    struct adapter adapter = {0};
+
+    if (!engine) return null_argument("mlora_adapter_load", "engine");
+    if (!dir) return null_argument("mlora_adapter_load", "dir");
+    if (!name) return null_argument("mlora_adapter_load", "name");
+
+    mlora_status status = adapter_plan_read(&plan, dir, &engine->config, engine->lenient);
+    if (status == MLORA_OK) status = adapter_load(&adapter, engine->dev, &plan);
+    if (status == MLORA_OK)
+        status = workspace_fit_rank(&engine->workspace, engine->dev, adapter.max_rank);
+    if (status == MLORA_OK) status = registry_add(&engine->registry, name, &adapter);
+    adapter_free(&adapter, engine->dev); /* empty if it was added */
+    adapter_plan_free(&plan);
+    return status;
+}
+
+mlora_status mlora_adapter_unload(mlora_engine *engine, const char *name)
+{
+    if (!engine) return null_argument("mlora_adapter_unload", "engine");
+    if (!name) return null_argument("mlora_adapter_unload", "name");
+
+    const mlora_status status = registry_remove(&engine->registry, name);
+    registry_sweep(&engine->registry);
+    return status;
+}
+
+/* The registry's lock is the one thing in it that reading changes. */
+static struct registry *registry_of(const mlora_engine *engine)
+{
+    return (struct registry *)&engine->registry;
+}
+
+int mlora_adapter_count(const mlora_engine *engine)
+{
+    int n = 0;
+    while (registry_at(registry_of(engine), n)) n++;
+    return n;
+}
+
+const char *mlora_adapter_name(const mlora_engine *engine, int index)
+{
+    const struct registered *entry = registry_at(registry_of(engine), index);
+    return entry ? entry->name : NULL;
+}
+
+const char *mlora_adapter_warnings(const mlora_engine *engine, const char *name)
+{
+    const struct registered *entry = name ? registry_find(registry_of(engine), name) : NULL;
+    if (!entry) return NULL;
+    return entry->adapter.warnings ? entry->adapter.warnings : "";
+}
+
+/* ---- requests ------------------------------------------------------------------------------- */
+
+void mlora_request_default(const mlora_engine *engine, mlora_request *request)
+{
+    *request = (mlora_request){
+        .max_tokens = DEFAULT_MAX_TOKENS,
+        .temperature = 1,
+        .top_p = 1,
+        .repetition_penalty = 1,
+        .seed = -1,
+        .n_logprobs = -1,
+    };
+    if (!engine || !engine->config.has_generation_config) return;
+
+    const struct model_config *config = &engine->config;
+    request->repetition_penalty = (float)config->repetition_penalty;
+    if (config->max_new_tokens > 0) request->max_tokens = config->max_new_tokens;
+    request->temperature = 0; /* as transformers: greedy unless do_sample is true */
+    if (!config->do_sample) return;
+    request->temperature = (float)config->temperature;
+    request->top_k = config->top_k;
+    request->top_p = (float)config->top_p;
+    request->min_p = (float)config->min_p;
+}
+
+/* The prompt's ids: given, or encoded from text. */
+static mlora_status prompt_ids(struct ids *out, const mlora_engine *engine,
+                               const mlora_request *request)
+{
+    mlora_status status = MLORA_OK;
+
+    if (request->ids) {
+        for (int i = 0; i < request->n_ids && status == MLORA_OK; i++)
+            status = ids_push(out, request->ids[i]);
+        return status;
+    }
+    if (!request->prompt)
+        return error_set(MLORA_EINVAL, "a request needs prompt or ids, both are NULL");
+    const size_t bytes = request->prompt_bytes ? request->prompt_bytes : strlen(request->prompt);
+    const int flags = (request->no_special ? ENCODE_NO_SPECIAL : 0) |
+                      (request->no_parse_special ? ENCODE_NO_PARSE_SPECIAL : 0);
+    return tokenizer_encode(engine->tokenizer, out, request->prompt, bytes, flags);
+}
+
+mlora_status mlora_submit(mlora_engine *engine, const mlora_request *from, uint64_t *id)
+{
+    struct ids prompt = {0};
+    struct request *request = NULL;
+    struct registered *adapter = NULL;
+
+    if (!engine) return null_argument("mlora_submit", "engine");
+    if (!from) return null_argument("mlora_submit", "request");
+
+    if (from->adapter && from->adapter[0] && strcmp(from->adapter, "base") != 0) {
+        const mlora_status status = registry_acquire(&engine->registry, from->adapter, &adapter);
+        if (status != MLORA_OK) return status;
+    }
+    mlora_status status = prompt_ids(&prompt, engine, from);
+    if (status == MLORA_OK)
+        status = request_create(&request, from, &prompt, engine->tokenizer,
+                                engine->config.vocab_size, engine->max_model_len);
+    ids_free(&prompt);
+    if (status != MLORA_OK) {
+        if (adapter) registry_release(&engine->registry, adapter);
+        return status;
+    }
+    request->adapter = adapter;
+    const uint64_t given = engine_submit(engine, request);
+    if (id) *id = given;
+    return MLORA_OK;
+}
+
+void mlora_cancel(mlora_engine *engine, uint64_t id)
+{
+    if (engine && id != 0) engine_cancel(engine, id);
+}
+
+/* ---- tokenizer ------------------------------------------------------------------------------ */
+
+/* The public handle is the internal one under another name. */
+static const struct tokenizer *internal(const mlora_tokenizer *tokenizer)
+{
+    return (const struct tokenizer *)tokenizer;
+}
+
+mlora_status mlora_tokenizer_open(mlora_tokenizer **out, const char *path)
+{
+    struct tokenizer *tokenizer = NULL;
+
+    if (!out) return null_argument("mlora_tokenizer_open", "out");
+    *out = NULL;
+    if (!path) return null_argument("mlora_tokenizer_open", "path");
+    const mlora_status status = tokenizer_open(&tokenizer, path);
+    *out = (mlora_tokenizer *)tokenizer;
+    return status;
+}
+
+void mlora_tokenizer_close(mlora_tokenizer *tokenizer)
+{
+    tokenizer_close((struct tokenizer *)tokenizer);
+}
+
+const mlora_tokenizer *mlora_engine_tokenizer(const mlora_engine *engine)
+{
+    return (const mlora_tokenizer *)engine->tokenizer;
+}
+
+/* Hand `ids` over to the caller, or free them after a failure. */
+static mlora_status give_ids(mlora_status status, struct ids *ids, int32_t **out, int *n_out)
+{
+    if (status != MLORA_OK) ids_free(ids);
+    *out = ids->data;
+    *n_out = ids->n;
+    return status;
+}
+
+mlora_status mlora_encode(const mlora_tokenizer *tokenizer, const char *text, size_t text_bytes,
+                          int flags, int32_t **ids, int *n_ids)
+{
+    struct ids encoded = {0};
+
+    if (!tokenizer) return null_argument("mlora_encode", "tokenizer");
+    if (!text && text_bytes > 0) return null_argument("mlora_encode", "text");
+    return give_ids(
+        tokenizer_encode(internal(tokenizer), &encoded, text ? text : "", text_bytes, flags),
+        &encoded, ids, n_ids);
+}
+
+mlora_status mlora_decode(const mlora_tokenizer *tokenizer, const int32_t *ids, int n_ids,
+                          int flags, char **text, size_t *text_bytes)
+{
+    struct buffer decoded = {0};
+
+    *text = NULL;
+    if (text_bytes) *text_bytes = 0;
+    if (!tokenizer) return null_argument("mlora_decode", "tokenizer");
+    mlora_status status = tokenizer_decode(internal(tokenizer), &decoded, ids, n_ids,
+                                           flags & MLORA_DECODE_KEEP_SPECIAL);
+    if (status == MLORA_OK) status = buffer_reserve(&decoded, 0); /* "" is text, too */
+    if (status != MLORA_OK) {
+        buffer_free(&decoded);
+        return status;
+    }
+    *text = decoded.data;
+    if (text_bytes) *text_bytes = decoded.bytes;
+    return MLORA_OK;
+}
+
+int mlora_vocab_size(const mlora_tokenizer *tokenizer)
+{
+    return tokenizer ? tokenizer_vocab_size(internal(tokenizer)) : 0;
+}
+
+mlora_status mlora_chat_encode(const mlora_tokenizer *tokenizer, const mlora_message *messages,
+                               int n_messages, int32_t **ids, int *n_ids, char **text)
+{
+    struct ids encoded = {0};
+    struct buffer prompt = {0};
+    struct chat_message *copies = NULL;
+
+    *ids = NULL;
+    *n_ids = 0;
+    if (text) *text = NULL;
+    if (!tokenizer) return null_argument("mlora_chat_encode", "tokenizer");
+    if (!messages || n_messages < 1)
+        return error_set(MLORA_EINVAL, "a chat needs at least one message, there are %d",
+                         n_messages);
+    copies = calloc((size_t)n_messages, sizeof *copies);
+    if (!copies) return error_set(MLORA_ENOMEM, "out of memory: %d messages", n_messages);
+
+    mlora_status status = MLORA_OK;
+    for (int i = 0; i < n_messages && status == MLORA_OK; i++) {
+        copies[i] = (struct chat_message){messages[i].role, messages[i].content};
+        if (!copies[i].role || !copies[i].content)
+            status = error_set(MLORA_EINVAL, "message %d has no %s", i + 1,
+                               copies[i].role ? "content" : "role");
+    }
+    if (status == MLORA_OK)
+        status =
+            chat_encode(internal(tokenizer), &encoded, text ? &prompt : NULL, copies, n_messages);
+    if (status == MLORA_OK && text) status = buffer_reserve(&prompt, 0);
+    if (status == MLORA_OK && text)
+        *text = prompt.data;
+    else
+        buffer_free(&prompt);
+    free(copies);
+    return give_ids(status, &encoded, ids, n_ids);
+}
+
+/* ---- looking at files ----------------------------------------------------------------------- */
+
+mlora_status mlora_inspect(const char *dir, const char *model_dir, char **json)
+{
+    struct buffer text = {0};
+
+    if (!json) return null_argument("mlora_inspect", "json");
+    *json = NULL;
+    if (!dir) return null_argument("mlora_inspect", "dir");
+    const mlora_status status = inspect_directory(&text, dir, model_dir);
+    if (status != MLORA_OK)
+        buffer_free(&text);
+    else
+        *json = text.data;
+    return status;
+}
+
+void mlora_free(void *memory)
+{
+    free(memory);
+}

@@ -1,0 +1,222 @@
+/* Opening and closing an engine: choose a device, read the model, size the memory. */
+#include "engine/engine.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "engine/base/error.h"
+#include "engine/outputs.h"
+
+enum { DEFAULT_NUM_SEQS = 64, DEFAULT_BATCH_TOKENS = 512 };
+enum { MAX_NUM_SEQS = 4096, MAX_BATCH_TOKENS = 1 << 16, MAX_THREADS = 1024 };
+
+static mlora_status check_option(const char *name, int value, int min, int max)
+{
+    if (value >= min && value <= max) return MLORA_OK;
+    return error_set(MLORA_EINVAL, "option %s is %d, must be from %d to %d (0: default)", name,
+                     value, min, max);
+}
+
+static mlora_status check_options(const mlora_options *o)
+{
+    if (!o->model || !o->model[0])
+        return error_set(MLORA_EINVAL, "option model is missing: the directory of a model");
+
+    const struct {
+        const char *name;
+        int value, max;
+    } ranges[] = {
+        {"backend", (int)o->backend, MLORA_BACKEND_CUDA},
+        {"dtype", (int)o->dtype, MLORA_DTYPE_BF16},
+        {"n_threads", o->n_threads, MAX_THREADS},
+        {"max_model_len", o->max_model_len, 1 << 24},
+        {"max_num_seqs", o->max_num_seqs, MAX_NUM_SEQS},
+        {"max_batch_tokens", o->max_batch_tokens, MAX_BATCH_TOKENS},
+        {"kv_blocks", o->kv_blocks, 1 << 26},
+    };
+    for (size_t i = 0; i < sizeof ranges / sizeof ranges[0]; i++) {
+        const mlora_status status = check_option(ranges[i].name, ranges[i].value, 0, ranges[i].max);
+        if (status != MLORA_OK) return status;
+    }
+    return MLORA_OK;
+}
+
+static mlora_status open_device(struct device **out, const mlora_options *options)
+{
+    if (options->backend != MLORA_BACKEND_CPU) {
+        const mlora_status status = cuda_device_open(out, 0);
+        if (status != MLORA_EUNSUPPORTED || options->backend == MLORA_BACKEND_CUDA) return status;
+    }
+    return cpu_device_open(out, options->n_threads);
+}
+
+/* The end tokens of the model's files and of the tokenizer, each once. */
+static mlora_status collect_eos(struct mlora_engine *engine)
+{
+    const int32_t own = tokenizer_eos(engine->tokenizer);
+
+    engine->eos = malloc((EOS_MAX + 1) * sizeof *engine->eos);
+    if (!engine->eos) return error_set(MLORA_ENOMEM, "out of memory: end tokens");
+    memcpy(engine->eos, engine->config.eos, (size_t)engine->config.n_eos * sizeof *engine->eos);
+    engine->n_eos = engine->config.n_eos;
+    if (own < 0) return MLORA_OK;
+    for (int i = 0; i < engine->n_eos; i++)
+        if (engine->eos[i] == own) return MLORA_OK;
+    engine->eos[engine->n_eos++] = own;
+    return MLORA_OK;
+}
+
+/* How many KV blocks, and how long a sequence may be: what was asked for, or what fits. */
+static mlora_status size_kv(struct mlora_engine *engine, const mlora_options *options,
+                            int max_num_seqs, int *n_blocks)
+{
+    const int limit = engine->config.max_position;
+    const int64_t per_block = kv_block_bytes(&engine->model);
+    size_t free_bytes, total_bytes;
+
+    if (options->max_model_len > limit)
+        return error_set(MLORA_EINVAL,
+                         "option max_model_len is %d, the model's "
+                         "max_position_embeddings is %d",
+                         options->max_model_len, limit);
+    const int longest = options->max_model_len ? options->max_model_len : limit;
+    const int64_t one = kvcache_blocks_for(longest);
+
+    int64_t blocks = options->kv_blocks;
+    if (blocks == 0) {
+        engine->dev->ops->memory(engine->dev, &free_bytes, &total_bytes);
+        const int64_t fit = (int64_t)(free_bytes / 4) / per_block;
+        blocks = one * max_num_seqs < fit ? one * max_num_seqs : fit;
+        if (blocks > 1 << 26) blocks = 1 << 26;
+    }
+    if (blocks < 1)
+        return error_set(MLORA_ENOMEM,
+                         "a KV block needs %lld bytes, a quarter of the free memory "
+                         "is %zu",
+                         (long long)per_block, free_bytes / 4);
+    if (blocks < one && options->max_model_len)
+        return error_set(MLORA_EINVAL,
+                         "max_model_len %d needs %lld KV blocks of %d tokens, there "
+                         "are %lld: lower max_model_len or raise kv_blocks",
+                         longest, (long long)one, KV_BLOCK, (long long)blocks);
+
+    *n_blocks = (int)blocks;
+    engine->max_model_len = blocks < one ? (int)blocks * KV_BLOCK : longest;
+    return MLORA_OK;
+}
+
+mlora_status engine_open(struct mlora_engine **out, const mlora_options *options)
+{
+    struct mlora_engine *engine = NULL;
+    int n_blocks = 0;
+
+    *out = NULL;
+    mlora_status status = check_options(options);
+    if (status != MLORA_OK) return status;
+
+    engine = calloc(1, sizeof *engine);
+    if (!engine) return error_set(MLORA_ENOMEM, "out of memory: an engine");
+    if (pthread_mutex_init(&engine->lock, NULL) != 0) {
+        free(engine);
+        return error_set(MLORA_ENOMEM, "out of memory: a lock");
+    }
+    engine->lenient = options->lenient != 0;
+    const int n_seqs = options->max_num_seqs ? options->max_num_seqs : DEFAULT_NUM_SEQS;
+    int n_tokens = options->max_batch_tokens ? options->max_batch_tokens : DEFAULT_BATCH_TOKENS;
+    if (n_tokens < n_seqs && options->max_batch_tokens) {
+        status = error_set(MLORA_EINVAL,
+                           "option max_batch_tokens is %d, must be at least "
+                           "max_num_seqs, %d",
+                           n_tokens, n_seqs);
+        goto failed;
+    }
+    if (n_tokens < n_seqs) n_tokens = n_seqs;
+
+    /* Cheap checks of files first: a wrong path fails before anything large is read. */
+    status = model_config_read(&engine->config, options->model);
+    if (status != MLORA_OK) goto failed;
+    status = tokenizer_open(&engine->tokenizer,
+                            options->tokenizer ? options->tokenizer : options->model);
+    if (status != MLORA_OK) goto failed;
+    status = collect_eos(engine);
+    if (status != MLORA_OK) goto failed;
+
+    status = open_device(&engine->dev, options);
+    if (status != MLORA_OK) goto failed;
+    status = weights_load(&engine->weights, engine->dev, options->model, &engine->config,
+                          options->on_progress, options->user);
+    if (status != MLORA_OK) goto failed;
+
+    const bool cuda = strcmp(engine->dev->backend, "cuda") == 0;
+    const bool bf16 =
+        options->dtype == MLORA_DTYPE_BF16 || (options->dtype == MLORA_DTYPE_AUTO && cuda);
+    engine->model = (struct model){
+        .dev = engine->dev,
+        .config = &engine->config,
+        .weights = &engine->weights,
+        .dtype = bf16 ? DTYPE_BF16 : DTYPE_F32,
+    };
+    status = workspace_open(&engine->workspace, &engine->model, n_tokens);
+    if (status != MLORA_OK) goto failed;
+    status = outputs_open(engine, n_seqs);
+    if (status != MLORA_OK) goto failed;
+    status = size_kv(engine, options, n_seqs, &n_blocks);
+    if (status != MLORA_OK) goto failed;
+    status = kv_cache_open(&engine->kv_cache, &engine->model, n_blocks);
+    if (status != MLORA_OK) goto failed;
+    status = kvcache_open(&engine->kvcache, n_blocks);
+    if (status != MLORA_OK) goto failed;
+    status = registry_open(&engine->registry, engine->dev, engine->config.n_layers);
+    if (status != MLORA_OK) goto failed;
+    status = scheduler_open(&engine->scheduler, n_seqs, n_tokens);
+    if (status != MLORA_OK) goto failed;
+    status = batch_open(&engine->batch, engine->dev, n_tokens, n_seqs, engine->max_model_len);
+    if (status != MLORA_OK) goto failed;
+    status = engine->dev->ops->sync(engine->dev);
+    if (status != MLORA_OK) goto failed;
+
+    *out = engine;
+    return MLORA_OK;
+
+failed:
+    engine_close(engine);
+    return status;
+}
+
+/* The adapter and the blocks of a request that ends with the engine need no way back. */
+static void free_requests(struct mlora_engine *engine, struct request *request)
+{
+    while (request) {
+        struct request *next = request->next;
+        if (request->adapter) registry_release(&engine->registry, request->adapter);
+        request_free(request);
+        request = next;
+    }
+}
+
+void engine_close(struct mlora_engine *engine)
+{
+    if (!engine) return;
+    free_requests(engine, engine->first_submitted);
+    free_requests(engine, engine->scheduler.first_waiting);
+    for (int i = 0; i < engine->scheduler.n_running; i++) {
+        engine->scheduler.running[i]->next = NULL;
+        free_requests(engine, engine->scheduler.running[i]);
+    }
+    if (engine->dev) {
+        batch_close(&engine->batch);
+        registry_close(&engine->registry);
+        kv_cache_close(&engine->kv_cache, engine->dev);
+        outputs_close(engine);
+        workspace_close(&engine->workspace, engine->dev);
+        weights_free(&engine->weights, engine->dev);
+        engine->dev->ops->close(engine->dev);
+    }
+    scheduler_close(&engine->scheduler);
+    kvcache_close(&engine->kvcache);
+    tokenizer_close(engine->tokenizer);
+    pthread_mutex_destroy(&engine->lock);
+    free(engine->cancelled);
+    free(engine->eos);
+    free(engine);
+}

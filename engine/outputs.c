@@ -1,0 +1,252 @@
+#include "engine/outputs.h"
+
+#include <math.h>
+#include <stdlib.h>
+
+#include "engine/base/error.h"
+
+/* ---- memory --------------------------------------------------------------------------------- */
+
+mlora_status outputs_open(struct mlora_engine *engine, int max_rows)
+{
+    const struct kernels *op = engine->dev->ops;
+    const size_t Q = (size_t)max_rows;
+    const size_t one = Q * 4, many = Q * TOP_MAX * 4; /* int32_t and float alike */
+    const struct {
+        void **dev, **host; /* host NULL: on the device only */
+        size_t bytes;
+    } parts[] = {
+        {(void **)&engine->out.logits, NULL, Q * (size_t)engine->config.vocab_size * 4},
+        {(void **)&engine->out.rows, (void **)&engine->host.rows, one},
+        {(void **)&engine->out.ids, (void **)&engine->host.ids, one},
+        {(void **)&engine->out.logprob, (void **)&engine->host.logprob, one},
+        {(void **)&engine->out.top_ids, (void **)&engine->host.top_ids, many},
+        {(void **)&engine->out.top_logprobs, (void **)&engine->host.top_logprobs, many},
+    };
+
+    for (size_t i = 0; i < sizeof parts / sizeof parts[0]; i++) {
+        const mlora_status status = op->alloc(engine->dev, parts[i].bytes, parts[i].dev);
+        if (status != MLORA_OK) return status;
+        if (!parts[i].host) continue;
+        *parts[i].host = malloc(parts[i].bytes);
+        if (!*parts[i].host)
+            return error_set(MLORA_ENOMEM, "out of memory: outputs of %d rows", max_rows);
+    }
+    engine->scored = malloc((Q > TOP_MAX ? Q : TOP_MAX) * sizeof *engine->scored);
+    if (!engine->scored)
+        return error_set(MLORA_ENOMEM, "out of memory: outputs of %d rows", max_rows);
+    return MLORA_OK;
+}
+
+void outputs_close(struct mlora_engine *engine)
+{
+    const struct kernels *op = engine->dev->ops;
+    void *const dev[] = {engine->out.logits,  engine->out.rows,    engine->out.ids,
+                         engine->out.logprob, engine->out.top_ids, engine->out.top_logprobs};
+
+    for (size_t i = 0; i < sizeof dev / sizeof dev[0]; i++)
+        if (dev[i]) op->free(engine->dev, dev[i]);
+    free(engine->host.rows);
+    free(engine->host.ids);
+    free(engine->host.logprob);
+    free(engine->host.top_ids);
+    free(engine->host.top_logprobs);
+    free(engine->scored);
+    engine->out = engine->host = (struct outputs){0};
+}
+
+/* ---- events --------------------------------------------------------------------------------- */
+
+/* Fill in what all events of a request have in common, and call. */
+static void send(struct request *request, mlora_event event)
+{
+    event.id = request->id;
+    event.n_prompt_tokens = request->n_prompt;
+    event.n_completion_tokens = request_n_output(request);
+    event.text = buffer_text(&request->text);
+    event.text_bytes = request->text.bytes;
+    if (request->on_event) request->on_event(request->user, &event);
+    request->text.bytes = 0;
+}
+
+mlora_status outputs_finish(struct mlora_engine *engine, struct request *request,
+                            mlora_finish finish)
+{
+    const mlora_status status = stream_finish(&request->stream, &request->text);
+
+    scheduler_remove(&engine->scheduler, request, &engine->kvcache);
+    if (request->adapter) registry_release(&engine->registry, request->adapter);
+    request->adapter = NULL;
+    request->finish = finish;
+    send(request, (mlora_event){.token = -1, .finish = finish});
+    request_free(request);
+    return status;
+}
+
+/* ---- log-probabilities of prompts ----------------------------------------------------------- */
+
+/* Log-probabilities of n consecutive tokens of the step, the first being `token`, of which the
+ * targets are the request's tokens from `position` on. Left in engine->host.logprob. */
+static mlora_status score(struct mlora_engine *engine, const struct request *request, int token,
+                          int position, int n)
+{
+    struct device *dev = engine->dev;
+    const struct kernels *op = dev->ops;
+    const size_t bytes = (size_t)n * sizeof(int32_t);
+
+    for (int i = 0; i < n; i++) engine->host.rows[i] = token + i;
+    op->upload(dev, engine->out.rows, engine->host.rows, bytes);
+    op->upload(dev, engine->out.ids, request->tokens + position, bytes);
+    forward_head(&engine->model, &engine->workspace, engine->out.logits, engine->out.rows, n);
+    op->logprobs(dev, engine->out.logprob, engine->out.top_ids, engine->out.top_logprobs,
+                 engine->out.logits, engine->out.ids, n, engine->config.vocab_size, 0);
+    op->download(dev, engine->host.logprob, engine->out.logprob, bytes);
+    return op->sync(dev);
+}
+
+static mlora_status score_row(struct mlora_engine *engine, struct request *request, int first,
+                              int n_tokens)
+{
+    mlora_token_logprob *scored = engine->scored;
+    const int end = request->n_computed + n_tokens; /* positions of this step end here */
+
+    if (request->n_prompt_delivered == 0) { /* nothing comes before the first token */
+        scored[0] = (mlora_token_logprob){request->tokens[0], NAN};
+        request->n_prompt_delivered = 1;
+        send(request,
+             (mlora_event){.token = -1, .prompt_logprobs = scored, .n_prompt_logprobs = 1});
+    }
+    /* Position p - 1 tells the probability of token p. */
+    while (request->n_prompt_delivered < request->n_prompt && request->n_prompt_delivered <= end) {
+        const int p = request->n_prompt_delivered;
+        int n = (request->n_prompt < end + 1 ? request->n_prompt : end + 1) - p;
+        if (n > engine->scheduler.max_running) n = engine->scheduler.max_running;
+        if (n <= 0) break;
+
+        const mlora_status status =
+            score(engine, request, first + p - 1 - request->n_computed, p, n);
+        if (status != MLORA_OK) return status;
+        for (int i = 0; i < n; i++)
+            scored[i] = (mlora_token_logprob){request->tokens[p + i], engine->host.logprob[i]};
+        request->n_prompt_delivered += n;
+        send(request,
+             (mlora_event){.token = -1, .prompt_logprobs = scored, .n_prompt_logprobs = n});
+    }
+    return MLORA_OK;
+}
+
+mlora_status outputs_score_prompts(struct mlora_engine *engine, const struct plan *plan)
+{
+    mlora_status status = MLORA_OK;
+    int first = 0; /* of the row's tokens in the step */
+
+    for (int q = 0; q < plan->n_rows && status == MLORA_OK; q++) {
+        struct request *request = plan->rows[q].request;
+        if (request->prompt_logprobs)
+            status = score_row(engine, request, first, plan->rows[q].n_tokens);
+        first += plan->rows[q].n_tokens;
+    }
+    return status;
+}
+
+/* ---- the next tokens ------------------------------------------------------------------------ */
+
+/* The most alternatives that a sampled row asks for; -1: none asks for log-probabilities. */
+static int wanted_logprobs(const struct batch *batch, const struct plan *plan)
+{
+    int n = -1;
+    for (int i = 0; i < batch->n_samples; i++) {
+        const struct request *request = plan->rows[batch->sampled_row[i]].request;
+        if (request->n_logprobs > n) n = request->n_logprobs;
+    }
+    return n;
+}
+
+mlora_status outputs_sample(struct mlora_engine *engine, const struct plan *plan)
+{
+    struct device *dev = engine->dev;
+    const struct kernels *op = dev->ops;
+    const struct batch *batch = &engine->batch;
+    const struct outputs *out = &engine->out, *host = &engine->host;
+    const int Q = batch->n_samples, V = engine->config.vocab_size;
+    const int n_top = wanted_logprobs(batch, plan);
+
+    if (Q > 0) {
+        forward_head(&engine->model, &engine->workspace, out->logits, batch->sample_tokens, Q);
+        op->sample(dev, out->ids, out->logits, &batch->sample, V);
+        op->download(dev, host->ids, out->ids, (size_t)Q * sizeof *host->ids);
+    }
+    if (Q > 0 && n_top >= 0) {
+        const size_t n = (size_t)Q * (size_t)n_top;
+        op->logprobs(dev, out->logprob, out->top_ids, out->top_logprobs, out->logits, out->ids, Q,
+                     V, n_top);
+        op->download(dev, host->logprob, out->logprob, (size_t)Q * sizeof *host->logprob);
+        op->download(dev, host->top_ids, out->top_ids, n * sizeof *host->top_ids);
+        op->download(dev, host->top_logprobs, out->top_logprobs, n * sizeof *host->top_logprobs);
+    }
+    engine->n_top = n_top;
+    return op->sync(dev);
+}
+
+static bool is_eos(const struct mlora_engine *engine, int32_t id)
+{
+    for (int i = 0; i < engine->n_eos; i++)
+        if (engine->eos[i] == id) return true;
+    return false;
+}
+
+/* Sampled row i drew a token: append it, tell, and end the request if it is done. */
+static mlora_status deliver(struct mlora_engine *engine, struct request *request, int i)
+{
+    const int32_t id = engine->host.ids[i];
+    mlora_token_logprob *top = engine->scored;
+    mlora_event event = {.token = id};
+    mlora_finish finish = MLORA_RUNNING;
+    mlora_status status = MLORA_OK;
+
+    if (id < 0) return outputs_finish(engine, request, MLORA_FINISH_ERROR);
+    request->tokens[request->n_tokens++] = id;
+    engine->stats.n_generated_tokens++;
+
+    if (is_eos(engine, id) && !request->ignore_eos)
+        finish = MLORA_FINISH_STOP;
+    else
+        status = stream_push(&request->stream, &request->text, id);
+    if (request->stream.stopped)
+        finish = MLORA_FINISH_STOP;
+    else if (finish == MLORA_RUNNING && request->n_tokens == request->max_total)
+        finish = MLORA_FINISH_LENGTH;
+
+    if (request->n_logprobs >= 0) {
+        event.logprob = engine->host.logprob[i];
+        event.top = top;
+        event.n_top = request->n_logprobs;
+        if (event.n_top > engine->config.vocab_size) event.n_top = engine->config.vocab_size;
+        for (int k = 0; k < event.n_top; k++) {
+            const int at = i * engine->n_top + k;
+            top[k] = (mlora_token_logprob){engine->host.top_ids[at], engine->host.top_logprobs[at]};
+        }
+    }
+    send(request, event);
+    if (finish != MLORA_RUNNING && status == MLORA_OK)
+        status = outputs_finish(engine, request, finish);
+    return status;
+}
+
+mlora_status outputs_deliver(struct mlora_engine *engine, const struct plan *plan)
+{
+    mlora_status status = MLORA_OK;
+    int i = 0; /* of the sampled rows */
+
+    for (int q = 0; q < plan->n_rows && status == MLORA_OK; q++) {
+        struct request *request = plan->rows[q].request;
+        const bool sampled = i < engine->batch.n_samples && engine->batch.sampled_row[i] == q;
+
+        request->n_computed += plan->rows[q].n_tokens;
+        if (sampled)
+            status = deliver(engine, request, i++);
+        else if (plan->rows[q].samples) /* there is nothing to generate: it was to be scored */
+            status = outputs_finish(engine, request, MLORA_FINISH_LENGTH);
+    }
+    return status;
+}

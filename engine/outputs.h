@@ -1,0 +1,26 @@
+/* From hidden states to what requests get: drawn tokens, log-probabilities, text, events. */
+#ifndef MLORA_ENGINE_OUTPUTS_H
+#define MLORA_ENGINE_OUTPUTS_H
+
+#include "engine/engine.h"
+
+enum { TOP_MAX = 128 }; /* alternatives to a token */
+
+mlora_status outputs_open(struct mlora_engine *engine, int max_rows); /* OK or ENOMEM */
+void outputs_close(struct mlora_engine *engine);                      /* accepts zeroes */
+
+/* After forward(): deliver the log-probabilities of the step's prompt tokens to the requests that
+ * asked for them. Returns OK, ENOMEM or EDEVICE. */
+mlora_status outputs_score_prompts(struct mlora_engine *engine, const struct plan *plan);
+
+/* Draw a token for each row that is due, on the device, and bring them to the host. */
+mlora_status outputs_sample(struct mlora_engine *engine, const struct plan *plan);
+
+/* Give the drawn tokens to their requests, tell them, and end those that are done. */
+mlora_status outputs_deliver(struct mlora_engine *engine, const struct plan *plan);
+
+/* Send the last event and free the request. */
+mlora_status outputs_finish(struct mlora_engine *engine, struct request *request,
+                            mlora_finish finish);
+
+#endif

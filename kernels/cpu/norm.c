@@ -1,0 +1,120 @@
+/* Root mean square norms, of rows and of heads. */
+#include "kernels/cpu/device.h"
+
+#include <math.h>
+
+/* The sum of x[i]^2 in 16 partial sums, as in simd.h: an order that depends on n only, and that
+ * the compiler can make vectors of. */
+static float sum_of_squares(const float *x, int n)
+{
+    float lane[LANES] = {0};
+    int i = 0;
+
+    for (; i + LANES <= n; i += LANES)
+        for (int j = 0; j < LANES; j++) lane[j] += x[i + j] * x[i + j];
+    for (int j = 0; i + j < n; j++) lane[j] += x[i + j] * x[i + j];
+    for (int half = LANES / 2; half > 0; half /= 2)
+        for (int j = 0; j < half; j++) lane[j] += lane[j + half];
+    return lane[0];
+}
+
+/* y[i] = weight[i] * round(x[i] / sqrt(mean(x^2) + eps)), rounded again by the caller */
+static void rms_norm_row(float *y, const float *x, const float *weight, int n, float eps,
+                         enum dtype dtype)
+{
+    const float scale = 1.0f / sqrtf(sum_of_squares(x, n) / (float)n + eps);
+
+    if (dtype == DTYPE_F32)
+        for (int i = 0; i < n; i++) y[i] = weight[i] * (x[i] * scale);
+    else
+        for (int i = 0; i < n; i++) y[i] = weight[i] * rounded(x[i] * scale, dtype);
+}
+
+struct add_rms_norm {
+    const struct simd *simd;
+    void *y, *x;         /* [T, D] dtype */
+    const void *delta;   /* [T, D] dtype or NULL */
+    const float *weight; /* [D] */
+    float *scratch;      /* [threads, 2, D] */
+    int D;
+    float eps;
+    enum dtype dtype;
+};
+
+static void norm_rows(void *context, int begin, int end, int thread)
+{
+    const struct add_rms_norm *op = context;
+    const size_t D = (size_t)op->D;
+    float *x = op->scratch + (size_t)thread * 2 * D;
+    float *y = x + D;
+
+    for (int t = begin; t < end; t++) {
+        const size_t first = (size_t)t * D;
+        void *x_row = element(op->x, op->dtype, first);
+
+        op->simd->widen(x, x_row, op->dtype, D);
+        if (op->delta) {
+            op->simd->widen(y, element(op->delta, op->dtype, first), op->dtype, D);
+            for (size_t i = 0; i < D; i++) x[i] += y[i];
+            op->simd->narrow(x_row, op->dtype, x, D);
+            op->simd->widen(x, x_row, op->dtype, D); /* as rounded */
+        }
+        rms_norm_row(y, x, op->weight, op->D, op->eps, op->dtype);
+        op->simd->narrow(element(op->y, op->dtype, first), op->dtype, y, D);
+    }
+}
+
+void cpu_add_rms_norm(struct device *dev, void *y, void *x, const void *delta, const float *weight,
+                      int T, int D, float eps, enum dtype dtype)
+{
+    struct cpu_device *cpu = cpu_device(dev);
+    const size_t n_floats = (size_t)threads_count(cpu->threads) * 2 * (size_t)D;
+    float *scratch = cpu_scratch(dev, SCRATCH_OP, n_floats * sizeof *scratch, "add_rms_norm");
+    if (!scratch) return;
+
+    struct add_rms_norm op = {cpu->simd, y, x, delta, weight, scratch, D, eps, dtype};
+    cpu_parallel(dev, T, 4, norm_rows, &op);
+}
+
+struct head_norm {
+    const struct simd *simd;
+    void *qkv; /* [T, H + 2 G, d] dtype */
+    const float *q_weight, *k_weight;
+    float *scratch; /* [threads, 2, d] */
+    const struct heads *heads;
+    float eps;
+    enum dtype dtype;
+};
+
+static void norm_heads(void *context, int begin, int end, int thread)
+{
+    const struct head_norm *op = context;
+    const struct heads *heads = op->heads;
+    const size_t d = (size_t)heads->d;
+    float *x = op->scratch + (size_t)thread * 2 * d;
+    float *y = x + d;
+
+    for (int t = begin; t < end; t++) {
+        for (int h = 0; h < heads->H + heads->G; h++) { /* queries, then keys */
+            const size_t head = (size_t)t * (size_t)(heads->H + 2 * heads->G) + (size_t)h;
+            void *row = element(op->qkv, op->dtype, head * d);
+
+            op->simd->widen(x, row, op->dtype, d);
+            rms_norm_row(y, x, h < heads->H ? op->q_weight : op->k_weight, heads->d, op->eps,
+                         op->dtype);
+            op->simd->narrow(row, op->dtype, y, d);
+        }
+    }
+}
+
+void cpu_head_norm(struct device *dev, void *qkv, const float *q_weight, const float *k_weight,
+                   const struct heads *heads, int T, float eps, enum dtype dtype)
+{
+    struct cpu_device *cpu = cpu_device(dev);
+    const size_t n_floats = (size_t)threads_count(cpu->threads) * 2 * (size_t)heads->d;
+    float *scratch = cpu_scratch(dev, SCRATCH_OP, n_floats * sizeof *scratch, "head_norm");
+    if (!scratch) return;
+
+    struct head_norm op = {cpu->simd, qkv, q_weight, k_weight, scratch, heads, eps, dtype};
+    cpu_parallel(dev, T, 4, norm_heads, &op);
+}

@@ -1,0 +1,140 @@
+/* The arithmetic of the engine: one table of ops, two backends. kernels/cpu is the definition of
+ * every op and the oracle for kernels/cuda, which has the same files and names.
+ *
+ * Ops return nothing. They may run later than the call; sync() waits and reports the first thing
+ * that failed since open. Ops of one device run in the order of the calls. Pointers are memory of
+ * the device unless "host" is said. A device belongs to one thread at a time.
+ *
+ * Activations are f32 or bf16 (`dtype` arguments), weights f32, f16 or bf16; sums are f32. Where
+ * activations are bf16, each op rounds its result once, at the points where the reference
+ * (transformers) does.
+ *
+ * On the CPU the value of an output row does not depend on which other rows are in the call, nor
+ * on the number of threads, bit for bit: a request's tokens are the same in any batch. */
+#ifndef MLORA_KERNELS_H
+#define MLORA_KERNELS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "engine/mlora.h" /* mlora_status */
+#include "kernels/views.h"
+
+struct device;
+
+struct kernels {
+    /* ---- memory --------------------------------------------------------------------------- */
+
+    void (*close)(struct device *dev);
+    /* Fresh memory aligned to 256 bytes, contents undefined. Returns OK or ENOMEM. */
+    mlora_status (*alloc)(struct device *dev, size_t bytes, void **out);
+    void (*free)(struct device *dev, void *memory); /* accepts NULL */
+    /* Between host and device. `from` may be reused when upload returns; `to` holds the data when
+     * download returns. */
+    void (*upload)(struct device *dev, void *to, const void *from, size_t bytes);
+    void (*download)(struct device *dev, void *to, const void *from, size_t bytes);
+    /* Wait for all ops. Returns OK or EDEVICE, the text naming the op that failed first. */
+    mlora_status (*sync)(struct device *dev);
+    /* Bytes that can still be allocated, and that the device has in all. */
+    void (*memory)(struct device *dev, size_t *free_bytes, size_t *total_bytes);
+
+    /* ---- metadata ------------------------------------------------------------------------- */
+
+    /* Expand rows to tokens: for row q and j < n = row_start[q+1] - row_start[q],
+     * row[row_start[q] + j] = q and position[row_start[q] + j] = kv_len[q] - n + j. */
+    void (*metadata)(struct device *dev, const struct batch_view *batch);
+
+    /* ---- the decoder ---------------------------------------------------------------------- */
+
+    /* y[t, :] = table[ids[t], :]       y [T, D] dtype    ids [T] */
+    void (*embed)(struct device *dev, void *y, const struct matrix *table, const int32_t *ids,
+                  int T, enum dtype dtype);
+
+    /* x[t, :] += delta[t, :] (left out where delta is NULL)
+     * y[t, :] = weight[:] * round(x[t, :] / sqrt(mean(x[t, :]^2) + eps))
+     *   y, x, delta [T, D] dtype    weight [D] f32 */
+    void (*add_rms_norm)(struct device *dev, void *y, void *x, const void *delta,
+                         const float *weight, int T, int D, float eps, enum dtype dtype);
+
+    /* y[t, n] = dot(w[n, :], x[t, :]) + bias[n]
+     *   y [T, N] y_dtype    x [T, K] dtype    bias [N] f32 or NULL */
+    void (*matmul)(struct device *dev, void *y, enum dtype y_dtype, const void *x,
+                   const struct matrix *w, const float *bias, int T, enum dtype dtype);
+
+    /* RMS norm of each query and key head before rope (Qwen3), in place:
+     * qkv [T, H + 2 G, d] dtype    q_weight, k_weight [d] f32 */
+    void (*head_norm)(struct device *dev, void *qkv, const float *q_weight, const float *k_weight,
+                      const struct heads *heads, int T, float eps, enum dtype dtype);
+
+    /* Turn the queries and keys by their positions in place, and write keys and values to the
+     * cache: with h a query or key head of token t, angle a = position[t] * frequency[i], i < d/2:
+     *   h'[i] = h[i] cos a - h[i + d/2] sin a,  h'[i + d/2] = h[i + d/2] cos a + h[i] sin a
+     * qkv [T, H + 2 G, d] dtype. cos and sin are rounded to dtype, as the reference does. */
+    void (*rope)(struct device *dev, void *qkv, const struct rope_view *rope,
+                 const struct kv_view *kv, const struct batch_view *batch,
+                 const struct heads *heads, enum dtype dtype);
+
+    /* Causal attention of the step's tokens over their rows' cache, in which the step's own keys
+     * and values are already written:
+     *   y[t, h, :] = sum_p softmax_p(scale * q[t, h, :] . K[p, g, :]) V[p, g, :],
+     * g = h / (H / G), p from max(0, position[t] - window + 1) to position[t].
+     *   y [T, H, d] dtype    qkv [T, H + 2 G, d] dtype */
+    void (*attention)(struct device *dev, void *y, const void *qkv, const struct kv_view *kv,
+                      const struct batch_view *batch, const struct heads *heads, enum dtype dtype);
+
+    /* y[t, f] = silu(gate[f]) * up[f], the rows of gate_up being gate [F], up [F].
+     *   y [T, F] dtype    gate_up [T, 2 F] dtype. silu is rounded to dtype before the product. */
+    void (*silu_mul)(struct device *dev, void *y, const void *gate_up, int T, int F,
+                     enum dtype dtype);
+
+    /* y[q, :] = x[rows[q], :]       y [Q, D], x [T, D] dtype    rows [Q] */
+    void (*gather_rows)(struct device *dev, void *y, const void *x, const int32_t *rows, int Q,
+                        int D, enum dtype dtype);
+
+    /* ---- LoRA ----------------------------------------------------------------------------- */
+
+    /* h[t, i, r] = dot(A[r, :], x[t, :]) for each token t with an adapter, slice i of the site
+     * that the adapter changes, r < that linear's rank; the rest of h is not written.
+     *   h [T, n_slices, max_rank] f32    x [T, K] dtype */
+    void (*lora_shrink)(struct device *dev, float *h, const void *x, const struct lora_view *lora,
+                        const struct lora_site *site, int layer, enum dtype dtype);
+
+    /* y[t, offset[i] + n] = round(y + scale * dot(B[n, :], h[t, i, :])) for the same t and i.
+     *   y [T, N] dtype, in and out    h as lora_shrink wrote it */
+    void (*lora_expand)(struct device *dev, void *y, const float *h, const struct lora_view *lora,
+                        const struct lora_site *site, int layer, enum dtype dtype);
+
+    /* ---- the next token ------------------------------------------------------------------- */
+
+    /* ids[q] = the token drawn from logits[q, :] by sampling[q]; -1 where a logit is NaN or
+     * +infinity, or all are -infinity. The logits are not changed.
+     *   penalties (history), then greedy: the largest, lowest id of equals; else divide by the
+     *   temperature, keep the top_k largest, then the smallest set of most likely ones that
+     *   reaches top_p, then those of at least min_p times the largest probability (equals of the
+     *   last one kept stay), and take the largest logit + Gumbel noise, which is a draw from the
+     *   softmax. noise(v) = -log(-log(u)), u in (0, 1) from philox4x32-10 (Salmon et al. 2011)
+     *   with key = seed and counter = (v / 4, draw), word v % 4.
+     *   ids [Q]    logits [Q, V] f32 */
+    void (*sample)(struct device *dev, int32_t *ids, const float *logits,
+                   const struct sample_view *view, int V);
+
+    /* Log-probabilities under softmax(logits[q, :]): of target[q] (0 where target[q] < 0), and
+     * the n largest with their ids, equals by lower id first.
+     *   logprob [Q]    top_ids, top_logprobs [Q, n] (n may be 0)    target [Q] */
+    void (*logprobs)(struct device *dev, float *logprob, int32_t *top_ids, float *top_logprobs,
+                     const float *logits, const int32_t *target, int Q, int V, int n);
+};
+
+struct device {
+    const struct kernels *ops;
+    const char *backend;  /* "cpu" or "cuda" */
+    char description[96]; /* such as "avx512, 8 threads" */
+};
+
+/* n_threads 0: one per core. Returns OK or ENOMEM. */
+mlora_status cpu_device_open(struct device **out, int n_threads);
+
+/* Returns OK, ENOMEM, or EUNSUPPORTED: built without CUDA, or there is no usable GPU. */
+mlora_status cuda_device_open(struct device **out, int ordinal);
+
+#endif

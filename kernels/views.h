@@ -1,0 +1,127 @@
+/* Plain structs that the ops read. Their pointers are device memory unless "host" is said; the
+ * structs themselves are host memory and passed by address.
+ *
+ * Letters, everywhere: T tokens in the step, Q requests ("rows") in it, S adapter slots, D model
+ * width, H query heads, G key/value heads, d head width, F MLP width, V vocabulary, N and K
+ * output and input width of a matmul, R rank, L layers. */
+#ifndef MLORA_KERNELS_VIEWS_H
+#define MLORA_KERNELS_VIEWS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "kernels/dtype.h"
+
+/* A weight matrix: row n holds the K inputs of output n. */
+struct matrix {
+    const void *data; /* [N, K] dtype, rows one after another */
+    enum dtype dtype;
+    int N, K;
+};
+
+/* The tokens of one step. Rows follow one another: row q owns tokens row_start[q] up to
+ * row_start[q + 1]; they are the last ones of its sequence so far. A row of one token is a
+ * decode, a longer one (part of) a prompt: no op tells them apart but by length. */
+struct batch_view {
+    int T, Q;
+    int max_row;              /* tokens of the longest row                                       */
+    int max_kv;               /* largest kv_len                                                  */
+    const int32_t *ids;       /* [T] token ids                                                   */
+    const int32_t *row_start; /* [Q + 1]                                                         */
+    const int32_t *kv_len;    /* [Q] tokens of the sequence, those of this step included         */
+    int32_t *position;        /* [T] written by metadata: kv_len[q] - row's tokens + index in it */
+    int32_t *row;             /* [T] written by metadata: q                                      */
+};
+
+enum { KV_BLOCK = 16 }; /* tokens of a KV block */
+
+/* The KV cache of one layer. Position p of row q lies in block table[q][p / KV_BLOCK] at
+ * p % KV_BLOCK: K[block][g][p % KV_BLOCK][:], so that a head's tokens in a block are together. */
+struct kv_view {
+    void *k;                    /* [n_blocks, G, KV_BLOCK, d] dtype */
+    void *v;                    /* [n_blocks, G, KV_BLOCK, d] dtype */
+    const int32_t *block_table; /* [Q, max_blocks], entries past a row's length are not read */
+    int max_blocks;
+    enum dtype dtype;
+};
+
+/* Sizes of the attention of one layer. qkv rows are [H + 2 G, d]: queries, keys, values. */
+struct heads {
+    int H, G, d;
+    int window;  /* a token sees itself and the window - 1 before it; 0: all before it */
+    float scale; /* of q . k, d^-0.5 */
+};
+
+/* Rotary embedding: element i < d/2 of a head turns with element i + d/2 by
+ * position * frequency[i]; cos and sin are multiplied by `amplitude` (1 but for yarn). */
+struct rope_view {
+    const float *frequency; /* [d / 2] */
+    float amplitude;
+};
+
+/* ---- LoRA --------------------------------------------------------------------------------- */
+
+/* The linears of a layer that adapters change, in the order of their outputs at a site. */
+enum lora_linear { LORA_Q, LORA_K, LORA_V, LORA_O, LORA_GATE, LORA_UP, LORA_DOWN, LORA_LINEARS };
+
+enum { LORA_SLICES_MAX = 3, LORA_RANK_MAX = 512 };
+
+/* A place in the layer where one input feeds one fused base matmul: its slices are linears that
+ * share x and whose outputs lie one after another in y. */
+struct lora_site {
+    int linear;                  /* the first one: enum lora_linear                  */
+    int n_slices;                /* 1 to LORA_SLICES_MAX                             */
+    int K;                       /* width of x                                       */
+    int N;                       /* width of y, the sum of the slices                */
+    int offset[LORA_SLICES_MAX]; /* of each slice in y                              */
+    int width[LORA_SLICES_MAX];  /* of each slice                                   */
+};
+
+/* One adapter's factors of one linear: y += scale * B (A x). */
+struct lora_factors {
+    const void *a; /* [R, K] dtype; NULL: the adapter leaves this linear alone */
+    const void *b; /* [N, R] dtype */
+    int32_t R;
+    int32_t dtype; /* enum dtype */
+    float scale;
+};
+
+/* Which adapter each token uses. A segment is the tokens of one adapter. */
+struct lora_view {
+    const struct lora_factors *factors; /* [S, L, LORA_LINEARS]: a slot's are together        */
+    int L;
+    int n_segments;               /* adapters in this step; 0: nothing to do               */
+    int n_tokens;                 /* tokens with an adapter                                */
+    int max_rank;                 /* largest rank among the segments: pitch of h           */
+    int max_segment;              /* tokens of the longest segment                         */
+    const int32_t *slot;          /* [T] slot of each token, -1: base model only           */
+    const int32_t *segment_slot;  /* [n_segments]                                          */
+    const int32_t *segment_start; /* [n_segments + 1] into `order`                         */
+    const int32_t *order;         /* [n_tokens] tokens sorted by slot, stable              */
+};
+
+/* ---- sampling ----------------------------------------------------------------------------- */
+
+/* How one row's next token is drawn; see mlora_request for the meaning of each field. */
+struct sampling {
+    float temperature; /* 0: greedy */
+    float top_p;
+    float min_p;
+    float repetition_penalty;
+    float presence_penalty;
+    float frequency_penalty;
+    int32_t top_k;
+    uint32_t draw; /* how many tokens the request has drawn before: the counter of its noise */
+    uint64_t seed;
+};
+
+struct sample_view {
+    int Q;
+    const struct sampling *sampling; /* [Q] */
+    /* Tokens of the rows that have a penalty, prompt first; other rows are empty. */
+    const int32_t *history;       /* [history_start[Q]] */
+    const int32_t *history_start; /* [Q + 1] */
+    const int32_t *n_prompt;      /* [Q] how many of the row's history are prompt */
+};
+
+#endif

@@ -1,0 +1,247 @@
+/* What transformers + PEFT say, said by mlora: every golden file of the fixtures. */
+#include "tests/engine/harness.h"
+
+#include <criterion/criterion.h>
+#include <jansson.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "model/safetensors.h"
+
+enum { CASES = 3 };
+
+/* f32 on the CPU sums in another order than the reference: 1e-3. bf16 activations on a GPU have
+ * 8 bits, and logits of size 10 that went through 4 layers: 0.05. */
+static double logprob_tolerance(void)
+{
+    return backend_under_test() == MLORA_BACKEND_CUDA ? 0.05 : 1e-3;
+}
+
+/* Where the two best logits are closer than this, rounding may choose either. */
+static double margin(void)
+{
+    return backend_under_test() == MLORA_BACKEND_CUDA ? 0.25 : 1e-3;
+}
+
+static struct answer answers[32];
+
+static json_t *read_golden(const char *model, const char *name)
+{
+    char path[512];
+    json_error_t error;
+    snprintf(path, sizeof path, "%s/golden/%s.json", model, name);
+    json_t *golden = json_load_file(path, 0, &error);
+    cr_assert(golden, "%s: %s", path, error.text);
+    return golden;
+}
+
+/* A f32 tensor of a golden safetensors file, freed by the caller. */
+static void *read_tensor(const char *model, const char *file, const char *name, int64_t *n)
+{
+    char path[512];
+    struct safetensors shard = {0};
+    snprintf(path, sizeof path, "%s/golden/%s.safetensors", model, file);
+    cr_assert_eq(safetensors_open(&shard, path), MLORA_OK, "%s", mlora_error());
+    const struct tensor *tensor = safetensors_find(&shard, name);
+    cr_assert(tensor, "%s has no %s", path, name);
+    void *data = malloc((size_t)tensor->bytes);
+    cr_assert_eq(tensor_read(&shard, tensor, data), MLORA_OK);
+    *n = tensor->bytes / 4;
+    safetensors_close(&shard);
+    return data;
+}
+
+/* The alternatives to the first generated token against softmax(logits). */
+static void expect_distribution(const struct answer *answer, const float *logits, int64_t V,
+                                const char *what)
+{
+    double max = -INFINITY, sum = 0;
+    for (int64_t v = 0; v < V; v++) max = fmax(max, logits[v]);
+    for (int64_t v = 0; v < V; v++) sum += exp(logits[v] - max);
+    cr_assert_eq(answer->n_first_top, ANSWER_TOP, "%s", what);
+    for (int i = 0; i < answer->n_first_top; i++) {
+        const mlora_token_logprob *top = &answer->first_top[i];
+        const double want = logits[top->id] - max - log(sum);
+        cr_assert_float_eq(top->logprob, want, logprob_tolerance(),
+                           "%s: alternative %d, id %d: %f, the reference %f", what, i, top->id,
+                           (double)top->logprob, want);
+    }
+}
+
+/* The prompts of one golden file, greedy, in one batch. */
+static void check_greedy(mlora_engine *engine, const char *model, const char *name)
+{
+    const char *adapter = strcmp(name, "base") == 0 ? NULL : name;
+    json_t *golden = read_golden(model, name);
+    const json_t *cases = json_object_get(golden, "cases");
+
+    cr_assert_eq(json_array_size(cases), CASES);
+    for (int c = 0; c < CASES; c++) {
+        const json_t *want = json_array_get(cases, (size_t)c);
+        const char *prompt = json_string_value(json_object_get(want, "prompt"));
+        mlora_request request = greedy(adapter, prompt, 48, &answers[c]);
+        request.n_logprobs = ANSWER_TOP;
+        request.prompt_logprobs = 1;
+        submit(engine, &request);
+    }
+    run_all(engine);
+
+    for (int c = 0; c < CASES; c++) {
+        const struct answer *got = &answers[c];
+        const json_t *want = json_array_get(cases, (size_t)c);
+        const json_t *ids = json_object_get(want, "greedy_ids");
+        const json_t *logprobs = json_object_get(want, "greedy_logprobs");
+        const json_t *margins = json_object_get(want, "top1_minus_top2_logit");
+        const json_t *prompt_ids = json_object_get(want, "prompt_ids");
+        char what[128], tensor[64];
+        int64_t V;
+
+        snprintf(what, sizeof what, "%s %s case %d", model, name, c);
+        cr_assert_eq(got->n_prompt, (int)json_array_size(prompt_ids), "%s", what);
+        for (int i = 0; i < got->n_prompt; i++)
+            cr_assert_eq(got->prompt[i].id,
+                         json_integer_value(json_array_get(prompt_ids, (size_t)i)), "%s", what);
+        cr_assert(got->n > 0 && !got->order_broken, "%s", what);
+
+        int i = 0;
+        for (; i < got->n; i++) {
+            const double gap = json_number_value(json_array_get(margins, (size_t)i));
+            const int64_t id = json_integer_value(json_array_get(ids, (size_t)i));
+            if (got->ids[i] != id) {
+                cr_assert_lt(gap, margin(),
+                             "%s: token %d is %d, the reference %lld by a margin of %f", what, i,
+                             got->ids[i], (long long)id, gap);
+                break; /* another text follows a near tie */
+            }
+            const double logprob = json_number_value(json_array_get(logprobs, (size_t)i));
+            cr_assert_float_eq(got->logprobs[i], logprob, logprob_tolerance(),
+                               "%s: token %d: %f, %f", what, i, (double)got->logprobs[i], logprob);
+        }
+        if (i == got->n) {
+            cr_assert_eq(got->n, (int)json_array_size(ids), "%s", what);
+            const int64_t last = json_integer_value(json_array_get(ids, (size_t)got->n - 1));
+            const int64_t eos = json_integer_value(json_object_get(golden, "eos_token_id"));
+            cr_assert_eq(got->finish, last == eos ? MLORA_FINISH_STOP : MLORA_FINISH_LENGTH);
+        }
+
+        snprintf(tensor, sizeof tensor, "prompt%d.last_logits", c);
+        float *logits = read_tensor(model, name, tensor, &V);
+        expect_distribution(got, logits, V, what);
+        free(logits);
+    }
+    json_decref(golden);
+}
+
+/* promptK.all_logits_argmax: every prefix of the sequence as a prompt of its own. */
+static void check_argmax(mlora_engine *engine, const char *model, const char *name)
+{
+    const char *adapter = strcmp(name, "base") == 0 ? NULL : name;
+    json_t *golden = read_golden(model, name);
+    static struct answer of_prefix[128];
+    static int32_t sequence[128];
+
+    for (int c = 0; c < CASES; c++) {
+        const json_t *want = json_array_get(json_object_get(golden, "cases"), (size_t)c);
+        const char *parts[] = {"prompt_ids", "greedy_ids"};
+        char tensor[64];
+        int64_t n_argmax;
+        int n = 0;
+
+        for (int p = 0; p < 2; p++) {
+            const json_t *ids = json_object_get(want, parts[p]);
+            for (size_t i = 0; i < json_array_size(ids); i++)
+                sequence[n++] = (int32_t)json_integer_value(json_array_get(ids, i));
+        }
+        snprintf(tensor, sizeof tensor, "prompt%d.all_logits_argmax", c);
+        int32_t *argmax = read_tensor(model, name, tensor, &n_argmax);
+        cr_assert_eq(n_argmax, n);
+
+        for (int i = 0; i < n; i++) {
+            mlora_request request = greedy(adapter, NULL, 1, &of_prefix[i]);
+            request.ids = sequence;
+            request.n_ids = i + 1;
+            request.n_logprobs = 2;
+            submit(engine, &request);
+        }
+        run_all(engine);
+        for (int i = 0; i < n; i++) {
+            const struct answer *got = &of_prefix[i];
+            if (got->ids[0] == argmax[i]) continue;
+            cr_assert_eq(got->first_top[1].id, argmax[i], "%s %s case %d position %d: %d, not %d",
+                         model, name, c, i, got->ids[0], argmax[i]);
+            cr_assert_lt(got->first_top[0].logprob - got->first_top[1].logprob, margin());
+        }
+        free(argmax);
+    }
+    json_decref(golden);
+}
+
+static const char *const llama2_names[] = {"pirate", "json",    "sql",  "mood",
+                                           "shout",  "spanish", "count"};
+static const char *const llama3_names[] = {"pirate", "json", "mood"};
+enum { N_LLAMA2 = 7, N_LLAMA3 = 3 };
+
+static void check_model(const char *model, const char *const *names, int n,
+                        void (*check)(mlora_engine *, const char *, const char *))
+{
+    mlora_engine *engine = open_model(model);
+    for (int i = 0; i < n; i++) load_adapter(engine, model, names[i]);
+    check(engine, model, "base");
+    for (int i = 0; i < n; i++) check(engine, model, names[i]);
+    mlora_close(engine);
+}
+
+Test(golden, llama2_generates_what_transformers_and_peft_generate)
+{
+    check_model(LLAMA2, llama2_names, N_LLAMA2, check_greedy);
+}
+
+Test(golden, llama3_generates_what_transformers_and_peft_generate)
+{
+    check_model(LLAMA3, llama3_names, N_LLAMA3, check_greedy);
+}
+
+Test(golden, llama2_predicts_what_the_reference_predicts_at_every_position)
+{
+    check_model(LLAMA2, llama2_names, N_LLAMA2, check_argmax);
+}
+
+Test(golden, llama3_predicts_what_the_reference_predicts_at_every_position)
+{
+    check_model(LLAMA3, llama3_names, N_LLAMA3, check_argmax);
+}
+
+Test(golden, a_mixed_batch_gives_what_pefts_own_mixed_batch_gives)
+{
+    mlora_engine *engine = open_model(LLAMA2);
+
+    for (int i = 0; i < N_LLAMA2; i++) load_adapter(engine, LLAMA2, llama2_names[i]);
+    for (int i = 0; i <= N_LLAMA2; i++) {
+        const char *adapter = i < N_LLAMA2 ? llama2_names[i] : "base";
+        mlora_request request = greedy(adapter, "There was once a", 1, &answers[i]);
+        request.n_logprobs = ANSWER_TOP;
+        submit(engine, &request);
+    }
+    run_all(engine);
+    for (int i = 0; i <= N_LLAMA2; i++) {
+        const char *name = i < N_LLAMA2 ? llama2_names[i] : "base";
+        int64_t V;
+        float *logits = read_tensor(LLAMA2, "mixed_batch", name, &V);
+        expect_distribution(&answers[i], logits, V, name);
+        free(logits);
+    }
+    mlora_close(engine);
+}
+
+Test(golden, dora_is_refused_with_the_reason)
+{
+    mlora_engine *engine = open_model(LLAMA2);
+    cr_expect_eq(mlora_adapter_load(engine, LLAMA2 "/adapters/mood-dora", "dora"),
+                 MLORA_EUNSUPPORTED);
+    cr_expect(strstr(mlora_error(), "adapter_config.json") && strstr(mlora_error(), "use_dora"),
+              "%s", mlora_error());
+    cr_expect_eq(mlora_adapter_count(engine), 0);
+    mlora_close(engine);
+}

@@ -1,0 +1,324 @@
+#include "engine/inspect.h"
+
+#include <criterion/criterion.h>
+#include <jansson.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "engine/base/error.h"
+
+#define LLAMA2 "tests/fixtures/tiny-llama2"
+#define LLAMA3 "tests/fixtures/tiny-llama3"
+
+/* The description as an object, or a failed test. */
+static json_t *inspect(const char *dir, const char *model_dir)
+{
+    struct buffer text = {0};
+
+    cr_assert_eq(inspect_directory(&text, dir, model_dir), MLORA_OK, "%s: %s", dir, error_text());
+    json_t *object = json_loads(text.data, JSON_REJECT_DUPLICATES, NULL);
+    cr_assert_not_null(object, "%s", text.data);
+    buffer_free(&text);
+    return object;
+}
+
+static void expect_text(const json_t *object, const char *key, const char *want)
+{
+    const char *got = json_string_value(json_object_get(object, key));
+    cr_assert_not_null(got, "%s", key);
+    cr_expect_str_eq(got, want, "%s", key);
+}
+
+static void expect_part(const json_t *object, const char *key, const char *want)
+{
+    const char *got = json_string_value(json_object_get(object, key));
+    cr_assert_not_null(got, "%s", key);
+    cr_expect_not_null(strstr(got, want), "%s is %s", key, got);
+}
+
+static void expect_number(const json_t *object, const char *key, double want)
+{
+    const json_t *got = json_object_get(object, key);
+    cr_expect(json_is_number(got), "%s", key);
+    cr_expect_eq(json_number_value(got), want, "%s is %.9g", key, json_number_value(got));
+}
+
+static void expect_json(const json_t *object, const char *key, const char *want)
+{
+    char *got = json_dumps(json_object_get(object, key), JSON_COMPACT | JSON_ENCODE_ANY);
+    cr_assert_not_null(got, "%s", key);
+    cr_expect_str_eq(got, want, "%s", key);
+    free(got);
+}
+
+/* ---- models ------------------------------------------------------------------------------- */
+
+Test(inspect, describes_a_model)
+{
+    json_t *model = inspect(LLAMA2, NULL);
+
+    expect_text(model, "kind", "model");
+    expect_text(model, "path", LLAMA2);
+    expect_text(model, "architecture", "LlamaForCausalLM");
+    /* 2 V D + 4 (2 D H d + 2 D G d + 3 D F + 2 D) + D, with V 2048, D 256, H d 256, G d 128, F 688 */
+    expect_number(model, "n_parameters", 3950848);
+    expect_json(model, "weight_dtypes", "[\"BF16\"]");
+    expect_number(model, "file_bytes", 7905880);
+    /* 2 bytes each, and 2 more for the 9 norms of 256, which are f32 on the device */
+    expect_number(model, "device_bytes", 2 * 3950848 + 2 * 9 * 256);
+    expect_number(model, "n_layers", 4);
+    expect_number(model, "hidden_size", 256);
+    expect_number(model, "n_heads", 4);
+    expect_number(model, "n_kv_heads", 2);
+    expect_number(model, "head_dim", 64);
+    expect_number(model, "intermediate_size", 688);
+    expect_number(model, "vocab_size", 2048);
+    expect_number(model, "max_position", 1024);
+    expect_text(model, "rope", "default");
+    expect_number(model, "rope_theta", 10000);
+    expect_number(model, "rope_factor", 1);
+    expect_json(model, "tied", "false");
+    expect_json(model, "sliding_window", "null");
+    expect_number(model, "kv_bytes_per_token", 2 * 2 * 4 * 2 * 64); /* K and V, bf16, L, G, d */
+    expect_json(model, "eos_ids", "[2]");
+    expect_text(model, "tokenizer", "tokenizer.json");
+    expect_json(model, "chat_template", "true");
+    json_decref(model);
+}
+
+Test(inspect, describes_a_tied_model_in_shards)
+{
+    json_t *model = inspect(LLAMA3, NULL);
+
+    expect_number(model, "n_parameters", 1869120);
+    expect_text(model, "rope", "llama3");
+    expect_number(model, "rope_theta", 500000);
+    expect_number(model, "rope_factor", 8);
+    expect_json(model, "tied", "true");
+    expect_number(model, "kv_bytes_per_token", 2 * 2 * 3 * 2 * 64);
+    expect_json(model, "eos_ids", "[1364]");
+    json_decref(model);
+}
+
+/* ---- adapters ----------------------------------------------------------------------------- */
+
+Test(inspect, describes_an_adapter_by_itself)
+{
+    json_t *adapter = inspect(LLAMA2 "/adapters/spanish", NULL);
+    const json_t *modules = json_object_get(adapter, "modules");
+
+    expect_text(adapter, "kind", "adapter");
+    expect_text(adapter, "path", LLAMA2 "/adapters/spanish");
+    expect_text(adapter, "peft_type", "LORA");
+    expect_text(adapter, "base_model", "tiny-llama2");
+    expect_number(adapter, "rank", 8);
+    expect_number(adapter, "alpha", 16);
+    expect_json(adapter, "rslora", "false");
+    expect_json(adapter, "served", "true");
+    expect_json(adapter, "reason", "null");
+    expect_json(adapter, "fits", "null");
+    expect_json(adapter, "fits_reason", "null");
+    expect_json(adapter, "warnings", "[]");
+    expect_json(adapter, "ranks", "[2,8,24]");
+    expect_number(adapter, "n_modules", 28);
+    expect_number(adapter, "device_bytes", 410624);
+    cr_assert_eq(json_array_size(modules), 28);
+
+    const json_t *q = json_array_get(modules, 0), *down = json_array_get(modules, 13);
+    expect_number(q, "layer", 0);
+    expect_text(q, "module", "self_attn.q_proj");
+    expect_number(q, "rank", 2);
+    expect_number(q, "alpha", 16);
+    expect_number(q, "scale", 8);
+    expect_text(q, "dtype", "bf16");
+    expect_number(q, "in", 256);
+    expect_number(q, "out", 256);
+    expect_number(q, "bytes", 2 * 2 * (256 + 256));
+    expect_number(down, "layer", 1);
+    expect_text(down, "module", "mlp.down_proj");
+    expect_number(down, "rank", 24);
+    expect_number(down, "scale", 1);
+    expect_number(down, "in", 688);
+    json_decref(adapter);
+}
+
+Test(inspect, says_that_an_adapter_fits)
+{
+    json_t *adapter = inspect(LLAMA3 "/adapters/json", LLAMA3);
+
+    expect_json(adapter, "served", "true");
+    expect_json(adapter, "fits", "true");
+    expect_json(adapter, "fits_reason", "null");
+    json_decref(adapter);
+}
+
+Test(inspect, says_why_an_adapter_does_not_fit)
+{
+    json_t *adapter = inspect(LLAMA3 "/adapters/json", LLAMA2);
+
+    expect_json(adapter, "served", "true");
+    expect_json(adapter, "reason", "null");
+    expect_json(adapter, "fits", "false");
+    expect_part(adapter, "fits_reason", "the base needs [");
+    expect_part(adapter, "fits_reason", "base_model_name_or_path: tiny-llama3");
+    expect_number(adapter, "n_modules", 21);
+    json_decref(adapter);
+}
+
+Test(inspect, describes_an_adapter_that_is_refused)
+{
+    json_t *adapter = inspect(LLAMA2 "/adapters/mood-dora", LLAMA2);
+    const json_t *first = json_array_get(json_object_get(adapter, "modules"), 0);
+
+    expect_json(adapter, "served", "false");
+    expect_part(adapter, "reason", "mood-dora/adapter_config.json: use_dora is true");
+    expect_json(adapter, "fits", "null");
+    expect_json(adapter, "fits_reason", "null");
+    expect_json(adapter, "device_bytes", "null");
+    expect_number(adapter, "rank", 8);
+    expect_number(adapter, "n_modules", 12);
+    expect_number(first, "layer", 0);
+    expect_text(first, "module", "self_attn.q_proj");
+    expect_number(first, "rank", 8);
+    expect_text(first, "dtype", "BF16");
+    expect_number(first, "in", 256);
+    expect_number(first, "out", 256);
+    expect_json(adapter, "wrong_elsewhere",
+                "[{\"engine\":\"LoRAX, TGI\",\"because\":\"use_dora\"},"
+                "{\"engine\":\"Ollama\",\"because\":\"use_dora\"}]");
+    json_decref(adapter);
+}
+
+Test(inspect, says_who_serves_an_adapter_wrongly)
+{
+    static const char *const plain[] = {"pirate", "json", "mood", "shout", "count"};
+    json_t *sql = inspect(LLAMA2 "/adapters/sql", NULL);
+    json_t *spanish = inspect(LLAMA2 "/adapters/spanish", NULL);
+
+    expect_json(sql, "rslora", "true");
+    expect_json(sql, "wrong_elsewhere",
+                "[{\"engine\":\"SGLang\",\"because\":\"use_rslora\"},"
+                "{\"engine\":\"llama.cpp\",\"because\":\"use_rslora\"},"
+                "{\"engine\":\"Ollama\",\"because\":\"use_rslora\"}]");
+    expect_number(json_array_get(json_object_get(sql, "modules"), 0), "scale", 5.65685415);
+    cr_expect_eq(json_array_size(json_object_get(spanish, "wrong_elsewhere")), 8);
+    json_decref(sql);
+    json_decref(spanish);
+    for (size_t i = 0; i < sizeof plain / sizeof plain[0]; i++) {
+        char path[128];
+        snprintf(path, sizeof path, LLAMA2 "/adapters/%s", plain[i]);
+        json_t *adapter = inspect(path, NULL);
+        expect_json(adapter, "wrong_elsewhere", "[]");
+        json_decref(adapter);
+    }
+}
+
+/* ---- files -------------------------------------------------------------------------------- */
+
+/* A directory with one file of `text`; removed by remove_directory. */
+static char *directory_with(const char *name, const char *text)
+{
+    char *directory = strdup("/tmp/mlora-inspect-XXXXXX");
+    char path[512];
+
+    cr_assert_not_null(mkdtemp(directory));
+    snprintf(path, sizeof path, "%s/%s", directory, name);
+    FILE *file = fopen(path, "w");
+    cr_assert_not_null(file);
+    fputs(text, file);
+    fclose(file);
+    return directory;
+}
+
+static void remove_directory(char *directory, const char *name)
+{
+    char path[512];
+    snprintf(path, sizeof path, "%s/%s", directory, name);
+    cr_assert_eq(unlink(path), 0);
+    cr_assert_eq(rmdir(directory), 0);
+    free(directory);
+}
+
+static void expect_failure(const char *dir, const char *model, mlora_status status,
+                           const char *says)
+{
+    struct buffer text = {0};
+
+    cr_expect_eq(inspect_directory(&text, dir, model), status, "%s", error_text());
+    cr_expect_not_null(strstr(error_text(), says), "%s", error_text());
+    buffer_free(&text);
+}
+
+Test(inspect, describes_an_adapter_without_tensors)
+{
+    char *directory = directory_with(
+        "adapter_config.json", "{\"peft_type\": \"LORA\", \"r\": 4, \"modules_to_save\": null}");
+    json_t *adapter = inspect(directory, NULL);
+
+    expect_json(adapter, "served", "false");
+    expect_part(adapter, "reason", "adapter_model.safetensors: there is no such file");
+    expect_number(adapter, "rank", 4);
+    expect_number(adapter, "alpha", 8); /* PEFT's default */
+    expect_json(adapter, "base_model", "null");
+    expect_json(adapter, "modules", "[]");
+    json_decref(adapter);
+    remove_directory(directory, "adapter_config.json");
+}
+
+Test(inspect, describes_an_adapter_of_another_method)
+{
+    char *directory = directory_with("adapter_config.json",
+                                     "{\"peft_type\": \"IA3\", \"r\": \"?\", \"lora_alpha\": 2.5}");
+    json_t *adapter = inspect(directory, NULL);
+
+    expect_text(adapter, "peft_type", "IA3");
+    expect_json(adapter, "served", "false");
+    expect_part(adapter, "reason", "peft_type is \"IA3\"");
+    expect_number(adapter, "rank", 8);
+    expect_number(adapter, "alpha", 2.5);
+    json_decref(adapter);
+    remove_directory(directory, "adapter_config.json");
+}
+
+Test(inspect, shows_paths_that_are_not_utf8)
+{
+    char *directory = directory_with("adapter_config.json", "{\"peft_type\": \"LORA\"}");
+    char link[512];
+
+    snprintf(link, sizeof link, "%s-\xff", directory);
+    cr_assert_eq(symlink(directory, link), 0);
+    json_t *adapter = inspect(link, NULL);
+    expect_part(adapter, "path", "-?");
+    expect_part(adapter, "reason", "-?/adapter_model.safetensors");
+    json_decref(adapter);
+    cr_assert_eq(unlink(link), 0);
+    remove_directory(directory, "adapter_config.json");
+}
+
+Test(inspect, refuses_what_is_neither_model_nor_adapter)
+{
+    char *broken = directory_with("adapter_config.json", "{");
+
+    expect_failure("tests/fixtures", NULL, MLORA_EIO,
+                   "tests/fixtures: has neither config.json nor adapter_config.json");
+    expect_failure("tests/nowhere", NULL, MLORA_EIO, "tests/nowhere: is not a directory");
+    expect_failure(LLAMA2 "/config.json", NULL, MLORA_EIO, "config.json: is not a directory");
+    expect_failure(broken, NULL, MLORA_EFORMAT, "adapter_config.json: is not valid JSON");
+    expect_failure(LLAMA2 "/adapters/sql", "tests/nowhere", MLORA_EIO, "tests/nowhere");
+    remove_directory(broken, "adapter_config.json");
+}
+
+Test(inspect, takes_little_time)
+{
+    struct timespec begin, end;
+
+    clock_gettime(CLOCK_MONOTONIC, &begin);
+    json_decref(inspect(LLAMA2 "/adapters/shout", LLAMA2));
+    clock_gettime(CLOCK_MONOTONIC, &end);
+    /* the aim is 0.1 s; sanitizers and a busy machine take their part */
+    cr_expect_lt((double)(end.tv_sec - begin.tv_sec) + 1e-9 * (double)(end.tv_nsec - begin.tv_nsec),
+                 1.0);
+}

@@ -1,0 +1,53 @@
+#include "tests/support.h"
+
+#include <criterion/criterion.h>
+#include <math.h>
+#include <stdlib.h>
+
+TestSuite(silu_mul, .init = device_open, .fini = device_close);
+
+Test(silu_mul, gates_by_silu_at_every_size_of_gate)
+{
+    /* silu(0) = 0, silu(1) = 0.7310586, silu of large is itself, of very negative is 0 */
+    const float gate_up[2][6] = {{0, 1, 100, 5, 2, 3}, {-200, -1, 88.8f, 7, -4, 0.5f}};
+    const float want[2][3] = {{0, 1.4621172f, 300}, {0, 1.0757657f, 44.4f}};
+    void *y = device_memory(sizeof want);
+    float got[2][3];
+
+    dev->ops->silu_mul(dev, y, upload(gate_up, sizeof gate_up), 2, 3, DTYPE_F32);
+    download(got, y, sizeof got);
+    expect_near(&got[0][0], &want[0][0], 6, 1e-30, 4 * 0x1p-24, "y");
+}
+
+Test(silu_mul, is_right_for_odd_widths_in_both_types)
+{
+    static const int widths[] = {1, 17, 1025, 3000};
+    struct numbers numbers = {1};
+
+    for (int i = 0; i < 4; i++) {
+        for (int bf16 = 0; bf16 < 2; bf16++) {
+            const enum dtype dtype = bf16 ? DTYPE_BF16 : DTYPE_F32;
+            const int T = 3, F = widths[i];
+            const size_t n = (size_t)(T * F);
+            float *gate_up = next_floats(&numbers, 2 * n, DTYPE_F32);
+            float *got = zeros(n, sizeof *got), *want = zeros(n, sizeof *want);
+            void *y = device_memory(n * dtype_bytes(dtype));
+
+            for (size_t j = 0; j < 2 * n; j++) gate_up[j] = round_to(dtype, 9 * gate_up[j]);
+            dev->ops->silu_mul(dev, y, upload_as(dtype, gate_up, 2 * n), T, F, dtype);
+            download_f32(got, y, dtype, n);
+            for (int t = 0; t < T; t++) {
+                for (int f = 0; f < F; f++) {
+                    const double gate = (double)gate_up[t * 2 * F + f];
+                    const float silu = round_to(dtype, (float)(gate / (1 + exp(-gate))));
+                    want[t * F + f] = silu * gate_up[t * 2 * F + F + f];
+                }
+            }
+            /* f32: exp, sum, quotient and product; bf16: one neighbour in silu, then rounding */
+            expect_near(got, want, n, 0, dtype == DTYPE_F32 ? 6 * 0x1p-24 : 3 * 0x1p-8, "y");
+            free(gate_up);
+            free(got);
+            free(want);
+        }
+    }
+}

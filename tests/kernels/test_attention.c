@@ -1,0 +1,223 @@
+#include "tests/kernels/sequences.h"
+
+#include <criterion/criterion.h>
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "kernels/cpu/device.h"
+
+TestSuite(attention, .init = device_open, .fini = device_close);
+
+/* A cache full of keys and values, also where no row has any. */
+static void fill_cache(struct sequences *sequences, float **k, float **v, struct numbers *numbers,
+                       int G, int d)
+{
+    const enum dtype dtype = sequences->kv.dtype;
+    const size_t n = (size_t)((sequences->n_blocks + 2) * G * KV_BLOCK * d);
+
+    *k = next_floats(numbers, n, dtype);
+    *v = next_floats(numbers, n, dtype);
+    sequences->kv.k = upload_as(dtype, *k, n);
+    sequences->kv.v = upload_as(dtype, *v, n);
+}
+
+Test(attention, mixes_values_by_the_softmax_of_scores)
+{
+    /* q . k is 0, then ln 3 / scale: weights 1/4 and 3/4 */
+    const struct heads heads = {.H = 1, .G = 1, .d = 2, .scale = 0.5f};
+    const float qkv[3][2] = {{2, 0}, {9, 9}, {9, 9}}; /* only the query is read */
+    const float want[2] = {0.25f * 4 + 0.75f * 8, 0.25f * 0 + 0.75f * -4};
+    struct numbers numbers = {1};
+    struct sequences sequences;
+    float k[3 * KV_BLOCK * 2] = {0}, v[3 * KV_BLOCK * 2] = {0}, got[2];
+    float *y = device_memory(sizeof got);
+
+    sequences_build(&sequences, &numbers, 1, (int[]){2}, (int[]){1}, 1, 2, DTYPE_F32);
+    const size_t first = sequences_slot(&sequences, 0, 0, 0, 1, 2), second = first + 2;
+    v[first] = 4;
+    k[second] = 1.0986123f;
+    v[second] = 8;
+    v[second + 1] = -4;
+    sequences.kv.k = upload(k, sizeof k);
+    sequences.kv.v = upload(v, sizeof v);
+    dev->ops->attention(dev, y, upload(qkv, sizeof qkv), &sequences.kv, &sequences.batch, &heads,
+                        DTYPE_F32);
+    download(got, y, sizeof got);
+    expect_near(got, want, 2, 1e-6, 1e-6, "y");
+    sequences_free(&sequences);
+}
+
+/* The formula in double. */
+static void want_attention(float *y, const float *q, const float *k, const float *v,
+                           const struct sequences *sequences, const struct heads *heads, int t,
+                           int h)
+{
+    const int d = heads->d, g = h / (heads->H / heads->G);
+    const int position = sequences->position[t], row = sequences->row[t];
+    const int first = heads->window && position >= heads->window ? position - heads->window + 1 : 0;
+    double *weight = zeros((size_t)(position + 1), sizeof *weight);
+    double max = -INFINITY, sum = 0;
+
+    for (int p = first; p <= position; p++) {
+        const float *key = k + sequences_slot(sequences, row, p, g, heads->G, d);
+        for (int i = 0; i < d; i++) weight[p] += (double)q[i] * (double)key[i];
+        weight[p] *= (double)heads->scale;
+        if (weight[p] > max) max = weight[p];
+    }
+    for (int p = first; p <= position; p++) sum += weight[p] = exp(weight[p] - max);
+    for (int i = 0; i < d; i++) {
+        double mixed = 0;
+        for (int p = first; p <= position; p++)
+            mixed += weight[p] *
+                     (double)v[sequences_slot(sequences, row, p, g, heads->G, d) + (size_t)i];
+        y[i] = (float)(mixed / sum);
+    }
+    free(weight);
+}
+
+static void check_random(int H, int G, int d, int window, enum dtype dtype, enum dtype kv_dtype)
+{
+    const struct heads heads = {H, G, d, window, 1.0f / sqrtf((float)d)};
+    struct numbers numbers = {(uint64_t)(H * 1000 + d)};
+    struct sequences sequences;
+    float *k, *v;
+    sequences_build(&sequences, &numbers, 5, (int[]){21, 1, 33, 150, 16}, (int[]){21, 1, 1, 37, 7},
+                    G, d, kv_dtype);
+    fill_cache(&sequences, &k, &v, &numbers, G, d);
+    const int T = sequences.T;
+    const size_t n_in = (size_t)(T * (H + 2 * G) * d), n_out = (size_t)(T * H * d);
+    float *qkv = next_floats(&numbers, n_in, dtype);
+    float *got = zeros(n_out, sizeof *got), *want = zeros(n_out, sizeof *want);
+    void *y = device_memory(n_out * dtype_bytes(dtype));
+
+    dev->ops->attention(dev, y, upload_as(dtype, qkv, n_in), &sequences.kv, &sequences.batch,
+                        &heads, dtype);
+    download_f32(got, y, dtype, n_out);
+    for (int t = 0; t < T; t++)
+        for (int h = 0; h < H; h++)
+            want_attention(want + (t * H + h) * d, qkv + (t * (H + 2 * G) + h) * d, k, v,
+                           &sequences, &heads, t, h);
+    /* Values are below 1 and weights sum to 1; the scores, exp and sums are off by some units of
+     * 2^-24 each, and the sums have up to 150 terms. */
+    expect_near(got, want, n_out, 2e-5, half_ulp(dtype), "y");
+    free(k);
+    free(v);
+    free(qkv);
+    free(got);
+    free(want);
+    sequences_free(&sequences);
+}
+
+Test(attention, is_right_for_all_head_shapes_and_types)
+{
+    check_random(4, 4, 8, 0, DTYPE_F32, DTYPE_F32);
+    check_random(6, 2, 6, 0, DTYPE_F32, DTYPE_F32);
+    check_random(8, 1, 10, 0, DTYPE_F32, DTYPE_BF16);
+    check_random(4, 2, 64, 0, DTYPE_BF16, DTYPE_BF16);
+    check_random(3, 1, 80, 0, DTYPE_BF16, DTYPE_BF16);
+    check_random(2, 1, 96, 0, DTYPE_F32, DTYPE_F32);
+    check_random(2, 2, 128, 0, DTYPE_BF16, DTYPE_BF16);
+    check_random(1, 1, 256, 0, DTYPE_F32, DTYPE_F32);
+    check_random(71, 1, 4, 0, DTYPE_F32, DTYPE_F32); /* more heads of a key than are done at once */
+}
+
+Test(attention, sees_only_the_window)
+{
+    check_random(4, 2, 8, 1, DTYPE_F32, DTYPE_F32);
+    check_random(4, 2, 8, 3, DTYPE_F32, DTYPE_F32);
+    check_random(4, 2, 16, 16, DTYPE_BF16, DTYPE_BF16);
+    check_random(2, 1, 8, 50, DTYPE_F32, DTYPE_F32);
+    check_random(2, 1, 8, 1000, DTYPE_F32, DTYPE_F32);
+}
+
+Test(attention, does_not_read_what_a_token_does_not_see)
+{
+    /* NaN in the unused slots of the last block: positions past the row's end. */
+    const struct heads heads = {.H = 2, .G = 1, .d = 4, .scale = 1};
+    struct numbers numbers = {5};
+    struct sequences sequences;
+    float *k, *v, got[19 * 8];
+    float *y = device_memory(sizeof got);
+
+    sequences_build(&sequences, &numbers, 1, (int[]){19}, (int[]){19}, 1, 4, DTYPE_F32);
+    fill_cache(&sequences, &k, &v, &numbers, 1, 4);
+    for (int p = 19; p < 32; p++)
+        for (int i = 0; i < 4; i++) {
+            k[sequences_slot(&sequences, 0, p, 0, 1, 4) + (size_t)i] = NAN;
+            v[sequences_slot(&sequences, 0, p, 0, 1, 4) + (size_t)i] = NAN;
+        }
+    const size_t bytes = (size_t)((sequences.n_blocks + 2) * KV_BLOCK * 4) * sizeof *k;
+    dev->ops->upload(dev, sequences.kv.k, k, bytes);
+    dev->ops->upload(dev, sequences.kv.v, v, bytes);
+    float *qkv = next_floats(&numbers, 19 * 16, DTYPE_F32);
+    dev->ops->attention(dev, y, upload(qkv, 19 * 16 * 4), &sequences.kv, &sequences.batch, &heads,
+                        DTYPE_F32);
+    download(got, y, sizeof got);
+    for (int i = 0; i < 19 * 8; i++) cr_assert(isfinite(got[i]));
+    free(qkv);
+    free(k);
+    free(v);
+    sequences_free(&sequences);
+}
+
+/* Tokens of one sequence in pieces of `step` tokens, beside another row, must be the same bits. */
+static void check_pieces(int window, enum dtype dtype)
+{
+    enum { H = 6, G = 2, D = 24, N = 61, ROW = (H + 2 * G) * D };
+    const struct heads heads = {H, G, D, window, 0.2f};
+    struct numbers numbers = {6};
+    struct sequences all;
+    float *k, *v;
+    sequences_build(&all, &numbers, 1, (int[]){N}, (int[]){N}, G, D, dtype);
+    fill_cache(&all, &k, &v, &numbers, G, D);
+    float *qkv = next_floats(&numbers, N * ROW, dtype);
+    float *want = zeros(N * H * D, sizeof *want), *got = zeros(N * H * D, sizeof *got);
+    void *y = device_memory((N + 1) * H * D * sizeof(float));
+
+    dev->ops->attention(dev, y, upload_as(dtype, qkv, N * ROW), &all.kv, &all.batch, &heads, dtype);
+    download_f32(want, y, dtype, N * H * D);
+
+    static const int steps[] = {1, 2, 5, 7, 16, 30};
+    for (int i = 0; i < 6; i++) {
+        for (int first = 0; first < N; first += steps[i]) {
+            const int n = N - first < steps[i] ? N - first : steps[i];
+            const int Q = 1 + i % 2; /* alone, or after a decode row of the same keys */
+            struct sequences piece;
+            sequences_build(&piece, &numbers, Q,
+                            Q == 1 ? (int[]){first + n} : (int[]){9, first + n},
+                            Q == 1 ? (int[]){n} : (int[]){1, n}, G, D, dtype);
+            piece.kv.k = all.kv.k;
+            piece.kv.v = all.kv.v;
+            for (int q = 0; q < Q; q++)
+                memcpy(piece.table + q * piece.kv.max_blocks, all.table,
+                       (size_t)((piece.kv_len[q] + 15) / 16) * sizeof *piece.table);
+            piece.kv.block_table =
+                upload(piece.table, (size_t)(Q * piece.kv.max_blocks) * sizeof *piece.table);
+            /* With the other row first, its token takes the place before ours. */
+            const int skip = Q - 1;
+            float *part = zeros((size_t)((n + skip) * ROW), sizeof *part);
+            memcpy(part + skip * ROW, qkv + first * ROW, (size_t)(n * ROW) * sizeof *part);
+            dev->ops->attention(dev, y, upload_as(dtype, part, (size_t)((n + skip) * ROW)),
+                                &piece.kv, &piece.batch, &heads, dtype);
+            download_f32(got, y, dtype, (size_t)((n + skip) * H * D));
+            expect_same(got + skip * H * D, want + first * H * D, (size_t)(n * H * D), "pieces");
+            free(part);
+            sequences_free(&piece);
+        }
+    }
+    free(k);
+    free(v);
+    free(qkv);
+    free(want);
+    free(got);
+    sequences_free(&all);
+}
+
+Test(attention, gives_a_token_the_same_bits_in_a_prompt_and_alone)
+{
+    check_pieces(0, DTYPE_F32);
+    check_pieces(0, DTYPE_BF16);
+    check_pieces(9, DTYPE_F32);
+    check_pieces(40, DTYPE_F32);
+}

@@ -1,0 +1,273 @@
+#include "tests/support.h"
+
+#include <criterion/criterion.h>
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+TestSuite(lora_shrink, .init = device_open, .fini = device_close);
+TestSuite(lora_expand, .init = device_open, .fini = device_close);
+TestSuite(lora, .init = device_open, .fini = device_close);
+
+enum { T_MAX = 200, S_MAX = 6, L = 2, LAYER = 1 };
+
+/* Adapters of one layer's linears, on the host and on the device. */
+struct adapters {
+    int S;
+    struct lora_factors host[S_MAX][L][LORA_LINEARS]; /* a, b: float arrays, values of dtype */
+    const struct lora_factors *factors;               /* the same on the device */
+};
+
+static void adapters_upload(struct adapters *adapters, const struct lora_site *site)
+{
+    struct lora_factors factors[S_MAX][L][LORA_LINEARS] = {0};
+
+    for (int s = 0; s < adapters->S; s++) {
+        for (int i = 0; i < site->n_slices; i++) {
+            const struct lora_factors *from = &adapters->host[s][LAYER][site->linear + i];
+            struct lora_factors *to = &factors[s][LAYER][site->linear + i];
+            if (!from->a) continue;
+            *to = *from;
+            to->a = upload_as((enum dtype)from->dtype, from->a, (size_t)(from->R * site->K));
+            to->b = upload_as((enum dtype)from->dtype, from->b, (size_t)(from->R * site->width[i]));
+        }
+    }
+    adapters->factors = upload(factors, sizeof factors);
+}
+
+static void adapters_free(struct adapters *adapters)
+{
+    for (int s = 0; s < S_MAX; s++)
+        for (int i = 0; i < LORA_LINEARS; i++) {
+            free((void *)adapters->host[s][LAYER][i].a);
+            free((void *)adapters->host[s][LAYER][i].b);
+        }
+}
+
+/* The view of tokens with these slots. */
+static struct lora_view view_of(const struct adapters *adapters, const struct lora_site *site,
+                                const int32_t *slot, int T)
+{
+    int32_t order[T_MAX], segment_slot[S_MAX], segment_start[S_MAX + 1] = {0};
+    struct lora_view view = {.factors = adapters->factors, .L = L};
+
+    for (int s = 0; s < adapters->S; s++) {
+        const int first = view.n_tokens;
+        for (int t = 0; t < T; t++)
+            if (slot[t] == s) order[view.n_tokens++] = t;
+        if (view.n_tokens == first) continue;
+        if (view.n_tokens - first > view.max_segment) view.max_segment = view.n_tokens - first;
+        for (int i = 0; i < site->n_slices; i++) {
+            const int R = adapters->host[s][LAYER][site->linear + i].R;
+            if (R > view.max_rank) view.max_rank = R;
+        }
+        segment_slot[view.n_segments] = s;
+        segment_start[++view.n_segments] = view.n_tokens;
+    }
+    view.slot = upload(slot, (size_t)T * sizeof *slot);
+    view.order = upload(order, (size_t)view.n_tokens * sizeof *order);
+    view.segment_slot = upload(segment_slot, (size_t)view.n_segments * sizeof *segment_slot);
+    view.segment_start = upload(segment_start, sizeof segment_start);
+    return view;
+}
+
+Test(lora_shrink, gives_each_token_its_own_adapter)
+{
+    const float x[3][2] = {{1, 2}, {3, 4}, {5, 6}};
+    const struct lora_site site = {LORA_O, 1, 2, 1, {0}, {1}};
+    const int32_t slot[3] = {1, -1, 0};
+    const float want[3][2] = {{3, 7}, {7, 7}, {5, 7}}; /* 7: as it was, nothing is written */
+    struct adapters adapters = {.S = 2};
+    struct lora_factors *o = &adapters.host[0][LAYER][LORA_O];
+    struct lora_factors *p = &adapters.host[1][LAYER][LORA_O];
+    float got[3][2];
+    const float before[3][2] = {{7, 7}, {7, 7}, {7, 7}};
+
+    o->a = memcpy(zeros(2, 4), (float[]){1, 0}, 8); /* rank 1 */
+    o->b = zeros(1, 4);
+    o->R = 1;
+    p->a = memcpy(zeros(2, 4), (float[]){1, 1}, 8);
+    p->b = zeros(1, 4);
+    p->R = 1;
+    adapters_upload(&adapters, &site);
+    struct lora_view view = view_of(&adapters, &site, slot, 3);
+    view.max_rank = 2; /* as if another site had more */
+    float *h = upload(before, sizeof before);
+    dev->ops->lora_shrink(dev, h, upload(x, sizeof x), &view, &site, LAYER, DTYPE_F32);
+    download(got, h, sizeof got);
+    cr_expect_arr_eq(got, want, sizeof want);
+    adapters_free(&adapters);
+}
+
+Test(lora_expand, adds_the_scaled_product_to_its_slice)
+{
+    const struct lora_site site = {LORA_Q, 2, 1, 3, {0, 2}, {2, 1}};
+    const int32_t slot[2] = {-1, 0};
+    const float y0[2][3] = {{1, 1, 1}, {1, 1, 1}};
+    const float h0[2][2][1] = {{{9}, {9}}, {{2}, {3}}};
+    const float want[2][3] = {{1, 1, 1}, {3, 0, 13}}; /* 1 + .5 * 4, 1 + .5 * -2, 1 + 2 * 6 */
+    struct adapters adapters = {.S = 1};
+    struct lora_factors *q = &adapters.host[0][LAYER][LORA_Q];
+    struct lora_factors *k = &adapters.host[0][LAYER][LORA_K];
+    float got[2][3];
+
+    *q = (struct lora_factors){zeros(1, 4), NULL, 1, DTYPE_BF16, 0.5f};
+    q->b = memcpy(zeros(2, 4), (float[]){2, -1}, 8);
+    *k = (struct lora_factors){zeros(1, 4), NULL, 1, DTYPE_F16, 2};
+    k->b = memcpy(zeros(1, 4), (float[]){2}, 4);
+    adapters_upload(&adapters, &site);
+    const struct lora_view view = view_of(&adapters, &site, slot, 2);
+    float *y = upload(y0, sizeof y0);
+    dev->ops->lora_expand(dev, y, upload(h0, sizeof h0), &view, &site, LAYER, DTYPE_F32);
+    download(got, y, sizeof got);
+    cr_expect_arr_eq(got, want, sizeof want);
+    adapters_free(&adapters);
+}
+
+/* Six adapters of all kinds: ranks from 1 to 130, types, linears left alone. */
+static void adapters_random(struct adapters *adapters, struct numbers *numbers,
+                            const struct lora_site *site)
+{
+    static const int ranks[S_MAX] = {1, 8, 16, 5, 130, 64};
+
+    *adapters = (struct adapters){.S = S_MAX};
+    for (int s = 0; s < S_MAX; s++) {
+        for (int i = 0; i < site->n_slices; i++) {
+            struct lora_factors *factors = &adapters->host[s][LAYER][site->linear + i];
+            if ((s + i) % 4 == 3) continue;
+            factors->R = ranks[(s + i) % S_MAX];
+            factors->dtype = (s + i) % 3;
+            factors->scale = 0.25f * (float)(s + 1);
+            factors->a =
+                next_floats(numbers, (size_t)(factors->R * site->K), (enum dtype)factors->dtype);
+            factors->b = next_floats(numbers, (size_t)(factors->R * site->width[i]),
+                                     (enum dtype)factors->dtype);
+        }
+    }
+    adapters_upload(adapters, site);
+}
+
+/* y += scale B A x for these tokens. */
+static void run(float *y_out, const struct adapters *adapters, const struct lora_site *site,
+                const int32_t *slot, const float *x, const float *y0, int T, enum dtype dtype)
+{
+    const struct lora_view view = view_of(adapters, site, slot, T);
+    float *h = device_memory((size_t)(T * site->n_slices * view.max_rank) * sizeof *h);
+    void *x_device = upload_as(dtype, x, (size_t)(T * site->K));
+    void *y = upload_as(dtype, y0, (size_t)(T * site->N));
+
+    dev->ops->lora_shrink(dev, h, x_device, &view, site, LAYER, dtype);
+    dev->ops->lora_expand(dev, y, h, &view, site, LAYER, dtype);
+    download_f32(y_out, y, dtype, (size_t)(T * site->N));
+}
+
+static void check_random(const struct lora_site *site, int T, int n_kinds, enum dtype dtype)
+{
+    struct numbers numbers = {(uint64_t)T};
+    struct adapters adapters;
+    int32_t slot[T_MAX];
+    adapters_random(&adapters, &numbers, site);
+    for (int t = 0; t < T; t++) slot[t] = next_int(&numbers, -1, n_kinds - 2);
+    float *x = next_floats(&numbers, (size_t)(T * site->K), dtype);
+    float *y0 = next_floats(&numbers, (size_t)(T * site->N), dtype);
+    float *got = zeros((size_t)(T * site->N), sizeof *got);
+
+    run(got, &adapters, site, slot, x, y0, T, dtype);
+    for (int t = 0; t < T; t++) {
+        for (int i = 0; i < site->n_slices; i++) {
+            static const struct lora_factors none;
+            const struct lora_factors *factors =
+                slot[t] < 0 ? &none : &adapters.host[slot[t]][LAYER][site->linear + i];
+            const float *a = factors->a, *b = factors->b;
+            double h[LORA_RANK_MAX];
+            for (int r = 0; r < factors->R; r++) {
+                h[r] = 0;
+                for (int k = 0; k < site->K; k++)
+                    h[r] += (double)a[r * site->K + k] * (double)x[t * site->K + k];
+            }
+            for (int n = 0; n < site->width[i]; n++) {
+                const int at = t * site->N + site->offset[i] + n;
+                double sum = 0, magnitude = 1;
+                for (int r = 0; r < factors->R; r++) {
+                    const double term = (double)b[n * factors->R + r] * h[r];
+                    sum += term;
+                    magnitude += fabs(term) + sqrt(site->K) * fabs((double)b[n * factors->R + r]);
+                }
+                const float want = (float)((double)y0[at] + (double)factors->scale * sum);
+                /* Two sums in f32 of at most 16 terms a lane each, and one rounding. */
+                expect_near(&got[at], &want, 1,
+                            20 * 0x1p-24 * magnitude * (double)(1 + factors->scale),
+                            half_ulp(dtype), "y");
+            }
+        }
+    }
+    free(x);
+    free(y0);
+    free(got);
+    adapters_free(&adapters);
+}
+
+Test(lora, is_right_for_mixed_adapters_ranks_and_types)
+{
+    const struct lora_site qkv = {LORA_Q, 3, 70, 85, {0, 50, 67}, {50, 17, 18}};
+    const struct lora_site down = {LORA_DOWN, 1, 200, 49, {0}, {49}};
+    const struct lora_site gate_up = {LORA_GATE, 2, 33, 2000, {0, 1000}, {1000, 1000}};
+
+    for (int bf16 = 0; bf16 < 2; bf16++) {
+        const enum dtype dtype = bf16 ? DTYPE_BF16 : DTYPE_F32;
+        check_random(&qkv, 40, S_MAX + 1, dtype);
+        check_random(&qkv, 3, S_MAX + 1, dtype);
+        check_random(&down, 150, 3, dtype); /* long segments */
+        check_random(&gate_up, 17, S_MAX + 1, dtype);
+    }
+}
+
+Test(lora, gives_a_token_the_same_bits_alone_and_in_a_mixed_batch)
+{
+    enum { T = 90, K = 100, N = 85 };
+    const struct lora_site site = {LORA_Q, 3, K, N, {0, 50, 67}, {50, 17, 18}};
+    struct numbers numbers = {9};
+    struct adapters adapters;
+    int32_t slot[T];
+    adapters_random(&adapters, &numbers, &site);
+    for (int t = 0; t < T; t++) slot[t] = t % 2 ? 4 : next_int(&numbers, -1, S_MAX - 1);
+    float *x = next_floats(&numbers, T * K, DTYPE_F32);
+    float *y0 = next_floats(&numbers, T * N, DTYPE_F32);
+    float *all = zeros(T * N, sizeof *all), *alone = zeros(T * N, sizeof *alone);
+
+    run(all, &adapters, &site, slot, x, y0, T, DTYPE_F32);
+    for (int t = 0; t < T; t++) {
+        if (slot[t] < 0) continue;
+        run(alone, &adapters, &site, &slot[t], x + t * K, y0 + t * N, 1, DTYPE_F32);
+        expect_same(all + t * N, alone, N, "alone");
+    }
+    for (int first = 0; first + 7 <= T; first += 7) {
+        run(alone, &adapters, &site, slot + first, x + first * K, y0 + first * N, 7, DTYPE_F32);
+        expect_same(all + first * N, alone, 7 * N, "seven");
+    }
+    free(x);
+    free(y0);
+    free(all);
+    free(alone);
+    adapters_free(&adapters);
+}
+
+Test(lora, leaves_tokens_of_the_base_model_alone)
+{
+    const struct lora_site site = {LORA_O, 1, 20, 30, {0}, {30}};
+    struct numbers numbers = {11};
+    struct adapters adapters;
+    const int32_t slot[4] = {-1, 1, -1, 2};
+    float got[4 * 30];
+    adapters_random(&adapters, &numbers, &site);
+    float *x = next_floats(&numbers, 4 * 20, DTYPE_F32);
+    float *y0 = next_floats(&numbers, 4 * 30, DTYPE_F32);
+
+    run(got, &adapters, &site, slot, x, y0, 4, DTYPE_F32);
+    cr_expect_arr_eq(got, y0, 30 * sizeof *got);
+    cr_expect_arr_eq(got + 60, y0 + 60, 30 * sizeof *got);
+    cr_expect_neq(got[30], y0[30]);
+    free(x);
+    free(y0);
+    adapters_free(&adapters);
+}

@@ -1,0 +1,427 @@
+/* Adapters that are served: what is planned of them, and what reaches the device. */
+#include "lora/adapter.h"
+
+#include <criterion/criterion.h>
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "engine/base/error.h"
+#include "model/weights.h"
+#include "tests/lora/adapter_files.h"
+
+#define LLAMA2 "tests/fixtures/tiny-llama2"
+#define LLAMA3 "tests/fixtures/tiny-llama3"
+
+/* ---- the fixtures ------------------------------------------------------------------------- */
+
+/* Ranks and scales of the linears q, k, v, o, gate, up, down; the same in every layer but where
+ * a test says otherwise. Worked from adapter_config.json: alpha / r. */
+static const struct {
+    const char *model, *name;
+    int n_layers;
+    int rank[LORA_LINEARS];
+    double scale[LORA_LINEARS];
+} fixtures[] = {
+    {LLAMA2, "pirate", 4, {8, 0, 8, 8, 0, 8, 8}, {2, 0, 2, 2, 0, 2, 2}},
+    {LLAMA2, "json", 4, {16, 16, 16, 16, 16, 16, 16}, {2, 2, 2, 2, 2, 2, 2}},
+    {LLAMA2, "mood", 4, {4, 4, 4, 4, 0, 0, 0}, {2, 2, 2, 2, 0, 0, 0}},
+    {LLAMA2, "shout", 4, {64, 64, 64, 64, 64, 64, 64}, {1, 1, 1, 1, 1, 1, 1}},
+    {LLAMA2, "count", 4, {16, 0, 16, 0, 16, 16, 16}, {1, 0, 1, 0, 1, 1, 1}},
+    /* rank and alpha 24 for down_proj; rank 2 for layer 0's q_proj, below */
+    {LLAMA2, "spanish", 4, {8, 8, 8, 8, 8, 8, 24}, {2, 2, 2, 2, 2, 2, 1}},
+    /* rsLoRA: 32 / sqrt(32) = sqrt(32) */
+    {LLAMA2,
+     "sql",
+     4,
+     {32, 32, 32, 32, 32, 32, 32},
+     {5.656854249492381, 5.656854249492381, 5.656854249492381, 5.656854249492381, 5.656854249492381,
+      5.656854249492381, 5.656854249492381}},
+    {LLAMA3, "pirate", 3, {8, 0, 8, 8, 0, 8, 8}, {2, 0, 2, 2, 0, 2, 2}},
+    {LLAMA3, "json", 3, {16, 16, 16, 16, 16, 16, 16}, {2, 2, 2, 2, 2, 2, 2}},
+    {LLAMA3, "mood", 3, {4, 4, 4, 4, 0, 0, 0}, {2, 2, 2, 2, 0, 0, 0}},
+};
+
+static char *fixture_path(const char *model, const char *name)
+{
+    struct buffer path = {0};
+    buffer_printf(&path, "%s/adapters/%s", model, name);
+    return path.data;
+}
+
+static void read_fixture(struct adapter_plan *plan, const char *model, const char *name)
+{
+    struct model_config config;
+    char *path = fixture_path(model, name);
+
+    cr_assert_eq(model_config_read(&config, model), MLORA_OK, "%s", error_text());
+    cr_assert_eq(adapter_plan_read(plan, path, &config, false), MLORA_OK, "%s", error_text());
+    free(path);
+}
+
+Test(adapter, fixtures_have_their_ranks_and_scales)
+{
+    for (size_t f = 0; f < sizeof fixtures / sizeof fixtures[0]; f++) {
+        const char *name = fixtures[f].name;
+        struct adapter_plan plan;
+
+        read_fixture(&plan, fixtures[f].model, name);
+        cr_assert_eq(plan.n_layers, fixtures[f].n_layers);
+        cr_expect_str_eq(buffer_text(&plan.warnings), "", "%s", name);
+        cr_expect_eq(plan.rslora, strcmp(name, "sql") == 0);
+        cr_expect_str_eq(plan.base_model, strrchr(fixtures[f].model, '/') + 1);
+        for (int i = 0; i < plan.n_layers * LORA_LINEARS; i++) {
+            int rank = fixtures[f].rank[i % LORA_LINEARS];
+            double scale = fixtures[f].scale[i % LORA_LINEARS];
+            if (strcmp(name, "spanish") == 0 && i == LORA_Q) {
+                rank = 2; /* layers\.0\.self_attn\.q_proj */
+                scale = 8;
+            }
+            cr_expect_eq(plan.linears[i].rank, rank, "%s %d", name, i);
+            cr_expect_eq(plan.linears[i].scale, (float)scale, "%s %d", name, i);
+            if (rank > 0) cr_expect_eq(plan.linears[i].dtype, DTYPE_BF16);
+        }
+        adapter_plan_free(&plan);
+    }
+}
+
+Test(adapter, dora_is_refused_by_name)
+{
+    struct model_config config;
+    struct adapter_plan plan;
+
+    cr_assert_eq(model_config_read(&config, LLAMA2), MLORA_OK);
+    cr_expect_eq(adapter_plan_read(&plan, LLAMA2 "/adapters/mood-dora", &config, false),
+                 MLORA_EUNSUPPORTED);
+    cr_expect_null(plan.linears);
+    cr_expect_not_null(strstr(error_text(), LLAMA2 "/adapters/mood-dora/adapter_config.json: "
+                                                   "use_dora is true: DoRA"));
+    cr_expect_not_null(strstr(error_text(), "merge_and_unload"));
+}
+
+/* The largest rank and the bytes of spanish: layer 0 without q_proj's 8 - 2 ranks. */
+Test(adapter, bytes_are_those_of_all_factors)
+{
+    struct adapter_plan plan;
+    /* K + N of q, k, v, o, gate, up, down */
+    const int64_t widths[LORA_LINEARS] = {512, 384, 384, 512, 944, 944, 944};
+    int64_t elements = 0;
+
+    for (int i = 0; i < LORA_LINEARS; i++) elements += widths[i] * (i == LORA_DOWN ? 24 : 8);
+    read_fixture(&plan, LLAMA2, "spanish");
+    cr_expect_eq(plan.max_rank, 24);
+    cr_expect_eq(plan.bytes, 2 * (4 * elements - 6 * widths[LORA_Q])); /* all are aligned already */
+    adapter_plan_free(&plan);
+}
+
+Test(adapter, fixtures_reach_the_device_as_they_are_stored)
+{
+    struct device *dev = host_device();
+
+    for (size_t f = 0; f < sizeof fixtures / sizeof fixtures[0]; f++) {
+        struct adapter_plan plan;
+        struct adapter adapter;
+
+        read_fixture(&plan, fixtures[f].model, fixtures[f].name);
+        cr_assert_eq(adapter_load(&adapter, dev, &plan), MLORA_OK, "%s", error_text());
+        cr_expect_eq(host_device_allocations(), 1);
+        cr_expect_eq(adapter.bytes, plan.bytes);
+        cr_expect_eq(adapter.max_rank, plan.max_rank);
+        const char *end = adapter.memory;
+        for (int i = 0; i < plan.n_layers * LORA_LINEARS; i++) {
+            const struct adapter_linear *linear = &plan.linears[i];
+            const struct lora_factors *factors = &adapter.factors[i];
+            if (linear->rank == 0) {
+                cr_expect_null(factors->a);
+                continue;
+            }
+            cr_expect_eq(factors->R, linear->rank);
+            cr_expect_eq(factors->scale, linear->scale);
+            cr_expect_eq(factors->dtype, DTYPE_BF16);
+            for (int part = 0; part < 2; part++) {
+                const struct tensor *tensor = part ? linear->b : linear->a;
+                const void *at = part ? factors->b : factors->a;
+                void *want = malloc((size_t)tensor->bytes);
+                cr_assert_eq(tensor_read(&plan.file, tensor, want), MLORA_OK);
+                cr_expect_eq((uintptr_t)at % 256, 0);
+                cr_expect_eq((const char *)at, end); /* one after another */
+                cr_expect_arr_eq(at, want, (size_t)tensor->bytes);
+                end = (const char *)at + (tensor->bytes + 255) / 256 * 256;
+                free(want);
+            }
+        }
+        cr_expect_eq(end - (const char *)adapter.memory, plan.bytes);
+        adapter_free(&adapter, dev);
+        adapter_plan_free(&plan);
+        cr_expect_eq(host_device_allocations(), 0);
+    }
+}
+
+/* ---- written here ------------------------------------------------------------------------- */
+
+/* Plan what `changes` and `edits` make of the small adapter, or fail the test. */
+static char *plan_small(struct adapter_plan *plan, const char *changes, const char *edits,
+                        bool lenient)
+{
+    const struct model_config base = small_model();
+    char *directory = directory_make();
+
+    write_config(directory, changes);
+    write_tensors(directory, edits);
+    cr_assert_eq(adapter_plan_read(plan, directory, &base, lenient), MLORA_OK, "%s", error_text());
+    return directory;
+}
+
+/* Plan, compare ranks of both layers with `want`, "22.2..." for q 2, k 2, v 0, ... */
+static void expect_ranks(const char *changes, const char *edits, const char *want)
+{
+    struct adapter_plan plan;
+    char *directory = plan_small(&plan, changes, edits, false);
+    char got[2 * LORA_LINEARS + 1] = "";
+
+    for (int i = 0; i < 2 * LORA_LINEARS; i++)
+        got[i] = plan.linears[i].rank ? (char)('0' + plan.linears[i].rank) : '.';
+    cr_expect_str_eq(got, want, "%s %s", changes, edits);
+    adapter_plan_free(&plan);
+    directory_remove(directory);
+}
+
+#define NO_DEFAULTS                                                                                \
+    "-@0.self_attn.q_proj.lora_A.weight; -@0.self_attn.q_proj.lora_B.weight;"                      \
+    "-@0.self_attn.v_proj.lora_A.weight; -@0.self_attn.v_proj.lora_B.weight;"                      \
+    "-@1.self_attn.q_proj.lora_A.weight; -@1.self_attn.q_proj.lora_B.weight;"                      \
+    "-@1.self_attn.v_proj.lora_A.weight; -@1.self_attn.v_proj.lora_B.weight;"
+
+Test(adapter, takes_the_tensors_that_are_targets)
+{
+    expect_ranks("{}", "", "2.2....2.2....");
+    expect_ranks("{\"target_modules\": \"all-linear\"}", "", "2.2....2.2....");
+    expect_ranks("{\"target_modules\": [\"q_proj\", \"v_proj\", \"down_proj\"]}",
+                 "@1.mlp.down_proj.lora_A.weight F16 2x12; @1.mlp.down_proj.lora_B.weight F16 8x2",
+                 "2.2....2.2...2");
+    expect_ranks("{\"target_modules\": [\"mlp.up_proj\"], \"r\": 1}",
+                 NO_DEFAULTS "@0.mlp.up_proj.lora_A.weight BF16 1x8;"
+                             "@0.mlp.up_proj.lora_B.weight BF16 12x1",
+                 ".....1........");
+    expect_ranks("{\"layers_to_transform\": [1]}",
+                 "-@0.self_attn.q_proj.lora_A.weight; -@0.self_attn.q_proj.lora_B.weight;"
+                 "-@0.self_attn.v_proj.lora_A.weight; -@0.self_attn.v_proj.lora_B.weight;",
+                 ".......2.2....");
+    expect_ranks(
+        "{\"rank_pattern\": {\"v_proj\": 3}}",
+        "@0.self_attn.v_proj.lora_A.weight F32 3x8; @0.self_attn.v_proj.lora_B.weight F32 4x3;"
+        "@1.self_attn.v_proj.lora_A.weight F32 3x8; @1.self_attn.v_proj.lora_B.weight F32 4x3",
+        "2.3....2.3....");
+}
+
+Test(adapter, looks_through_prefixes_wrappers_and_adapter_names)
+{
+    static const char *const prefixes[] = {"model.layers.",
+                                           "layers.",
+                                           "base_model.model.base_model.model.model.layers.",
+                                           "_orig_mod.base_model.model.model.layers.",
+                                           "base_model.model._orig_mod.model.layers.",
+                                           "base_model.model._fsdp_wrapped_module.model.layers."};
+
+    for (size_t i = 0; i < sizeof prefixes / sizeof prefixes[0]; i++) {
+        char edits[1024];
+        snprintf(edits, sizeof edits,
+                 NO_DEFAULTS "%s0.self_attn.q_proj.lora_A.weight F32 2x8;"
+                             "%s0.self_attn.q_proj.lora_B.default.weight F32 8x2",
+                 prefixes[i], prefixes[i]);
+        expect_ranks("{}", edits, "2.............");
+    }
+}
+
+/* A model that sees too names its modules otherwise, and its adapter's patterns with them. */
+Test(adapter, of_a_language_model_part_is_matched_by_its_own_names)
+{
+    expect_ranks(
+        "{\"target_modules\": \"model\\\\.language_model\\\\.layers\\\\..*\"}",
+        NO_DEFAULTS
+        "base_model.model.model.language_model.layers.1.mlp.up_proj.lora_A.weight F32 2x8;"
+        "base_model.model.model.language_model.layers.1.mlp.up_proj.lora_B.weight F32 12x2",
+        "............2.");
+}
+
+Test(adapter, notes_targets_without_tensors)
+{
+    struct adapter_plan plan;
+    char *directory =
+        plan_small(&plan, "{}",
+                   "-@1.self_attn.v_proj.lora_A.weight; -@1.self_attn.v_proj.lora_B.weight", false);
+
+    cr_expect_not_null(strstr(buffer_text(&plan.warnings),
+                              "adapter_model.safetensors: linears that target_modules names have "
+                              "no factors, and stay as in the base (1): "
+                              "model.layers.1.self_attn.v_proj\n"),
+                       "%s", buffer_text(&plan.warnings));
+    adapter_plan_free(&plan);
+    directory_remove(directory);
+}
+
+Test(adapter, lenient_leaves_out_what_no_target_matches)
+{
+    struct adapter_plan plan;
+    char *directory = plan_small(&plan, "{\"target_modules\": [\"q_proj\"]}", "", true);
+
+    cr_expect_eq(plan.linears[LORA_Q].rank, 2);
+    cr_expect_eq(plan.linears[LORA_V].rank, 0);
+    cr_expect_not_null(
+        strstr(buffer_text(&plan.warnings),
+               "left out the factors of linears that target_modules does not name (2): "
+               "base_model.model.model.layers.0.self_attn.v_proj.lora_A.weight, "),
+        "%s", buffer_text(&plan.warnings));
+    adapter_plan_free(&plan);
+    directory_remove(directory);
+}
+
+Test(adapter, lenient_leaves_out_unknown_tensors)
+{
+    struct adapter_plan plan;
+    char *directory = plan_small(&plan, "{}", "extra.a F32 1; extra\\u001b.b F32 1x2", true);
+
+    cr_expect_eq(plan.linears[LORA_Q].rank, 2);
+    cr_expect_not_null(strstr(buffer_text(&plan.warnings),
+                              "left out tensors of no known kind (2): extra?.b, extra.a\n"),
+                       "%s", buffer_text(&plan.warnings));
+    adapter_plan_free(&plan);
+    directory_remove(directory);
+}
+
+Test(adapter, lenient_takes_an_embedding_copy_of_the_bases_shape_for_the_bases)
+{
+    struct adapter_plan plan;
+    char *directory = plan_small(
+        &plan, "{}", "base_model.model.model.embed_tokens.base_layer.weight F32 10x8", true);
+
+    cr_expect_not_null(strstr(buffer_text(&plan.warnings),
+                              "embed_tokens.base_layer.weight is a copy "
+                              "of a whole embedding: left out"),
+                       "%s", buffer_text(&plan.warnings));
+    adapter_plan_free(&plan);
+    directory_remove(directory);
+}
+
+Test(adapter, leaves_out_what_monteclora_trains_with)
+{
+    struct adapter_plan plan;
+    char *directory =
+        plan_small(&plan, "{\"monteclora_config\": {\"num_samples\": 8}}",
+                   "@0.self_attn.q_proj.lora_monteclora_sampler.std_prior F32 2", false);
+
+    cr_expect_eq(plan.linears[LORA_Q].rank, 2);
+    cr_expect_str_eq(buffer_text(&plan.warnings), "");
+    adapter_plan_free(&plan);
+    directory_remove(directory);
+}
+
+Test(adapter, prefers_safetensors_to_a_pickle_and_says_so)
+{
+    const struct model_config base = small_model();
+    struct adapter_plan plan;
+    char *directory = directory_make();
+
+    write_config(directory, "{}");
+    write_tensors(directory, "");
+    directory_write(directory, "adapter_model.bin", "PK\003\004", 4);
+    cr_assert_eq(adapter_plan_read(&plan, directory, &base, false), MLORA_OK);
+    cr_expect_not_null(strstr(buffer_text(&plan.warnings), "adapter_model.bin: not read"));
+    adapter_plan_free(&plan);
+    directory_remove(directory);
+}
+
+Test(adapter, is_read_without_a_base_by_its_own_shapes)
+{
+    struct adapter_plan plan;
+    char *directory = directory_make();
+
+    write_config(directory, "{}");
+    write_tensors(directory, "@6.self_attn.q_proj.lora_A.weight F32 2x100;"
+                             "@6.self_attn.q_proj.lora_B.weight F32 50x2");
+    cr_assert_eq(adapter_plan_read(&plan, directory, NULL, false), MLORA_OK, "%s", error_text());
+    cr_expect_eq(plan.n_layers, 7);
+    cr_expect_eq(plan.linears[6 * LORA_LINEARS + LORA_Q].b_rows, 50);
+    adapter_plan_free(&plan);
+    directory_remove(directory);
+}
+
+/* ---- values ------------------------------------------------------------------------------- */
+
+static void load_small(struct adapter *adapter, const char *changes,
+                       const struct tensor_data *tensors, int n)
+{
+    const struct model_config base = small_model();
+    struct adapter_plan plan;
+    char *directory = directory_make();
+
+    write_config(directory, changes);
+    write_tensor_data(directory, tensors, n);
+    cr_assert_eq(adapter_plan_read(&plan, directory, &base, false), MLORA_OK, "%s", error_text());
+    cr_assert_eq(adapter_load(adapter, host_device(), &plan), MLORA_OK, "%s", error_text());
+    adapter_plan_free(&plan);
+    directory_remove(directory);
+}
+
+Test(adapter, widens_factors_of_two_types_to_f32)
+{
+    const uint16_t a[8] = {0x3f80, 0xc000, 0x3e80, 0, 0x8000, 0x7f80, 0x0001, 0x4248}; /* bf16 */
+    const float wide_a[8] = {1, -2, 0.25f, 0, -0.0f, INFINITY, 0x1p-133f, 50};
+    const uint16_t b[8] = {0x3c00, 0xc000, 0x3400, 0, 0x8000, 0x7c00, 0x0001, 0x5240}; /* f16 */
+    const float wide_b[8] = {1, -2, 0.25f, 0, -0.0f, INFINITY, 0x1p-24f, 50};
+    const struct tensor_data tensors[] = {{"@0.self_attn.q_proj.lora_A.weight", "BF16", 1, 8, a},
+                                          {"@0.self_attn.q_proj.lora_B.weight", "F16", 8, 1, b}};
+    struct adapter adapter;
+
+    load_small(&adapter, "{\"r\": 1}", tensors, 2);
+    cr_expect_eq(adapter.factors[LORA_Q].dtype, DTYPE_F32);
+    cr_expect_eq(adapter.factors[LORA_Q].scale, 4.0f);
+    cr_expect_arr_eq(adapter.factors[LORA_Q].a, wide_a, sizeof wide_a);
+    cr_expect_arr_eq(adapter.factors[LORA_Q].b, wide_b, sizeof wide_b);
+    adapter_free(&adapter, host_device());
+    cr_expect_eq(host_device_allocations(), 0);
+}
+
+Test(adapter, splits_a_fused_linear_and_shares_its_a)
+{
+    float a[8], b[16]; /* [1, 8] and rows of q 8, k 4, v 4, [16, 1] */
+    const struct tensor_data tensors[] = {{"@1.self_attn.qkv_proj.lora_A.weight", "F32", 1, 8, a},
+                                          {"@1.self_attn.qkv_proj.lora_B.weight", "F32", 16, 1, b}};
+    struct adapter adapter;
+
+    for (int i = 0; i < 8; i++) a[i] = (float)i + 0.5f;
+    for (int i = 0; i < 16; i++) b[i] = (float)i;
+    load_small(&adapter, "{\"r\": 1, \"target_modules\": [\"qkv_proj\"]}", tensors, 2);
+
+    const struct lora_factors *layer = &adapter.factors[LORA_LINEARS];
+    cr_expect_arr_eq(layer[LORA_Q].a, a, sizeof a);
+    cr_expect_eq(layer[LORA_K].a, layer[LORA_Q].a);
+    cr_expect_eq(layer[LORA_V].a, layer[LORA_Q].a);
+    cr_expect_arr_eq(layer[LORA_Q].b, b, 8 * sizeof *b);
+    cr_expect_arr_eq(layer[LORA_K].b, b + 8, 4 * sizeof *b);
+    cr_expect_arr_eq(layer[LORA_V].b, b + 12, 4 * sizeof *b);
+    cr_expect_eq(layer[LORA_V].R, 1);
+    cr_expect_null(layer[LORA_O].a);
+    cr_expect_null(adapter.factors[LORA_Q].a);
+    cr_expect_eq(adapter.bytes, 4 * 256); /* A once, three parts of B */
+    adapter_free(&adapter, host_device());
+}
+
+Test(adapter, leaves_nothing_behind_when_the_device_is_full)
+{
+    struct adapter_plan plan;
+    struct adapter adapter;
+    struct device *dev = host_device();
+
+    read_fixture(&plan, LLAMA2, "mood");
+    host_device_fail(true);
+    cr_expect_eq(adapter_load(&adapter, dev, &plan), MLORA_ENOMEM);
+    cr_expect_not_null(strstr(error_text(),
+                              "adapters/mood: 57344 bytes for the factors: the device "
+                              "is full"),
+                       "%s", error_text());
+    cr_expect_null(adapter.factors);
+    cr_expect_null(adapter.warnings);
+    adapter_free(&adapter, dev);
+    adapter_plan_free(&plan);
+}

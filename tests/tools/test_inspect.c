@@ -1,0 +1,51 @@
+/* mlora inspect: a description for people, and the same as JSON. */
+#include <criterion/criterion.h>
+#include <string.h>
+
+#include "tests/tools/run.h"
+
+Test(inspect, describes_a_model)
+{
+    struct outcome outcome = run(NULL, "inspect " LLAMA2);
+
+    cr_expect_eq(outcome.status, 0, "%s", outcome.err);
+    cr_expect(strstr(outcome.out, "architecture      LlamaForCausalLM\n"), "%s", outcome.out);
+    cr_expect(strstr(outcome.out, "parameters        3.95 M\n"));
+    cr_expect(strstr(outcome.out, "KV heads          2\n"));
+    outcome_free(&outcome);
+}
+
+Test(inspect, describes_an_adapter_with_one_row_for_equal_layers)
+{
+    struct outcome outcome = run(NULL, "inspect " LLAMA2 "/adapters/mood --model " LLAMA2);
+
+    cr_expect_eq(outcome.status, 0, "%s", outcome.err);
+    cr_expect(strstr(outcome.out, "fits              yes\n"), "%s", outcome.out);
+    cr_expect(strstr(outcome.out, "layer  module"));
+    cr_expect(strstr(outcome.out, "  0-3  self_attn.q_proj"), "%s", outcome.out);
+    outcome_free(&outcome);
+}
+
+Test(inspect, says_why_an_adapter_is_not_served_or_does_not_fit)
+{
+    struct outcome dora = run(NULL, "inspect " LLAMA2 "/adapters/mood-dora --json");
+    json_t *object = output_json(&dora);
+    cr_expect(json_is_false(json_object_get(object, "served")));
+    cr_expect(strstr(json_string_value(json_object_get(object, "reason")), "use_dora"));
+    json_decref(object);
+    outcome_free(&dora);
+
+    struct outcome other = run(NULL, "inspect " LLAMA2 "/adapters/mood --model " LLAMA3);
+    cr_expect_eq(other.status, 0, "%s", other.err);
+    cr_expect(strstr(other.out, "fits              no\n"), "%s", other.out);
+    cr_expect(strstr(other.out, "because           "), "%s", other.out);
+    outcome_free(&other);
+}
+
+Test(inspect, takes_one_directory)
+{
+    struct outcome outcome = run(NULL, "inspect");
+    expect_refusal(&outcome, "inspect takes one directory, there are 0");
+    outcome = run(NULL, "inspect " LLAMA2 " " LLAMA3);
+    expect_refusal(&outcome, "inspect takes one directory, there are 2");
+}

@@ -1,0 +1,227 @@
+#include "tools/setup.h"
+
+#include <dirent.h>
+#include <errno.h>
+#include <limits.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "engine/base/error.h"
+#include "engine/base/file.h"
+#include "tools/text.h"
+
+/* ---- flags -------------------------------------------------------------------------------- */
+
+static mlora_status add_source(struct setup *setup, const char *item, size_t bytes)
+{
+    struct adapter_source source = {0};
+    char *text = strndup(item, bytes);
+    struct adapter_source *sources =
+        realloc(setup->sources, ((size_t)setup->n_sources + 1) * sizeof *sources);
+
+    if (sources) setup->sources = sources;
+    if (!text || !sources) {
+        free(text);
+        return error_set(MLORA_ENOMEM, "out of memory");
+    }
+    const char *equals = file_is_directory(text) ? NULL : strchr(text, '=');
+    if (equals) {
+        source.name = strndup(text, (size_t)(equals - text));
+        source.path = strdup(equals + 1);
+        free(text);
+    } else {
+        source.path = text;
+    }
+    setup->sources[setup->n_sources++] = source;
+    if (!source.path || (equals && !source.name)) return error_set(MLORA_ENOMEM, "out of memory");
+    return MLORA_OK;
+}
+
+static mlora_status add_adapters(void *target, const char *text)
+{
+    for (;;) {
+        const size_t bytes = strcspn(text, ",");
+        const mlora_status status = bytes ? add_source(target, text, bytes) : MLORA_OK;
+        if (status != MLORA_OK || !text[bytes]) return status;
+        text += bytes + 1;
+    }
+}
+
+/* clang-format off */
+#define AT(member) .offset = offsetof(struct setup, member)
+const struct option_spec setup_specs[] = {
+    {.name = "model", .letter = 'm', .kind = OPTION_TEXT, AT(model), .argument = "DIR",
+     .help = "the base model: a directory in Hugging Face layout"},
+    {.name = "adapters", .aliases = {"lora-modules", "adapter-dir"}, .kind = OPTION_EACH,
+     .each = add_adapters, .argument = "NAME=DIR,...",
+     .help = "LoRA adapters to load, or a folder whose sub-folders are adapters; repeatable"},
+    {.name = "tokenizer", .kind = OPTION_TEXT, AT(tokenizer), .argument = "FILE",
+     .help = "tokenizer.json or tokenizer.model", .fallback = "the model's own"},
+    {.name = "backend", .kind = OPTION_CHOICE, AT(backend), .choices = "auto|cpu|cuda",
+     .help = "where to compute", .fallback = "cuda if there is one"},
+    {.name = "dtype", .kind = OPTION_CHOICE, AT(dtype), .choices = "auto|f32|bf16",
+     .help = "of activations and KV cache", .fallback = "f32 on the CPU, bf16 on a GPU"},
+    {.name = "threads", .letter = 't', .kind = OPTION_INT, AT(n_threads), .argument = "N",
+     .min = 1, .max = 4096, .help = "worker threads of the CPU backend",
+     .fallback = "one per core"},
+    {.name = "max-model-len", .letter = 'c', .aliases = {"ctx-size"}, .kind = OPTION_INT,
+     AT(max_model_len), .argument = "N", .min = 1, .max = INT_MAX,
+     .help = "tokens of one sequence, prompt and answer", .fallback = "the model's limit"},
+    {.name = "max-num-seqs", .kind = OPTION_INT, AT(max_num_seqs), .argument = "N", .min = 1,
+     .max = 65536, .help = "requests that run at the same time; more wait", .fallback = "64"},
+    {.name = "max-batch-tokens", .kind = OPTION_INT, AT(max_batch_tokens), .argument = "N",
+     .min = 1, .max = 1 << 20, .help = "tokens of one step", .fallback = "512"},
+    {.name = "kv-blocks", .kind = OPTION_INT, AT(kv_blocks), .argument = "N", .min = 1,
+     .max = INT_MAX, .help = "KV cache, in blocks of 16 tokens",
+     .fallback = "what the requests can use"},
+    {.name = "lenient", .kind = OPTION_FLAG, AT(lenient),
+     .help = "leave out adapter tensors that fit nothing, with a warning"},
+    {.name = "quiet", .letter = 'q', .kind = OPTION_FLAG, AT(quiet),
+     .help = "nothing on stderr but errors"},
+    {.name = NULL},
+};
+/* clang-format on */
+
+void setup_free(struct setup *setup)
+{
+    for (int i = 0; i < setup->n_sources; i++) {
+        free(setup->sources[i].name);
+        free(setup->sources[i].path);
+    }
+    free(setup->sources);
+    *setup = (struct setup){0};
+}
+
+/* ---- opening ------------------------------------------------------------------------------ */
+
+static void show_progress(void *user, int64_t done, int64_t total)
+{
+    enum { WIDTH = 30 };
+    const int filled = total > 0 ? (int)(WIDTH * (double)done / (double)total) : WIDTH;
+    char now[HUMAN_BYTES], all[HUMAN_BYTES];
+
+    fprintf(stderr, "\rloading %s [%.*s%*s] %s of %s\033[K", (const char *)user, filled,
+            "##############################", WIDTH - filled, "", human_bytes(now, done),
+            human_bytes(all, total));
+    fflush(stderr);
+}
+
+/* The last component of a path. */
+static char *folder_name(const char *path)
+{
+    size_t end = strlen(path);
+
+    while (end > 1 && path[end - 1] == '/') end--;
+    size_t begin = end;
+    while (begin > 0 && path[begin - 1] != '/') begin--;
+    return strndup(path + begin, end - begin);
+}
+
+static mlora_status load(mlora_engine *engine, const struct setup *setup, const char *path,
+                         const char *name)
+{
+    const mlora_status status = mlora_adapter_load(engine, path, name);
+
+    if (status != MLORA_OK) return error_prefix(status, "adapter %s", name);
+    if (setup->quiet) return status;
+    for (const char *line = mlora_adapter_warnings(engine, name); line && *line;) {
+        const int bytes = (int)strcspn(line, "\n");
+        fprintf(stderr, "mlora: warning: adapter %s: %.*s\n", name, bytes, line);
+        line += bytes + (line[bytes] == '\n');
+    }
+    return status;
+}
+
+static bool holds_adapter(const char *path)
+{
+    char *config = path_join(path, "adapter_config.json");
+    const bool yes = config && file_exists(config);
+
+    free(config);
+    return yes;
+}
+
+static int visible(const struct dirent *entry)
+{
+    return entry->d_name[0] != '.';
+}
+
+/* Load each sub-folder that is an adapter; one that is refused is left out. */
+static mlora_status load_folder(mlora_engine *engine, const struct setup *setup, const char *path)
+{
+    struct dirent **entries = NULL;
+    const int n = scandir(path, &entries, visible, alphasort);
+    mlora_status status = MLORA_OK;
+    int n_adapters = 0;
+
+    if (n < 0)
+        return error_set(MLORA_EIO, "%s: %s; NAME=DIR or a folder of adapters is needed", path,
+                         strerror(errno));
+    for (int i = 0; i < n && status == MLORA_OK; i++) {
+        char *sub = path_join(path, entries[i]->d_name);
+        if (!sub) status = error_set(MLORA_ENOMEM, "out of memory for the path of an adapter");
+        if (sub && holds_adapter(sub)) {
+            n_adapters++;
+            status = load(engine, setup, sub, entries[i]->d_name);
+            if (status != MLORA_OK && status != MLORA_ENOMEM && status != MLORA_EDEVICE) {
+                if (!setup->quiet) fprintf(stderr, "mlora: warning: left out: %s\n", mlora_error());
+                status = MLORA_OK;
+            }
+        }
+        free(sub);
+    }
+    for (int i = 0; i < n; i++) free(entries[i]);
+    free(entries);
+    if (status == MLORA_OK && n_adapters == 0)
+        return error_set(MLORA_EINVAL,
+                         "%s: no sub-folder holds adapter_config.json; "
+                         "NAME=DIR or a folder of adapters is needed",
+                         path);
+    return status;
+}
+
+static mlora_status load_source(mlora_engine *engine, const struct setup *setup,
+                                const struct adapter_source *source)
+{
+    if (source->name) return load(engine, setup, source->path, source->name);
+    if (!holds_adapter(source->path)) return load_folder(engine, setup, source->path);
+
+    char *name = folder_name(source->path);
+    if (!name) return error_set(MLORA_ENOMEM, "out of memory for the name of an adapter");
+    const mlora_status status = load(engine, setup, source->path, name);
+    free(name);
+    return status;
+}
+
+mlora_status setup_open(mlora_engine **out, const struct setup *setup)
+{
+    mlora_options options;
+
+    *out = NULL;
+    if (!setup->model)
+        return error_set(MLORA_EINVAL, "no model: give --model DIR, a directory with config.json, "
+                                       "the weights and the tokenizer");
+    mlora_options_default(&options);
+    options.model = setup->model;
+    options.tokenizer = setup->tokenizer;
+    options.backend = (mlora_backend)setup->backend;
+    options.dtype = (mlora_dtype)setup->dtype;
+    options.n_threads = (int)setup->n_threads;
+    options.max_model_len = (int)setup->max_model_len;
+    options.max_num_seqs = (int)setup->max_num_seqs;
+    options.max_batch_tokens = (int)setup->max_batch_tokens;
+    options.kv_blocks = (int)setup->kv_blocks;
+    options.lenient = setup->lenient;
+    const bool bar = isatty(STDERR_FILENO) && !setup->quiet;
+    char *name = folder_name(setup->model);
+    options.user = name ? name : (void *)"model";
+    if (bar) options.on_progress = show_progress;
+
+    mlora_status status = mlora_open(out, &options);
+    if (bar) fprintf(stderr, "\r\033[K");
+    free(name);
+    for (int i = 0; i < setup->n_sources && status == MLORA_OK; i++)
+        status = load_source(*out, setup, &setup->sources[i]);
+    return status;
+}

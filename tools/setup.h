@@ -1,0 +1,31 @@
+/* What every command that runs a model needs: its flags, the engine, the adapters. */
+#ifndef MLORA_TOOLS_SETUP_H
+#define MLORA_TOOLS_SETUP_H
+
+#include "tools/options.h"
+
+struct setup {
+    const char *model, *tokenizer;
+    struct adapter_source *sources; /* [n_sources], in the order given */
+    int n_sources;
+    int backend, dtype; /* mlora_backend, mlora_dtype */
+    int64_t n_threads, max_model_len, max_num_seqs, max_batch_tokens, kv_blocks; /* 0: default */
+    bool lenient;
+    bool quiet;
+};
+
+/* An item of --adapters. */
+struct adapter_source {
+    char *name; /* NULL: `path` is a folder of adapters, or an adapter named like its folder */
+    char *path;
+};
+
+extern const struct option_spec setup_specs[]; /* the target is a struct setup */
+
+/* Open the engine, with a progress bar if stderr is a terminal, and load the adapters. An adapter
+ * of a folder that is refused is said on stderr and left out; one that was named is an error. */
+mlora_status setup_open(mlora_engine **out, const struct setup *setup);
+
+void setup_free(struct setup *setup);
+
+#endif
