@@ -23,6 +23,9 @@ WARN     := -Wall -Wextra -Wpedantic -Wshadow -Wstrict-prototypes -Wmissing-prot
 FLAGS    := -std=c11 -D_GNU_SOURCE -I. -fPIC -fvisibility=hidden -pthread $(WARN) $(CFLAGS) $(SANITIZE)
 LIBS     := -ljansson -lpcre2-8 -lutf8proc -lm -lpthread
 
+# make V=1 shows the commands
+Q := $(if $(V),,@)
+
 # ---- sources --------------------------------------------------------------------------------
 
 LIB_C   := $(wildcard engine/*.c engine/base/*.c kernels/cpu/*.c model/*.c tokenizer/*.c lora/*.c)
@@ -63,38 +66,45 @@ ifeq ($(NVCC),)
 endif
 
 setup:
-	@./tools/install-packages
+	@./tools/install-packages test
 
 $(BUILD)/obj/%.o: %.c Makefile
 	@mkdir -p $(@D)
-	$(CC) $(FLAGS) -DMLORA_VERSION='"$(VERSION)"' -MMD -MP -c $< -o $@
+	@echo "cc   $<"
+	$(Q)$(CC) $(FLAGS) -DMLORA_VERSION='"$(VERSION)"' -MMD -MP -c $< -o $@
 
 $(BUILD)/obj/%.cu.o: %.cu Makefile
 	@mkdir -p $(@D)
-	$(NVCC) $(NVCC_FLAGS) -MD -MP -c $< -o $@
+	@echo "nvcc $<"
+	$(Q)$(NVCC) $(NVCC_FLAGS) -MD -MP -c $< -o $@
 
 # One relocatable object in which only mlora_* is global: nothing else leaves the library.
 $(BUILD)/libmlora.a: $(LIB_O)
-	ld -r -o $(BUILD)/obj/libmlora.o $^
-	objcopy --localize-hidden $(BUILD)/obj/libmlora.o
-	rm -f $@ && ar rcs $@ $(BUILD)/obj/libmlora.o
+	@echo "ar   $@"
+	$(Q)ld -r -o $(BUILD)/obj/libmlora.o $^
+	$(Q)objcopy --localize-hidden $(BUILD)/obj/libmlora.o
+	$(Q)rm -f $@ && ar rcs $@ $(BUILD)/obj/libmlora.o
 
 $(BUILD)/libmlora.so: $(LIB_O)
-	$(CC) -shared -Wl,-soname,libmlora.so.0 $(SANITIZE) -o $@.0 $^ $(LIBS)
-	ln -sf libmlora.so.0 $@
+	@echo "ld   $@"
+	$(Q)$(CC) -shared -Wl,-soname,libmlora.so.0 $(SANITIZE) -o $@.0 $^ $(LIBS)
+	$(Q)ln -sf libmlora.so.0 $@
 
 $(BUILD)/mlora: $(TOOLS_O) $(LIB_O)
-	$(CC) $(SANITIZE) -o $@ $^ -ledit $(LIBS)
+	@echo "ld   $@"
+	$(Q)$(CC) $(SANITIZE) -o $@ $^ -ledit $(LIBS)
 
 $(BUILD)/examples/%: tools/examples/%.c $(BUILD)/libmlora.a
 	@mkdir -p $(@D)
-	$(CC) -std=c99 -Wall -Wextra -Wpedantic -I. $(CFLAGS) $(SANITIZE) -o $@ $< $(BUILD)/libmlora.a $(LIBS)
+	@echo "cc   $<"
+	$(Q)$(CC) -std=c99 -Wall -Wextra -Wpedantic -I. $(CFLAGS) $(SANITIZE) -o $@ $< $(BUILD)/libmlora.a $(LIBS)
 
 # ---- run and test ---------------------------------------------------------------------------
 
 MODEL := tests/fixtures/tiny-llama2
 
-run: setup
+run:
+	@./tools/install-packages build
 	@$(MAKE) --no-print-directory -s -j$$(nproc) all
 	./$(BUILD)/mlora generate --model $(MODEL) --temperature 0 --escape \
 	    --adapters sql=$(MODEL)/adapters/sql,mood=$(MODEL)/adapters/mood,spanish=$(MODEL)/adapters/spanish \
@@ -114,11 +124,11 @@ unit-test: $(SUITES:%=$(BUILD)/tests/%)
 # The public header alone, as C99 and as C++, against the archive and the shared library.
 api-test: $(BUILD)/libmlora.a $(BUILD)/libmlora.so
 	@mkdir -p $(BUILD)/tests
-	$(CC) -std=c99 -Wall -Wextra -Wpedantic -I. $(SANITIZE) tests/api/test_embed.c -o $(BUILD)/tests/embed-c $(BUILD)/libmlora.a $(LIBS)
-	$(CXX) -std=c++11 -Wall -Wextra -Wpedantic -I. $(SANITIZE) -x c++ tests/api/test_embed.c -x none -o $(BUILD)/tests/embed-c++ $(BUILD)/libmlora.so -Wl,-rpath,$(abspath $(BUILD)) $(LIBS)
-	$(BUILD)/tests/embed-c
-	$(BUILD)/tests/embed-c++
-	./tests/api/check-symbols $(BUILD)
+	$(Q)$(CC) -std=c99 -Wall -Wextra -Wpedantic -I. $(SANITIZE) tests/api/test_embed.c -o $(BUILD)/tests/embed-c $(BUILD)/libmlora.a $(LIBS)
+	$(Q)$(CXX) -std=c++11 -Wall -Wextra -Wpedantic -I. $(SANITIZE) -x c++ tests/api/test_embed.c -x none -o $(BUILD)/tests/embed-c++ $(BUILD)/libmlora.so -Wl,-rpath,$(abspath $(BUILD)) $(LIBS)
+	$(Q)$(BUILD)/tests/embed-c
+	$(Q)$(BUILD)/tests/embed-c++
+	$(Q)./tests/api/check-symbols $(BUILD)
 
 asan: setup
 	@$(MAKE) --no-print-directory -j$$(nproc) BUILD=build/asan NVCC= CFLAGS='-O1 -g -fno-omit-frame-pointer' \
@@ -136,7 +146,8 @@ $(BUILD)/tests/tools: | $(BUILD)/mlora
 define SUITE
 $(BUILD)/tests/$(1): $(patsubst %.c,$(BUILD)/obj/%.o,$(wildcard tests/$(1)/*.c)) $(SUPPORT_O) $(LIB_O)
 	@mkdir -p $$(@D)
-	$(CC) $(SANITIZE) -o $$@ $$^ -lcriterion $(LIBS)
+	@echo "ld   $$@"
+	$(Q)$(CC) $(SANITIZE) -o $$@ $$^ -lcriterion $(LIBS)
 endef
 $(foreach suite,$(SUITES),$(eval $(call SUITE,$(suite))))
 
@@ -156,7 +167,7 @@ format:
 	clang-format -i $(C_FILES)
 
 check: setup
-	clang-format --dry-run --Werror $(C_FILES)
+	@clang-format --dry-run --Werror $(C_FILES)
 	./tools/check-includes
 	cppcheck --quiet --std=c11 --error-exitcode=1 --inline-suppr -I. -D__linux__ \
 	    --enable=warning,performance,portability --suppress=missingIncludeSystem \

@@ -8,6 +8,7 @@
 #include "engine/engine.h"
 #include "engine/inspect.h"
 #include "tokenizer/chat.h"
+#include "tokenizer/unicode.h"
 
 enum { DEFAULT_MAX_TOKENS = 256 };
 
@@ -291,24 +292,43 @@ mlora_status mlora_encode(const mlora_tokenizer *tokenizer, const char *text, si
         &encoded, ids, n_ids);
 }
 
+/* The same for text. */
+static mlora_status give_text(mlora_status status, struct buffer *text, char **out,
+                              size_t *out_bytes)
+{
+    if (status == MLORA_OK) status = buffer_reserve(text, 0); /* "" is text, too */
+    if (status != MLORA_OK) buffer_free(text);
+    *out = text->data;
+    if (out_bytes) *out_bytes = text->bytes;
+    return status;
+}
+
 mlora_status mlora_decode(const mlora_tokenizer *tokenizer, const int32_t *ids, int n_ids,
                           int flags, char **text, size_t *text_bytes)
 {
     struct buffer decoded = {0};
 
     *text = NULL;
-    if (text_bytes) *text_bytes = 0;
     if (!tokenizer) return null_argument("mlora_decode", "tokenizer");
-    mlora_status status = tokenizer_decode(internal(tokenizer), &decoded, ids, n_ids,
-                                           flags & MLORA_DECODE_KEEP_SPECIAL);
-    if (status == MLORA_OK) status = buffer_reserve(&decoded, 0); /* "" is text, too */
-    if (status != MLORA_OK) {
-        buffer_free(&decoded);
-        return status;
-    }
-    *text = decoded.data;
-    if (text_bytes) *text_bytes = decoded.bytes;
-    return MLORA_OK;
+    return give_text(tokenizer_decode(internal(tokenizer), &decoded, ids, n_ids,
+                                      flags & MLORA_DECODE_KEEP_SPECIAL),
+                     &decoded, text, text_bytes);
+}
+
+mlora_status mlora_token_text(const mlora_tokenizer *tokenizer, int32_t id, char **text,
+                              size_t *text_bytes)
+{
+    struct buffer piece = {0}, shown = {0};
+
+    *text = NULL;
+    if (!tokenizer) return null_argument("mlora_token_text", "tokenizer");
+    mlora_status status = tokenizer_piece(internal(tokenizer), &piece, id);
+    if (status == MLORA_OK && piece.bytes > 0)
+        status = utf8_append_lossy(&shown, piece.data, piece.bytes);
+    else if (status == MLORA_OK) /* a special token, or none */
+        status = tokenizer_decode(internal(tokenizer), &shown, &id, 1, true);
+    buffer_free(&piece);
+    return give_text(status, &shown, text, text_bytes);
 }
 
 int mlora_vocab_size(const mlora_tokenizer *tokenizer)
@@ -343,11 +363,7 @@ mlora_status mlora_chat_encode(const mlora_tokenizer *tokenizer, const mlora_mes
     if (status == MLORA_OK)
         status =
             chat_encode(internal(tokenizer), &encoded, text ? &prompt : NULL, copies, n_messages);
-    if (status == MLORA_OK && text) status = buffer_reserve(&prompt, 0);
-    if (status == MLORA_OK && text)
-        *text = prompt.data;
-    else
-        buffer_free(&prompt);
+    if (text) status = give_text(status, &prompt, text, NULL);
     free(copies);
     return give_ids(status, &encoded, ids, n_ids);
 }

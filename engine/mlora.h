@@ -327,6 +327,13 @@ enum { MLORA_DECODE_KEEP_SPECIAL = 1 /* write special tokens out instead of leav
 MLORA_API mlora_status mlora_decode(const mlora_tokenizer *tokenizer, const int32_t *ids, int n_ids,
                                     int flags, char **text, size_t *text_bytes);
 
+/* The text that one token adds after others, for showing: a leading space is kept, a special token
+ * is as it is written, bytes that are only part of a character become U+FFFD. `*text` is fresh,
+ * ends with NUL, freed with mlora_free(). Returns OK, EINVAL (an id outside the vocabulary) or
+ * ENOMEM. Thread: any. */
+MLORA_API mlora_status mlora_token_text(const mlora_tokenizer *tokenizer, int32_t id, char **text,
+                                        size_t *text_bytes);
+
 MLORA_API int mlora_vocab_size(const mlora_tokenizer *tokenizer);
 
 typedef struct mlora_message {

@@ -64,8 +64,7 @@ static json_t *logprob_json(const mlora_engine *engine, int32_t id, float logpro
     char *text;
     size_t bytes;
 
-    if (mlora_decode(mlora_engine_tokenizer(engine), &id, 1, MLORA_DECODE_KEEP_SPECIAL, &text,
-                     &bytes) != MLORA_OK)
+    if (mlora_token_text(mlora_engine_tokenizer(engine), id, &text, &bytes) != MLORA_OK)
         return NULL;
     json_t *value =
         json_pack("{s:i, s:s#, s:o}", "id", (int)id, "text", text, (int)bytes, "logprob",

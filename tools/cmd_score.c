@@ -84,8 +84,8 @@ static mlora_status print_rows(const mlora_engine *engine, const mlora_token_log
     for (int i = 0; i < n; i++) {
         char *text;
         size_t bytes;
-        const mlora_status status = mlora_decode(mlora_engine_tokenizer(engine), &items[i].id, 1,
-                                                 MLORA_DECODE_KEEP_SPECIAL, &text, &bytes);
+        const mlora_status status =
+            mlora_token_text(mlora_engine_tokenizer(engine), items[i].id, &text, &bytes);
         if (status != MLORA_OK) return status;
         json_t *quoted = json_stringn(text, bytes); /* newlines and control characters escaped */
         char *shown = json_dumps(quoted, JSON_ENCODE_ANY);

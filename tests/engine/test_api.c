@@ -285,6 +285,28 @@ Test(requests, prompts_may_be_ids_and_text_continues_the_prompt)
     mlora_close(engine);
 }
 
+Test(tokens, are_shown_as_they_stand_in_a_text)
+{
+    mlora_tokenizer *tokenizer;
+    const struct {
+        int32_t id;
+        const char *text;
+    } cases[] = {{1, "<s>"}, {280, " was"}, {13, "\n"}, {198, "\xef\xbf\xbd"}}; /* half of an é */
+    char *text;
+    size_t bytes;
+
+    cr_assert_eq(mlora_tokenizer_open(&tokenizer, LLAMA2), MLORA_OK, "%s", mlora_error());
+    for (int i = 0; i < 4; i++) {
+        cr_assert_eq(mlora_token_text(tokenizer, cases[i].id, &text, &bytes), MLORA_OK);
+        cr_expect_str_eq(text, cases[i].text);
+        cr_expect_eq(bytes, strlen(cases[i].text));
+        mlora_free(text);
+    }
+    expect_error(mlora_token_text(tokenizer, 2048, &text, &bytes), MLORA_EINVAL, "2048");
+    expect_error(mlora_token_text(tokenizer, -1, &text, &bytes), MLORA_EINVAL, "-1");
+    mlora_tokenizer_close(tokenizer);
+}
+
 /* ---- cancelling ----------------------------------------------------------------------------- */
 
 Test(cancel, ends_running_and_waiting_requests_and_frees_their_blocks)
