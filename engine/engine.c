@@ -123,10 +123,12 @@ static mlora_status run(struct mlora_engine *engine)
     const double seconds = seconds_now() - start;
     engine->stats.n_steps++;
     engine->stats.n_prompt_tokens += n_prompt;
-    if (n_prompt > 0)
+    if (n_prompt > 0) {
         engine->stats.prompt_seconds += seconds;
-    else
+    } else {
         engine->stats.decode_seconds += seconds;
+        engine->stats.n_decode_steps++;
+    }
     return outputs_deliver(engine, plan);
 }
 

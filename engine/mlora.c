@@ -7,6 +7,7 @@
 #include "engine/base/error.h"
 #include "engine/engine.h"
 #include "engine/inspect.h"
+#include "lora/random.h"
 #include "tokenizer/chat.h"
 #include "tokenizer/unicode.h"
 
@@ -82,6 +83,7 @@ void mlora_engine_info(const mlora_engine *engine, mlora_info *out)
         .n_parameters = engine->weights.n_parameters,
         .weight_bytes = engine->weights.bytes,
         .kv_bytes = engine->kv_cache.bytes,
+        .kv_bytes_per_token = kv_block_bytes(&engine->model) / KV_BLOCK,
         .n_layers = engine->config.n_layers,
         .vocab_size = engine->config.vocab_size,
         .max_model_len = engine->max_model_len,
@@ -109,6 +111,16 @@ mlora_status mlora_step(mlora_engine *engine, int *n_active)
 
 /* ---- adapters ------------------------------------------------------------------------------- */
 
+/* List it, or free it after a failure. */
+static mlora_status add_adapter(mlora_engine *engine, const char *name, struct adapter *adapter)
+{
+    mlora_status status = workspace_fit_rank(&engine->workspace, engine->dev, adapter->max_rank);
+
+    if (status == MLORA_OK) status = registry_add(&engine->registry, name, adapter);
+    adapter_free(adapter, engine->dev); /* empty if it was added */
+    return status;
+}
+
 mlora_status mlora_adapter_load(mlora_engine *engine, const char *dir, const char *name)
 {
     struct adapter_plan plan = {0};
@@ -120,12 +132,20 @@ mlora_status mlora_adapter_load(mlora_engine *engine, const char *dir, const cha
 
     mlora_status status = adapter_plan_read(&plan, dir, &engine->config, engine->lenient);
     if (status == MLORA_OK) status = adapter_load(&adapter, engine->dev, &plan);
-    if (status == MLORA_OK)
-        status = workspace_fit_rank(&engine->workspace, engine->dev, adapter.max_rank);
-    if (status == MLORA_OK) status = registry_add(&engine->registry, name, &adapter);
-    adapter_free(&adapter, engine->dev); /* empty if it was added */
     adapter_plan_free(&plan);
-    return status;
+    return status == MLORA_OK ? add_adapter(engine, name, &adapter) : status;
+}
+
+mlora_status mlora_adapter_random(mlora_engine *engine, const char *name, int rank, uint64_t seed)
+{
+    struct adapter adapter = {0};
+
+    if (!engine) return null_argument("mlora_adapter_random", "engine");
+    if (!name) return null_argument("mlora_adapter_random", "name");
+    if (rank < 1 || rank > LORA_RANK_MAX)
+        return error_set(MLORA_EINVAL, "rank is %d, must be from 1 to %d", rank, LORA_RANK_MAX);
+    const mlora_status status = adapter_random(&adapter, engine->dev, &engine->config, rank, seed);
+    return status == MLORA_OK ? add_adapter(engine, name, &adapter) : status;
 }
 
 mlora_status mlora_adapter_unload(mlora_engine *engine, const char *name)

@@ -106,6 +106,8 @@ typedef struct mlora_options {
                           /* sequences can use, at most a quarter of the free memory              */
     int lenient;          /* 1: adapter tensors that no target matches, and unknown ones, are     */
                           /* left out with a warning (mlora_adapter_warnings) instead of refused  */
+    int random_weights; /* 1: of `model` only config.json and the tokenizer are read, and the      */
+                        /* weights are random: for measuring speed                              */
     mlora_progress_fn on_progress;
     void *user; /* given to on_progress */
 } mlora_options;
@@ -132,8 +134,9 @@ typedef struct mlora_info {
     const char *device;       /* such as "avx512, 8 threads" */
     const char *dtype;        /* of activations: "f32" or "bf16" */
     int64_t n_parameters;
-    int64_t weight_bytes; /* on the device */
-    int64_t kv_bytes;     /* on the device */
+    int64_t weight_bytes;       /* on the device */
+    int64_t kv_bytes;           /* on the device */
+    int64_t kv_bytes_per_token; /* of all layers */
     int n_layers;
     int vocab_size;
     int max_model_len; /* tokens */
@@ -157,6 +160,12 @@ MLORA_API void mlora_engine_info(const mlora_engine *engine, mlora_info *out);
  * the engine is as it was before the call. Blocks while the file is read.
  * Thread: the engine's. */
 MLORA_API mlora_status mlora_adapter_load(mlora_engine *engine, const char *dir, const char *name);
+
+/* Make an adapter of random factors on all seven linears of every layer, for measuring speed.
+ * rank is 1 to 512; the same seed gives the same factors. Returns OK, EINVAL (name, rank) or
+ * ENOMEM. Thread: the engine's. */
+MLORA_API mlora_status mlora_adapter_random(mlora_engine *engine, const char *name, int rank,
+                                            uint64_t seed);
 
 /* Forget the name at once; requests that use the adapter finish with it, then its memory is
  * freed. Returns OK or ENOTFOUND. Thread: the engine's. */
@@ -284,9 +293,10 @@ typedef struct mlora_stats {
     int64_t n_steps;
     int64_t n_prompt_tokens; /* computed */
     int64_t n_generated_tokens;
-    int64_t n_preemptions; /* requests set back to free KV blocks, and computed again */
-    double prompt_seconds; /* in steps that held prompt tokens */
-    double decode_seconds; /* in steps that held none */
+    int64_t n_preemptions;  /* requests set back to free KV blocks, and computed again */
+    double prompt_seconds;  /* in steps that held prompt tokens */
+    double decode_seconds;  /* in steps that held none */
+    int64_t n_decode_steps; /* of those */
     int n_running;
     int n_waiting;
     int n_free_kv_blocks;

@@ -143,8 +143,10 @@ mlora_status engine_open(struct mlora_engine **out, const mlora_options *options
 
     status = open_device(&engine->dev, options);
     if (status != MLORA_OK) goto failed;
-    status = weights_load(&engine->weights, engine->dev, options->model, &engine->config,
-                          options->on_progress, options->user);
+    status = options->random_weights
+                 ? weights_random(&engine->weights, engine->dev, &engine->config)
+                 : weights_load(&engine->weights, engine->dev, options->model, &engine->config,
+                                options->on_progress, options->user);
     if (status != MLORA_OK) goto failed;
 
     const bool cuda = strcmp(engine->dev->backend, "cuda") == 0;

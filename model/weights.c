@@ -335,18 +335,26 @@ static mlora_status load_part(struct loader *loader, const struct part *part, en
     return MLORA_OK;
 }
 
+/* Memory for the array, which weights_free finds from here on. */
+static mlora_status alloc_array(struct device *dev, const struct array *array, char **memory)
+{
+    void *fresh = NULL;
+    const mlora_status status = dev->ops->alloc(dev, (size_t)array_bytes(array), &fresh);
+
+    *memory = fresh;
+    if (status != MLORA_OK) return status;
+    if (array->matrix)
+        *array->matrix = (struct matrix){fresh, array->dtype, array->N, array->K};
+    else
+        *array->vector = fresh;
+    return MLORA_OK;
+}
+
 static mlora_status load_array(struct loader *loader, const struct array *array)
 {
-    void *memory = NULL;
+    char *out;
 
-    mlora_status status = loader->dev->ops->alloc(loader->dev, (size_t)array_bytes(array), &memory);
-    if (status != MLORA_OK) return status;
-    if (array->matrix) /* from here on weights_free finds it */
-        *array->matrix = (struct matrix){memory, array->dtype, array->N, array->K};
-    else
-        *array->vector = memory;
-
-    char *out = memory;
+    mlora_status status = alloc_array(loader->dev, array, &out);
     for (int i = 0; i < array->n_parts && status == MLORA_OK; i++) {
         const struct part *part = &array->parts[i];
         status = load_part(loader, part, array->dtype, out);
@@ -384,6 +392,18 @@ static mlora_status check_memory(struct device *dev, int64_t bytes, const char *
         directory, (bytes >> 20) + 1, dev->backend, free_bytes >> 20, total_bytes >> 20);
 }
 
+/* All arrays are there: what follows from them. */
+static mlora_status finish_load(struct weights *weights, struct device *dev,
+                                const struct plan *plan, const struct model_config *config)
+{
+    weights->bytes = plan->device_bytes;
+    weights->n_parameters = plan->n_parameters;
+    if (config->tied) weights->head = weights->embedding;
+    const mlora_status status = load_rope(weights, dev, config);
+    if (status != MLORA_OK) return status;
+    return dev->ops->sync(dev); /* a failed upload is reported here, not in a later step */
+}
+
 static mlora_status load_all(struct weights *weights, struct device *dev, const struct plan *plan,
                              const struct model_config *config, mlora_progress_fn progress,
                              void *user)
@@ -402,16 +422,111 @@ static mlora_status load_all(struct weights *weights, struct device *dev, const 
         status = load_array(&loader, &plan->arrays[a]);
         if (status != MLORA_OK) goto done;
     }
-    weights->bytes = plan->device_bytes;
-    weights->n_parameters = plan->n_parameters;
-    if (config->tied) weights->head = weights->embedding;
-    status = load_rope(weights, dev, config);
-    if (status != MLORA_OK) goto done;
-    status = dev->ops->sync(dev); /* a failed upload is reported here, not in a later step */
+    status = finish_load(weights, dev, plan, config);
 
 done:
     free(loader.wide);
     free(loader.piece);
+    return status;
+}
+
+/* ---- random weights ------------------------------------------------------------------------- */
+
+enum { POOL_VALUES = 1 << 22 }; /* random values, drawn once and used again and again */
+
+/* Sums of four uniform numbers: normal enough, with a deviation of 0.02. */
+static void fill_pool(uint16_t *pool)
+{
+    uint64_t state = 1;
+
+    for (int i = 0; i < POOL_VALUES; i++) {
+        float sum = -2.0f;
+        state = state * 6364136223846793005u + 1442695040888963407u; /* Knuth's MMIX */
+        for (int k = 0; k < 4; k++) sum += (float)(state >> (16 * k) & 0xffff) / 65536.0f;
+        pool[i] = bf16_from_f32(0.02f * 1.7320508f * sum);
+    }
+}
+
+/* The matrix is laid with pieces of the pool that start at ever other places. */
+static void fill_matrix(struct device *dev, char *out, int64_t bytes, const uint16_t *pool,
+                        uint32_t *state)
+{
+    while (bytes > 0) {
+        *state = *state * 1664525u + 1013904223u;
+        const size_t start = *state % (POOL_VALUES / 2);
+        const int64_t most = POOL_VALUES / 2 * (int64_t)sizeof *pool;
+        const int64_t n_bytes = bytes < most ? bytes : most;
+        dev->ops->upload(dev, out, pool + start, (size_t)n_bytes);
+        out += n_bytes;
+        bytes -= n_bytes;
+    }
+}
+
+static mlora_status random_array(struct device *dev, const struct array *array,
+                                 const uint16_t *pool, uint32_t *state)
+{
+    const bool is_norm = strstr(array->parts[0].name, "norm.weight") != NULL;
+    char *out;
+
+    mlora_status status = alloc_array(dev, array, &out);
+    if (status != MLORA_OK) return status;
+    if (array->matrix) {
+        fill_matrix(dev, out, array_bytes(array), pool, state);
+        return MLORA_OK;
+    }
+    float *values = malloc((size_t)array->N * sizeof *values);
+    if (!values) return error_set(MLORA_ENOMEM, "out of memory: a vector of %d", array->N);
+    for (int n = 0; n < array->N; n++) values[n] = is_norm ? 1.0f : 0.0f;
+    dev->ops->upload(dev, out, values, (size_t)array->N * sizeof *values);
+    free(values);
+    return MLORA_OK;
+}
+
+/* ---- loading -------------------------------------------------------------------------------- */
+
+/* Room for the arrays of a model, and for the layers in `weights`; the arrays are named. */
+static mlora_status list_arrays(struct plan *plan, struct weights *weights, const char *prefix,
+                                const struct model_config *config)
+{
+    const size_t L = (size_t)config->n_layers;
+
+    weights->n_layers = config->n_layers;
+    weights->layers = calloc(L, sizeof *weights->layers);
+    plan->arrays = calloc(L * ARRAYS_OF_LAYER + ARRAYS_OF_MODEL, sizeof *plan->arrays);
+    if (!weights->layers || !plan->arrays)
+        return error_set(MLORA_ENOMEM, "out of memory for %zu layers", L);
+    plan->prefix = prefix;
+    plan_model(plan, weights, config);
+    return MLORA_OK;
+}
+
+mlora_status weights_random(struct weights *out, struct device *dev,
+                            const struct model_config *config)
+{
+    struct weights weights = {0};
+    struct plan plan = {0};
+    uint32_t state = 1;
+
+    *out = (struct weights){0};
+    uint16_t *pool = malloc(POOL_VALUES * sizeof *pool);
+    mlora_status status = pool ? list_arrays(&plan, &weights, "", config)
+                               : error_set(MLORA_ENOMEM, "out of memory for random values");
+    if (status != MLORA_OK) goto done;
+    fill_pool(pool);
+    for (int a = 0; a < plan.n_arrays && status == MLORA_OK; a++) {
+        struct array *array = &plan.arrays[a];
+        array->dtype = array->matrix ? DTYPE_BF16 : DTYPE_F32;
+        plan.device_bytes += array_bytes(array);
+        plan.n_parameters += (int64_t)array->N * array->K;
+        status = random_array(dev, array, pool, &state);
+    }
+    if (status == MLORA_OK) status = finish_load(&weights, dev, &plan, config);
+
+done:
+    free(pool);
+    free(plan.arrays);
+    if (status != MLORA_OK) weights_free(&weights, dev);
+    *out = weights;
     return status;
 }
 
@@ -420,16 +535,11 @@ static mlora_status make_plan(struct plan *plan, struct weights *weights,
                               const struct checkpoint *checkpoint, const char *directory,
                               const struct model_config *config)
 {
-    const size_t L = (size_t)config->n_layers;
     const struct safetensors *file;
+    const char *prefix = checkpoint_find(checkpoint, "embed_tokens.weight", &file) ? "" : "model.";
 
-    weights->n_layers = config->n_layers;
-    weights->layers = calloc(L, sizeof *weights->layers);
-    plan->arrays = calloc(L * ARRAYS_OF_LAYER + ARRAYS_OF_MODEL, sizeof *plan->arrays);
-    if (!weights->layers || !plan->arrays)
-        return error_set(MLORA_ENOMEM, "%s: out of memory for %zu layers", directory, L);
-    plan->prefix = checkpoint_find(checkpoint, "embed_tokens.weight", &file) ? "" : "model.";
-    plan_model(plan, weights, config);
+    const mlora_status status = list_arrays(plan, weights, prefix, config);
+    if (status != MLORA_OK) return status;
     return check_plan(plan, checkpoint, config, directory);
 }
 

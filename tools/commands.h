@@ -4,6 +4,7 @@
 
 #include "tools/options.h"
 
-extern const struct command command_generate, command_score, command_tokenize, command_inspect;
+extern const struct command command_generate, command_score, command_tokenize, command_inspect,
+    command_bench;
 
 #endif

@@ -213,6 +213,7 @@ mlora_status setup_open(mlora_engine **out, const struct setup *setup)
     options.max_batch_tokens = (int)setup->max_batch_tokens;
     options.kv_blocks = (int)setup->kv_blocks;
     options.lenient = setup->lenient;
+    options.random_weights = setup->random_weights;
     const bool bar = isatty(STDERR_FILENO) && !setup->quiet;
     char *name = folder_name(setup->model);
     options.user = name ? name : (void *)"model";

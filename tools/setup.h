@@ -12,6 +12,7 @@ struct setup {
     int64_t n_threads, max_model_len, max_num_seqs, max_batch_tokens, kv_blocks; /* 0: default */
     bool lenient;
     bool quiet;
+    bool random_weights; /* not a flag of its own: bench sets it */
 };
 
 /* An item of --adapters. */
