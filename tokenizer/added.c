@@ -10,8 +10,8 @@
 
 static int compare(const struct added_token *a, const struct added_token *b)
 {
-    const size_t shorter = a->pattern_bytes < b->pattern_bytes ? a->pattern_bytes
-                                                               : b->pattern_bytes;
+    const size_t shorter =
+        a->pattern_bytes < b->pattern_bytes ? a->pattern_bytes : b->pattern_bytes;
     const int order = memcmp(a->pattern, b->pattern, shorter);
     if (order != 0) return order;
     return a->pattern_bytes < b->pattern_bytes ? -1 : a->pattern_bytes > b->pattern_bytes;
@@ -86,16 +86,14 @@ static int lower_bound(const struct added_search *search, const struct added *ad
 }
 
 /* Whether the scope lets a token be the `bytes` at `start`. */
-static bool in_scope(const struct added_scope *scope, const struct added_token *token,
-                     size_t start)
+static bool in_scope(const struct added_scope *scope, const struct added_token *token, size_t start)
 {
     if (!scope || !scope->written || !token->special) return true;
     return !memchr(scope->written + start, 0, token->pattern_bytes);
 }
 
 static int longest_at(const struct added_search *search, const struct added *added,
-                      const char *text, size_t bytes, size_t start,
-                      const struct added_scope *scope)
+                      const char *text, size_t bytes, size_t start, const struct added_scope *scope)
 {
     if (start >= bytes) return -1;
     int low = search->first[(unsigned char)text[start]];
@@ -153,16 +151,22 @@ bool added_next(const struct added_search *search, const struct added *added, co
             continue;
         }
         *position = end;
-        if (token->lstrip)
+        if (token->lstrip) {
+            if (start < taken) start = taken; /* rstrip of the token before has reached it */
             while (start > taken) {
                 const size_t n = utf8_decode_back(text, start, &c);
                 if (!(unicode_classes(c) & UNICODE_SPACE) || n > start - taken) break;
                 start -= n;
             }
+        }
         if (token->rstrip)
             for (size_t n; (n = utf8_decode(text + end, bytes - end, &c)) &&
                            (unicode_classes(c) & UNICODE_SPACE);)
                 end += n;
+        if (start >= end) { /* nothing is left of it, and the reference gives no token then */
+            start = *position;
+            continue;
+        }
         *out = (struct added_span){start, end, token->id};
         return true;
     }

@@ -15,10 +15,10 @@ struct added_token {
     char *pattern; /* owned: what is searched, `text` after the normalizer for normalized ones */
     size_t pattern_bytes;
     int32_t id;
-    bool single_word; /* not beside a word character */
+    bool single_word;    /* not beside a word character */
     bool lstrip, rstrip; /* takes the whitespace before or after it */
-    bool normalized;  /* searched in normalized text, others in the text as it came */
-    bool special;     /* skipped by decode, and by text that must not hold special tokens */
+    bool normalized;     /* searched in normalized text, others in the text as it came */
+    bool special;        /* skipped by decode, and by text that must not hold special tokens */
 };
 
 struct added {

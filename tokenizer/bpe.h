@@ -25,7 +25,8 @@ struct bpe {
     bool ignore_merges;   /* a pre-token that is in the vocabulary is that token */
     int32_t byte_id[256]; /* of <0xHH>, -1: none */
     int32_t character_id[BPE_SHORT_CHARACTERS]; /* of one character, -1: none */
-    uint8_t *is_special;  /* [vocab.n_ids] ids that plain text must not give; may be NULL */
+    bool separable;      /* no merge joins "x" and "▁...": words after a mark merge alone */
+    uint8_t *is_special; /* [vocab.n_ids] ids that plain text must not merge to; may be NULL */
 };
 
 /* Working memory of one encoding, reused from pre-token to pre-token. */
@@ -42,11 +43,11 @@ mlora_status bpe_reserve_merges(struct bpe *bpe, size_t n);
 mlora_status bpe_add_merge(struct bpe *bpe, uint32_t rank, const char *left, size_t left_bytes,
                            const char *right, size_t right_bytes);
 
-/* Fill byte_id and character_id from the vocabulary. */
+/* Fill byte_id, character_id and separable from the vocabulary and the merges. */
 void bpe_index(struct bpe *bpe);
 
-/* Encode a pre-token, valid UTF-8, onto the end of `out`. `plain`: ids in is_special are never
- * given. Returns OK or ENOMEM. */
+/* Encode a pre-token, valid UTF-8, onto the end of `out`. `plain`: no merge gives an id that is in
+ * is_special, so that several characters never spell a special token. Returns OK or ENOMEM. */
 mlora_status bpe_encode(const struct bpe *bpe, struct bpe_work *work, struct ids *out,
                         const char *text, size_t bytes, bool plain);
 

@@ -23,8 +23,7 @@ static void append(struct prompt *prompt, const char *text, size_t bytes, char m
 {
     const size_t start = prompt->text.bytes;
 
-    if (prompt->status == MLORA_OK)
-        prompt->status = utf8_append_each(&prompt->text, text, bytes);
+    if (prompt->status == MLORA_OK) prompt->status = utf8_append_each(&prompt->text, text, bytes);
     const size_t n = prompt->text.bytes - start;
     if (prompt->status == MLORA_OK) prompt->status = buffer_reserve(&prompt->written, n);
     if (prompt->status != MLORA_OK || n == 0) return;
@@ -47,7 +46,8 @@ static void write_end_token(struct prompt *prompt)
     if (prompt->tokenizer->eos_text)
         write_text(prompt, prompt->tokenizer->eos_text);
     else if (prompt->status == MLORA_OK)
-        prompt->status = error_set(MLORA_EUNSUPPORTED, "the chat template writes eos_token, which "
+        prompt->status = error_set(MLORA_EUNSUPPORTED,
+                                   "the chat template writes eos_token, which "
                                    "neither tokenizer_config.json nor special_tokens_map.json "
                                    "names");
 }
@@ -95,8 +95,10 @@ static mlora_status check_roles(const struct chat_message *messages, int n)
     for (int i = 0; i < n; i++)
         if (!is(&messages[i], "system") && !is(&messages[i], "user") &&
             !is(&messages[i], "assistant"))
-            return error_set(MLORA_EINVAL, "message %d has the role \"%.32s\", one of system, "
-                             "user, assistant is needed", i + 1, messages[i].role);
+            return error_set(MLORA_EINVAL,
+                             "message %d has the role \"%.32s\", one of system, "
+                             "user, assistant is needed",
+                             i + 1, messages[i].role);
     return MLORA_OK;
 }
 
@@ -108,16 +110,20 @@ static mlora_status check_turns(const struct chat_message *messages, int n, bool
 
     if (start == 1 && !takes_system)
         return error_set(MLORA_EINVAL, "message 1 is a system message, which the model's chat "
-                         "template does not take; put it into the user's message");
+                                       "template does not take; put it into the user's message");
     if (start == n) return error_set(MLORA_EINVAL, "a chat needs a message of the user");
     for (int i = start; i < n; i++) {
         const bool users_turn = (i - start) % 2 == 0;
         if (is(&messages[i], "system"))
-            return error_set(MLORA_EINVAL, "message %d is a system message, which the model's "
-                             "chat template takes only at the beginning", i + 1);
+            return error_set(MLORA_EINVAL,
+                             "message %d is a system message, which the model's "
+                             "chat template takes only at the beginning",
+                             i + 1);
         if (alternates && is(&messages[i], "user") != users_turn)
-            return error_set(MLORA_EINVAL, "message %d is the %s's, the model's chat template "
-                             "wants user and assistant to take turns", i + 1, messages[i].role);
+            return error_set(MLORA_EINVAL,
+                             "message %d is the %s's, the model's chat template "
+                             "wants user and assistant to take turns",
+                             i + 1, messages[i].role);
     }
     return MLORA_OK;
 }
@@ -161,8 +167,8 @@ static void write_today(struct prompt *prompt)
     struct buffer text = {0};
 
     gmtime_r(&now, &day);
-    prompt->status = buffer_printf(&text, "%02d %s %d", day.tm_mday, months[day.tm_mon],
-                                   day.tm_year + 1900);
+    prompt->status =
+        buffer_printf(&text, "%02d %s %d", day.tm_mday, months[day.tm_mon], day.tm_year + 1900);
     write_text(prompt, buffer_text(&text));
     buffer_free(&text);
 }
@@ -325,11 +331,21 @@ static mlora_status write_prompt(struct prompt *prompt, const struct chat_form *
 
     if (form->begins_with_bos) write_begin_token(prompt);
     switch (form->family) {
-    case CHAT_LLAMA2: status = write_llama2(prompt, form, messages, n); break;
-    case CHAT_LLAMA3: write_llama3(prompt, form, messages, n); break;
-    case CHAT_CHATML: write_chatml(prompt, form, messages, n); break;
-    case CHAT_MISTRAL: status = write_mistral(prompt, form, messages, n); break;
-    case CHAT_ZEPHYR: write_zephyr(prompt, form, messages, n); break;
+    case CHAT_LLAMA2:
+        status = write_llama2(prompt, form, messages, n);
+        break;
+    case CHAT_LLAMA3:
+        write_llama3(prompt, form, messages, n);
+        break;
+    case CHAT_CHATML:
+        write_chatml(prompt, form, messages, n);
+        break;
+    case CHAT_MISTRAL:
+        status = write_mistral(prompt, form, messages, n);
+        break;
+    case CHAT_ZEPHYR:
+        write_zephyr(prompt, form, messages, n);
+        break;
     }
     return status == MLORA_OK ? prompt->status : status;
 }
@@ -342,14 +358,15 @@ mlora_status chat_encode(const struct tokenizer *tokenizer, struct ids *ids, str
     struct chat_form form = {0};
 
     if (!template)
-        return error_set(MLORA_EUNSUPPORTED, "the model has no chat template (chat_template.jinja, "
+        return error_set(MLORA_EUNSUPPORTED,
+                         "the model has no chat template (chat_template.jinja, "
                          "or chat_template in tokenizer_config.json); send a prompt without "
                          "--chat");
     mlora_status status = chat_form_read(&form, template);
     if (status == MLORA_OK) status = write_prompt(&prompt, &form, messages, n_messages);
     if (status == MLORA_OK)
-        status = tokenizer_encode_chat(tokenizer, ids, buffer_text(&prompt.text),
-                                       prompt.text.bytes, buffer_text(&prompt.written));
+        status = tokenizer_encode_chat(tokenizer, ids, buffer_text(&prompt.text), prompt.text.bytes,
+                                       buffer_text(&prompt.written));
     if (status == MLORA_OK && text)
         status = buffer_append(text, prompt.text.data, prompt.text.bytes);
 

@@ -56,7 +56,8 @@ static mlora_status append_tag(struct buffer *out, const char *at, const char *e
             size_t n = 0;
             for (int i = 0; i < 2 && n == 0; i++) {
                 const size_t bytes = strlen(members[i]);
-                if ((size_t)(end - at) <= bytes || strncmp(at + 1, members[i], bytes) != 0) continue;
+                if ((size_t)(end - at) <= bytes || strncmp(at + 1, members[i], bytes) != 0)
+                    continue;
                 if (at + 1 + bytes == end || !is_name(at[1 + bytes])) n = bytes;
             }
             if (n > 0) {
@@ -134,23 +135,25 @@ mlora_status chat_canonical(struct buffer *out, const char *template)
         raw = end + 2;
         at = end + 1;
     }
-    if (status == MLORA_OK)
-        status = append_raw(out, raw, raw + strlen(raw), before, strip_start, false, 0);
+    const char *end = raw + strlen(raw);
+    if (end > raw && end[-1] == '\n') end--; /* Jinja takes one off the end of a template */
+    if (status == MLORA_OK) status = append_raw(out, raw, end, before, strip_start, false, 0);
     return status;
 }
 
 /* ---- families ------------------------------------------------------------------------------ */
 
-#define KNOWN "known are Llama-2, Llama-3, ChatML, Mistral and Zephyr"
-#define BEGIN "{{bos_token}}"
-#define REFUSAL "{{raise_exception(*"
+#define KNOWN       "known are Llama-2, Llama-3, ChatML, Mistral and Zephyr"
+#define BEGIN       "{{bos_token}}"
+#define REFUSAL     "{{raise_exception(*"
 #define ALTERNATION "(message['role']=='user')!=(loop.index0%2==0)"
 
 static mlora_status unknown_form(const char *family)
 {
     return error_set(MLORA_EUNSUPPORTED,
                      "the chat template is of the %s family, but in a form that is not known, so "
-                     "its prompts would not be exact; send a prompt without --chat", family);
+                     "its prompts would not be exact; send a prompt without --chat",
+                     family);
 }
 
 static bool has(const char *canonical, const char *expression)
@@ -219,8 +222,7 @@ static mlora_status read_date(struct chat_form *form, const char *c)
     if (has(c, "strftime_now") || !at) return unknown_form("Llama-3");
     at += sizeof set - 1;
     const size_t bytes = strcspn(at, "'");
-    if (bytes >= sizeof form->fixed_date || memchr(at, '\\', bytes))
-        return unknown_form("Llama-3");
+    if (bytes >= sizeof form->fixed_date || memchr(at, '\\', bytes)) return unknown_form("Llama-3");
     memcpy(form->fixed_date, at, bytes);
     form->fixed_date[bytes] = '\0';
     return MLORA_OK;
@@ -228,12 +230,12 @@ static mlora_status read_date(struct chat_form *form, const char *c)
 
 static mlora_status read_llama3(struct chat_form *form, const char *c)
 {
-#define TURN                                                                                     \
-    "'<|start_header_id|>'+message['role']+'<|end_header_id|>\\n\\n'"                            \
+#define TURN                                                                                       \
+    "'<|start_header_id|>'+message['role']+'<|end_header_id|>\\n\\n'"                              \
     "+message['content']|trim+'<|eot_id|>'"
     static const char generation[] = "{{'<|start_header_id|>assistant<|end_header_id|>\\n\\n'}}";
-    static const char *const known[] = {"{{content}}", "{{" TURN "}}", generation, BEGIN, REFUSAL,
-                                        NULL};
+    static const char *const known[] = {"{{content}}", "{{" TURN "}}", generation,
+                                        BEGIN,         REFUSAL,        NULL};
 
     form->family = CHAT_LLAMA3;
     form->begins_with_bos = has(c, "bos_token");
@@ -400,7 +402,8 @@ static mlora_status read_chatml(struct chat_form *form, const char *c)
 #undef TURN
     static const char answer[] = "{{'<|im_start|>assistant\\n'}}",
                       thought[] = "{{'<|im_start|>assistant\\n<think>\\n'}}";
-    const char *known[] = {answer, answer, thought, BEGIN, "{{'<|im_start|>system\\n*", REFUSAL, NULL};
+    const char *known[] = {answer,  answer, thought, BEGIN, "{{'<|im_start|>system\\n*",
+                           REFUSAL, NULL};
 
     form->family = CHAT_CHATML;
     for (size_t i = 0; i < sizeof turns / sizeof *turns; i++) {
@@ -442,9 +445,8 @@ mlora_status chat_form_read(struct chat_form *out, const char *template)
     else if (has(c, "<|user|>") && has(c, "<|assistant|>") && has(c, "eos_token"))
         status = read_zephyr(out, c);
     else
-        status = error_set(MLORA_EUNSUPPORTED,
-                           "the chat template is of an unknown family; " KNOWN
-                           "; send a prompt without --chat");
+        status = error_set(MLORA_EUNSUPPORTED, "the chat template is of an unknown family; " KNOWN
+                                               "; send a prompt without --chat");
     buffer_free(&canonical);
     return status;
 }

@@ -29,8 +29,7 @@ static mlora_status read_replace(struct decoder_step *step, const json_t *value,
     const json_t *pattern = json_object_get(value, "pattern");
     if (json_object_get(pattern, "Regex"))
         return error_set(MLORA_EUNSUPPORTED,
-                         "%s: decoder Replace has a Regex pattern, only String is supported",
-                         path);
+                         "%s: decoder Replace has a Regex pattern, only String is supported", path);
     mlora_status status = copy_string(&step->pattern, &step->pattern_bytes,
                                       json_object_get(pattern, "String"), "pattern.String", path);
     if (status == MLORA_OK)
@@ -54,28 +53,32 @@ static mlora_status read_strip(struct decoder_step *step, const json_t *value, c
     if (status != MLORA_OK) return error_prefix(status, "decoder Strip");
     const size_t bytes = strlen(content);
     if (bytes == 0 || utf8_decode(content, bytes, &c) != bytes)
-        return error_set(MLORA_EFORMAT, "%s: decoder Strip: content is \"%.32s\", one character "
-                         "is needed", path, content);
+        return error_set(MLORA_EFORMAT,
+                         "%s: decoder Strip: content is \"%.32s\", one character "
+                         "is needed",
+                         path, content);
     memcpy(step->character, content, bytes + 1);
     return MLORA_OK;
 }
 
-static mlora_status read_step(struct decoder *out, const json_t *value, int depth,
-                              const char *path)
+static mlora_status read_step(struct decoder *out, const json_t *value, int depth, const char *path)
 {
     if (depth > DEPTH_MAX)
-        return error_set(MLORA_EFORMAT, "%s: decoder is nested more than %d deep", path,
-                         DEPTH_MAX);
+        return error_set(MLORA_EFORMAT, "%s: decoder is nested more than %d deep", path, DEPTH_MAX);
     const char *type = json_string_value(json_object_get(value, "type"));
     if (!type)
-        return error_set(MLORA_EFORMAT, "%s: decoder has no type, a name such as \"ByteLevel\" is "
-                         "needed", path);
+        return error_set(MLORA_EFORMAT,
+                         "%s: decoder has no type, a name such as \"ByteLevel\" is "
+                         "needed",
+                         path);
 
     if (strcmp(type, "Sequence") == 0) {
         const json_t *list = json_object_get(value, "decoders");
         if (!json_is_array(list))
-            return error_set(MLORA_EFORMAT, "%s: decoder Sequence: decoders is %s, an array is "
-                             "needed", path, json_kind(list));
+            return error_set(MLORA_EFORMAT,
+                             "%s: decoder Sequence: decoders is %s, an array is "
+                             "needed",
+                             path, json_kind(list));
         mlora_status status = MLORA_OK;
         for (size_t i = 0; i < json_array_size(list) && status == MLORA_OK; i++)
             status = read_step(out, json_array_get(list, i), depth + 1, path);
@@ -110,7 +113,8 @@ static mlora_status read_step(struct decoder *out, const json_t *value, int dept
     }
     return error_set(MLORA_EUNSUPPORTED,
                      "%s: decoder \"%.64s\" is not supported; known are Sequence, ByteLevel, "
-                     "ByteFallback, Fuse, Replace, Strip and Metaspace", path, type);
+                     "ByteFallback, Fuse, Replace, Strip and Metaspace",
+                     path, type);
 }
 
 mlora_status decoder_read(struct decoder *out, const json_t *value, const char *path)
@@ -157,8 +161,8 @@ static int fallback_byte(const char *text, size_t bytes)
 }
 
 static mlora_status append_replaced(struct buffer *out, const char *text, size_t bytes,
-                                    const char *pattern, size_t pattern_bytes,
-                                    const char *content, size_t content_bytes)
+                                    const char *pattern, size_t pattern_bytes, const char *content,
+                                    size_t content_bytes)
 {
     mlora_status status = MLORA_OK;
 
@@ -216,17 +220,20 @@ static mlora_status append_token(struct buffer *out, const struct decoder_step *
 {
     switch (step->kind) {
     case DECODE_REPLACE:
-        return append_replaced(out, text, bytes, step->pattern, step->pattern_bytes,
-                               step->content, step->content_bytes);
+        return append_replaced(out, text, bytes, step->pattern, step->pattern_bytes, step->content,
+                               step->content_bytes);
     case DECODE_METASPACE: {
         const bool dropped = first && step->scheme != PREPEND_NEVER;
         return append_replaced(out, text, bytes, step->character, strlen(step->character), " ",
                                dropped ? 0 : 1);
     }
-    case DECODE_STRIP: return append_stripped(out, step, text, bytes);
-    case DECODE_BYTE_LEVEL: return append_bytes(out, text, bytes);
+    case DECODE_STRIP:
+        return append_stripped(out, step, text, bytes);
+    case DECODE_BYTE_LEVEL:
+        return append_bytes(out, text, bytes);
     case DECODE_BYTE_FALLBACK:
-    case DECODE_FUSE: break;
+    case DECODE_FUSE:
+        break;
     }
     return buffer_append(out, text, bytes);
 }
@@ -246,8 +253,8 @@ static mlora_status push_fallback(struct pieces *out, const struct pieces *in, s
 
     for (size_t i = begin; i < end && status == MLORA_OK; i++) {
         const struct piece *piece = &in->data[i];
-        const char byte = (char)fallback_byte(in->text.data + piece->start,
-                                              piece->end - piece->start);
+        const char byte =
+            (char)fallback_byte(in->text.data + piece->start, piece->end - piece->start);
         status = buffer_append(&out->text, &byte, 1);
     }
     if (status != MLORA_OK) return status;
@@ -306,8 +313,7 @@ static mlora_status apply_step(const struct decoder_step *step, struct pieces *o
     return status == MLORA_OK ? push_token(out, 0) : status;
 }
 
-mlora_status decoder_apply(const struct decoder *decoder, struct pieces *tokens,
-                           struct buffer *out)
+mlora_status decoder_apply(const struct decoder *decoder, struct pieces *tokens, struct buffer *out)
 {
     struct pieces next = {0};
     mlora_status status = MLORA_OK;

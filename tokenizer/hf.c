@@ -18,14 +18,14 @@ static mlora_status cut_at_added(const struct hf *hf, const struct added_search 
     struct added_span span;
     mlora_status status = MLORA_OK;
 
-    while (status == MLORA_OK && added_next(search, &hf->added, text, bytes, scope, taken,
-                                            &position, &span)) {
+    while (status == MLORA_OK &&
+           added_next(search, &hf->added, text, bytes, scope, taken, &position, &span)) {
         if (taken < span.start)
-            status = pieces_push(out, (struct piece){start + taken, start + span.start, -1,
-                                                     first && taken == 0});
+            status = pieces_push(
+                out, (struct piece){start + taken, start + span.start, -1, first && taken == 0});
         if (status == MLORA_OK)
-            status = pieces_push(out, (struct piece){start + span.start, start + span.end, span.id,
-                                                     false});
+            status = pieces_push(
+                out, (struct piece){start + span.start, start + span.end, span.id, false});
         taken = span.end;
     }
     if (taken < bytes && status == MLORA_OK)
@@ -49,13 +49,14 @@ static mlora_status normalize(const struct hf *hf, struct pieces *out, const str
         const size_t start = out->text.bytes;
         struct added_scope inner = {.plain = scope->plain};
         marks.bytes = 0;
-        status = normalizer_apply(&hf->normalizer, &out->text, in->text.data + piece->start,
-                                  piece->end - piece->start,
-                                  scope->written ? scope->written + piece->start : NULL, &marks);
+        bool moved = false;
+        status = normalizer_apply(
+            &hf->normalizer, &out->text, in->text.data + piece->start, piece->end - piece->start,
+            scope->written ? scope->written + piece->start : NULL, &marks, &moved);
         if (scope->written) inner.written = buffer_text(&marks);
         if (status == MLORA_OK)
-            status = cut_at_added(hf, &hf->normalized, out, start, out->text.bytes, piece->first,
-                                  &inner);
+            status = cut_at_added(hf, &hf->normalized, out, start, out->text.bytes,
+                                  piece->first && !moved, &inner);
     }
     buffer_free(&marks);
     return status;
@@ -66,22 +67,21 @@ static mlora_status normalize(const struct hf *hf, struct pieces *out, const str
 static mlora_status check_chat(const struct hf *hf)
 {
     bool nfc = false;
-    for (int i = 0; i < hf->normalizer.n; i++)
-        nfc |= hf->normalizer.steps[i].kind == NORMALIZE_NFC;
+    for (int i = 0; i < hf->normalizer.n; i++) nfc |= hf->normalizer.steps[i].kind == NORMALIZE_NFC;
     for (int i = 0; i < hf->added.n && nfc; i++)
         if (hf->added.tokens[i].special && hf->added.tokens[i].normalized)
             return error_set(MLORA_EUNSUPPORTED,
                              "the tokenizer searches the special token \"%.64s\" in text after "
                              "NFC, where a message could forge it; set its \"normalized\" to false "
-                             "in tokenizer.json", hf->added.tokens[i].text);
+                             "in tokenizer.json",
+                             hf->added.tokens[i].text);
     return MLORA_OK;
 }
 
 mlora_status hf_encode(const struct hf *hf, struct ids *out, const char *text, size_t bytes,
                        int flags, const char *written)
 {
-    const struct added_scope scope = {.plain = flags & ENCODE_NO_PARSE_SPECIAL,
-                                      .written = written};
+    const struct added_scope scope = {.plain = flags & ENCODE_NO_PARSE_SPECIAL, .written = written};
     const bool with_template = !(flags & ENCODE_NO_SPECIAL);
     struct pieces raw = {0}, pieces = {0};
     struct bpe_work work = {0};
@@ -154,7 +154,8 @@ mlora_status hf_piece(const struct hf *hf, struct buffer *out, int32_t id)
     size_t bytes;
     bool special;
     const char *text = token_text(hf, id, &bytes, &special);
-    if (!text || special) return MLORA_OK;
+    const int index = hf->added_of[id];
+    if (!text || (index >= 0 && hf->added.tokens[index].special)) return MLORA_OK;
     return decoder_piece(&hf->decoder, out, text, bytes);
 }
 

@@ -19,8 +19,10 @@ static mlora_status check_unset(const json_t *model, const char *key, const char
     if (!value || json_is_null(value) || json_is_false(value)) return MLORA_OK;
     if (json_is_number(value) && json_number_value(value) == 0) return MLORA_OK;
     if (json_is_string(value) && json_string_length(value) == 0) return MLORA_OK;
-    return error_set(MLORA_EUNSUPPORTED, "%s: model.%s is set, which is not supported; it must be "
-                     "null", path, key);
+    return error_set(MLORA_EUNSUPPORTED,
+                     "%s: model.%s is set, which is not supported; it must be "
+                     "null",
+                     path, key);
 }
 
 static mlora_status read_vocab(struct bpe *bpe, const json_t *model, const char *path)
@@ -39,8 +41,10 @@ static mlora_status read_vocab(struct bpe *bpe, const json_t *model, const char 
     json_object_foreach(vocab, text, id)
     {
         if (status == MLORA_OK && !json_is_integer(id))
-            return error_set(MLORA_EFORMAT, "%s: model.vocab: the id of \"%.64s\" is %s, an "
-                             "integer is needed", path, text, json_kind(id));
+            return error_set(MLORA_EFORMAT,
+                             "%s: model.vocab: the id of \"%.64s\" is %s, an "
+                             "integer is needed",
+                             path, text, json_kind(id));
         if (status == MLORA_OK)
             status = vocab_add(&bpe->vocab, text, strlen(text), json_integer_value(id));
         if (status != MLORA_OK) return error_prefix(status, "%s: model.vocab", path);
@@ -61,11 +65,13 @@ static mlora_status read_merge(struct bpe *bpe, const json_t *merge, uint32_t ra
         status = bpe_add_merge(bpe, rank, json_string_value(left), json_string_length(left),
                                json_string_value(right), json_string_length(right));
     else if (space && !strchr(space + 1, ' '))
-        status = bpe_add_merge(bpe, rank, text, (size_t)(space - text), space + 1,
-                               strlen(space + 1));
+        status =
+            bpe_add_merge(bpe, rank, text, (size_t)(space - text), space + 1, strlen(space + 1));
     else
-        return error_set(MLORA_EFORMAT, "%s: model.merges[%u] is neither \"left right\" nor "
-                         "[\"left\", \"right\"]", path, rank);
+        return error_set(MLORA_EFORMAT,
+                         "%s: model.merges[%u] is neither \"left right\" nor "
+                         "[\"left\", \"right\"]",
+                         path, rank);
     return status == MLORA_OK ? status : error_prefix(status, "%s: model", path);
 }
 
@@ -75,12 +81,16 @@ static mlora_status read_model(struct bpe *bpe, const json_t *model, const char 
     const json_t *merges = json_object_get(model, "merges");
 
     if (!json_is_object(model))
-        return error_set(MLORA_EFORMAT, "%s: model is %s, an object is needed; is this a "
-                         "tokenizer.json?", path, json_kind(model));
+        return error_set(MLORA_EFORMAT,
+                         "%s: model is %s, an object is needed; is this a "
+                         "tokenizer.json?",
+                         path, json_kind(model));
     mlora_status status = json_get_string(&type, model, "type", NULL, path);
     if (status == MLORA_OK && type && strcmp(type, "BPE") != 0)
-        status = error_set(MLORA_EUNSUPPORTED, "%s: model.type is \"%.64s\", only BPE is "
-                           "supported", path, type);
+        status = error_set(MLORA_EUNSUPPORTED,
+                           "%s: model.type is \"%.64s\", only BPE is "
+                           "supported",
+                           path, type);
     if (status == MLORA_OK) status = check_unset(model, "dropout", path);
     if (status == MLORA_OK) status = check_unset(model, "continuing_subword_prefix", path);
     if (status == MLORA_OK) status = check_unset(model, "end_of_word_suffix", path);
@@ -96,8 +106,8 @@ static mlora_status read_model(struct bpe *bpe, const json_t *model, const char 
 
     bpe->unknown = unknown ? vocab_find(&bpe->vocab, unknown, strlen(unknown)) : -1;
     if (unknown && bpe->unknown < 0)
-        return error_set(MLORA_EFORMAT, "%s: model.unk_token \"%.64s\" is not in model.vocab",
-                         path, unknown);
+        return error_set(MLORA_EFORMAT, "%s: model.unk_token \"%.64s\" is not in model.vocab", path,
+                         unknown);
     if (!json_is_array(merges))
         return error_set(MLORA_EFORMAT, "%s: model.merges is %s, an array is needed", path,
                          json_kind(merges));
@@ -116,6 +126,7 @@ static mlora_status read_added_token(struct added_token *out, const json_t *valu
     const char *content;
     int64_t id;
     struct buffer pattern = {0};
+    bool moved;
 
     if (!json_is_object(value))
         return error_set(MLORA_EFORMAT, "%s: an entry of added_tokens is %s, an object is needed",
@@ -136,7 +147,7 @@ static mlora_status read_added_token(struct added_token *out, const json_t *valu
     out->text = strdup(content);
     if (!out->text) return error_set(MLORA_ENOMEM, "out of memory: added tokens");
     if (out->normalized)
-        status = normalizer_apply(normalizer, &pattern, content, out->bytes, NULL, NULL);
+        status = normalizer_apply(normalizer, &pattern, content, out->bytes, NULL, NULL, &moved);
     else
         status = buffer_append(&pattern, content, out->bytes);
     out->pattern = pattern.data;
@@ -152,9 +163,10 @@ static mlora_status check_added_id(struct hf *hf, const struct added_token *toke
     const int32_t known = vocab_find(&hf->bpe.vocab, token->text, token->bytes);
     const int64_t id = known >= 0 ? known : *next;
     if (id != token->id)
-        return error_set(MLORA_EFORMAT, "%s: added token \"%.64s\" has id %d, but its place in "
-                         "the vocabulary is %lld", path, token->text, (int)token->id,
-                         (long long)id);
+        return error_set(MLORA_EFORMAT,
+                         "%s: added token \"%.64s\" has id %d, but its place in "
+                         "the vocabulary is %lld",
+                         path, token->text, (int)token->id, (long long)id);
     if (known < 0) *next = id + 1;
     if (id >= hf->n_ids) hf->n_ids = (int)id + 1;
     return MLORA_OK;
@@ -219,14 +231,18 @@ static mlora_status template_token(struct hf *hf, struct ids *out, const json_t 
     mlora_status status = MLORA_OK;
 
     if (!json_is_array(ids))
-        return error_set(MLORA_EFORMAT, "%s: post_processor: special_tokens lacks the ids of "
-                         "\"%.64s\"", path, name);
+        return error_set(MLORA_EFORMAT,
+                         "%s: post_processor: special_tokens lacks the ids of "
+                         "\"%.64s\"",
+                         path, name);
     for (size_t i = 0; i < json_array_size(ids) && status == MLORA_OK; i++) {
         const json_t *id = json_array_get(ids, i);
         if (!json_is_integer(id) || json_integer_value(id) < 0 ||
             json_integer_value(id) >= hf->n_ids)
-            return error_set(MLORA_EFORMAT, "%s: post_processor: \"%.64s\" has an id that is not "
-                             "in the vocabulary of %d", path, name, hf->n_ids);
+            return error_set(MLORA_EFORMAT,
+                             "%s: post_processor: \"%.64s\" has an id that is not "
+                             "in the vocabulary of %d",
+                             path, name, hf->n_ids);
         status = ids_push(out, (int32_t)json_integer_value(id));
     }
     return status;
@@ -242,8 +258,10 @@ static mlora_status read_template(struct hf *hf, const json_t *value, const char
     mlora_status status = MLORA_OK;
 
     if (!json_is_array(single))
-        return error_set(MLORA_EFORMAT, "%s: post_processor TemplateProcessing: single is %s, an "
-                         "array is needed", path, json_kind(single));
+        return error_set(MLORA_EFORMAT,
+                         "%s: post_processor TemplateProcessing: single is %s, an "
+                         "array is needed",
+                         path, json_kind(single));
     for (size_t i = 0; i < json_array_size(single) && status == MLORA_OK; i++) {
         const json_t *part = json_array_get(single, i);
         const json_t *token = json_object_get(part, "SpecialToken");
@@ -254,12 +272,16 @@ static mlora_status read_template(struct hf *hf, const json_t *value, const char
         else if (sequence && name && strcmp(name, "A") == 0)
             n_sequences++;
         else
-            status = error_set(MLORA_EFORMAT, "%s: post_processor TemplateProcessing: single[%zu] "
-                               "is neither a SpecialToken nor the Sequence A", path, i);
+            status = error_set(MLORA_EFORMAT,
+                               "%s: post_processor TemplateProcessing: single[%zu] "
+                               "is neither a SpecialToken nor the Sequence A",
+                               path, i);
     }
     if (status == MLORA_OK && n_sequences != 1)
-        status = error_set(MLORA_EUNSUPPORTED, "%s: post_processor TemplateProcessing: single "
-                           "holds the text %d times, must be once", path, n_sequences);
+        status = error_set(MLORA_EUNSUPPORTED,
+                           "%s: post_processor TemplateProcessing: single "
+                           "holds the text %d times, must be once",
+                           path, n_sequences);
     for (int i = 0; i < hf->prefix.n && status == MLORA_OK; i++)
         status = ids_push(&before, hf->prefix.data[i]);
     for (int i = 0; i < after.n && status == MLORA_OK; i++)
@@ -279,15 +301,19 @@ static mlora_status read_post_processor(struct hf *hf, const json_t *value, int 
                          DEPTH_MAX);
     const char *type = json_string_value(json_object_get(value, "type"));
     if (!type)
-        return error_set(MLORA_EFORMAT, "%s: post_processor has no type, a name such as "
-                         "\"TemplateProcessing\" is needed", path);
+        return error_set(MLORA_EFORMAT,
+                         "%s: post_processor has no type, a name such as "
+                         "\"TemplateProcessing\" is needed",
+                         path);
     if (strcmp(type, "ByteLevel") == 0) return MLORA_OK; /* offsets only */
     if (strcmp(type, "TemplateProcessing") == 0) return read_template(hf, value, path);
     if (strcmp(type, "Sequence") == 0) {
         const json_t *list = json_object_get(value, "processors");
         if (!json_is_array(list))
-            return error_set(MLORA_EFORMAT, "%s: post_processor Sequence: processors is %s, an "
-                             "array is needed", path, json_kind(list));
+            return error_set(MLORA_EFORMAT,
+                             "%s: post_processor Sequence: processors is %s, an "
+                             "array is needed",
+                             path, json_kind(list));
         mlora_status status = MLORA_OK;
         for (size_t i = 0; i < json_array_size(list) && status == MLORA_OK; i++)
             status = read_post_processor(hf, json_array_get(list, i), depth + 1, path);
@@ -295,7 +321,8 @@ static mlora_status read_post_processor(struct hf *hf, const json_t *value, int 
     }
     return error_set(MLORA_EUNSUPPORTED,
                      "%s: post_processor \"%.64s\" is not supported; known are Sequence, "
-                     "TemplateProcessing and ByteLevel", path, type);
+                     "TemplateProcessing and ByteLevel",
+                     path, type);
 }
 
 /* ---- the file ----------------------------------------------------------------------------- */
@@ -321,8 +348,7 @@ mlora_status hf_read(struct hf *out, const char *path)
     if (status == MLORA_OK)
         status = decoder_read(&out->decoder, json_object_get(json, "decoder"), path);
     if (status == MLORA_OK) status = read_model(&out->bpe, json_object_get(json, "model"), path);
-    if (status == MLORA_OK)
-        status = read_added(out, json_object_get(json, "added_tokens"), path);
+    if (status == MLORA_OK) status = read_added(out, json_object_get(json, "added_tokens"), path);
     if (status == MLORA_OK)
         status = read_post_processor(out, json_object_get(json, "post_processor"), 0, path);
     json_decref(json);

@@ -51,14 +51,18 @@ static mlora_status read_step(struct normalizer *out, const json_t *value, int d
                          DEPTH_MAX);
     const char *type = json_string_value(json_object_get(value, "type"));
     if (!type)
-        return error_set(MLORA_EFORMAT, "%s: normalizer has no type, a name such as \"Sequence\" "
-                         "is needed", path);
+        return error_set(MLORA_EFORMAT,
+                         "%s: normalizer has no type, a name such as \"Sequence\" "
+                         "is needed",
+                         path);
 
     if (strcmp(type, "Sequence") == 0) {
         const json_t *list = json_object_get(value, "normalizers");
         if (!json_is_array(list))
-            return error_set(MLORA_EFORMAT, "%s: normalizer Sequence: normalizers is %s, an array "
-                             "is needed", path, json_kind(list));
+            return error_set(MLORA_EFORMAT,
+                             "%s: normalizer Sequence: normalizers is %s, an array "
+                             "is needed",
+                             path, json_kind(list));
         mlora_status status = MLORA_OK;
         for (size_t i = 0; i < json_array_size(list) && status == MLORA_OK; i++)
             status = read_step(out, json_array_get(list, i), depth + 1, path);
@@ -69,8 +73,8 @@ static mlora_status read_step(struct normalizer *out, const json_t *value, int d
     struct normalizer_step *step = &out->steps[out->n++];
     if (strcmp(type, "Prepend") == 0) {
         step->kind = NORMALIZE_PREPEND;
-        return copy_string(&step->content, &step->content_bytes,
-                           json_object_get(value, "prepend"), "prepend", path);
+        return copy_string(&step->content, &step->content_bytes, json_object_get(value, "prepend"),
+                           "prepend", path);
     }
     if (strcmp(type, "Replace") == 0) {
         step->kind = NORMALIZE_REPLACE;
@@ -82,7 +86,8 @@ static mlora_status read_step(struct normalizer *out, const json_t *value, int d
     }
     return error_set(MLORA_EUNSUPPORTED,
                      "%s: normalizer \"%.64s\" is not supported; known are Sequence, Prepend, "
-                     "Replace and NFC", path, type);
+                     "Replace and NFC",
+                     path, type);
 }
 
 mlora_status normalizer_read(struct normalizer *out, const json_t *value, const char *path)
@@ -239,9 +244,8 @@ static mlora_status nfc(struct buffer *out, const char *text, size_t bytes)
             if (end > start && (unicode_classes((uint32_t)all[start].c) & UNICODE_INERT)) break;
             if (end > start && (unicode_classes((uint32_t)all[end].c) & UNICODE_INERT)) break;
         }
-        const utf8proc_ssize_t n_composed =
-            utf8proc_normalize_utf32(composed + start, (utf8proc_ssize_t)(end - start),
-                                     UTF8PROC_STABLE | UTF8PROC_COMPOSE);
+        const utf8proc_ssize_t n_composed = utf8proc_normalize_utf32(
+            composed + start, (utf8proc_ssize_t)(end - start), UTF8PROC_STABLE | UTF8PROC_COMPOSE);
         for (utf8proc_ssize_t i = 0; i < n_composed && status == MLORA_OK; i++) {
             char encoded[4];
             status = buffer_append(out, encoded,
@@ -262,9 +266,11 @@ static mlora_status apply_step(const struct normalizer_step *step, struct marked
 
     switch (step->kind) {
     case NORMALIZE_PREPEND:
-        if (bytes) status = append_new(out, step->content, step->content_bytes, marks != NULL, true);
+        if (bytes)
+            status = append_new(out, step->content, step->content_bytes, marks != NULL, true);
         return status == MLORA_OK ? append(out, text, bytes, marks) : status;
-    case NORMALIZE_REPLACE: return replace(step, out, text, bytes, marks);
+    case NORMALIZE_REPLACE:
+        return replace(step, out, text, bytes, marks);
     case NORMALIZE_NFC:
         if (is_simple(text, bytes)) return append(out, text, bytes, marks);
         status = nfc(&out->text, text, bytes);
@@ -277,15 +283,28 @@ static mlora_status apply_step(const struct normalizer_step *step, struct marked
     return status;
 }
 
+static bool moves_start(const struct normalizer_step *step, const char *text, size_t bytes)
+{
+    uint32_t c;
+
+    if (step->kind != NORMALIZE_REPLACE || bytes < step->pattern_bytes ||
+        memcmp(text, step->pattern, step->pattern_bytes) != 0)
+        return false;
+    return step->content_bytes == 0 ||
+           utf8_decode(step->pattern, step->pattern_bytes, &c) < step->pattern_bytes;
+}
+
 mlora_status normalizer_apply(const struct normalizer *normalizer, struct buffer *out,
                               const char *text, size_t bytes, const char *written,
-                              struct buffer *marks)
+                              struct buffer *marks, bool *moved)
 {
     struct marked now = {0}, next = {0};
     const char *now_marks = written;
     mlora_status status = MLORA_OK;
 
+    *moved = false;
     for (int i = 0; i < normalizer->n && status == MLORA_OK; i++) {
+        *moved |= moves_start(&normalizer->steps[i], text, bytes);
         next.text.bytes = next.marks.bytes = 0;
         status = apply_step(&normalizer->steps[i], &next, text, bytes, now_marks);
         if (status != MLORA_OK) break;

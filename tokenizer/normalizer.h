@@ -3,6 +3,7 @@
 #define MLORA_TOKENIZER_NORMALIZER_H
 
 #include <jansson.h>
+#include <stdbool.h>
 
 #include "engine/base/buffer.h"
 
@@ -31,10 +32,12 @@ void normalizer_free(struct normalizer *normalizer); /* accepts zeroes */
  * written  [bytes] 1 where the template wrote the byte, see added_scope; may be NULL
  * marks    receives as many bytes as `out` does: 1 where all that a byte was made from was
  *          written by the template; NULL where `written` is. NFC marks nothing.
+ * moved    set when what begins the result does not stem from the first character of `text`, as
+ *          the reference counts it: a Replace of several characters, or by nothing, began there
  *
  * Returns OK or ENOMEM. */
 mlora_status normalizer_apply(const struct normalizer *normalizer, struct buffer *out,
                               const char *text, size_t bytes, const char *written,
-                              struct buffer *marks);
+                              struct buffer *marks, bool *moved);
 
 #endif

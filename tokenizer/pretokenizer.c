@@ -7,7 +7,7 @@
 #include "engine/base/json.h"
 #include "tokenizer/unicode.h"
 
-#define GPT2_PATTERN                                                                              \
+#define GPT2_PATTERN                                                                               \
     "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+"
 
 /* ---- reading ------------------------------------------------------------------------------ */
@@ -26,9 +26,10 @@ static mlora_status read_behavior(enum split_behavior *out, const json_t *value,
         *out = (enum split_behavior)i;
         return MLORA_OK;
     }
-    return error_set(MLORA_EFORMAT, "%s: pre_tokenizer Split: behavior is %s, one of Isolated, "
-                     "Removed, MergedWithPrevious, MergedWithNext, Contiguous is needed", path,
-                     name ? name : "missing");
+    return error_set(MLORA_EFORMAT,
+                     "%s: pre_tokenizer Split: behavior is %s, one of Isolated, "
+                     "Removed, MergedWithPrevious, MergedWithNext, Contiguous is needed",
+                     path, name ? name : "missing");
 }
 
 static mlora_status read_split(struct pretokenizer_step *step, const json_t *value,
@@ -43,13 +44,15 @@ static mlora_status read_split(struct pretokenizer_step *step, const json_t *val
     if (status != MLORA_OK) return status;
     step->cuts = true;
     if (json_is_string(regex))
-        return split_from_regex(&step->split, json_string_value(regex),
-                                json_string_length(regex), path);
+        return split_from_regex(&step->split, json_string_value(regex), json_string_length(regex),
+                                path);
     if (json_is_string(string) && json_string_length(string) > 0)
         return split_from_string(&step->split, json_string_value(string),
                                  json_string_length(string));
-    return error_set(MLORA_EFORMAT, "%s: pre_tokenizer Split: pattern is %s, an object with a "
-                     "Regex or a String that is not empty is needed", path, json_kind(pattern));
+    return error_set(MLORA_EFORMAT,
+                     "%s: pre_tokenizer Split: pattern is %s, an object with a "
+                     "Regex or a String that is not empty is needed",
+                     path, json_kind(pattern));
 }
 
 static mlora_status read_byte_level(struct pretokenizer_step *step, const json_t *value,
@@ -81,21 +84,27 @@ mlora_status metaspace_read(char replacement[5], enum prepend_scheme *scheme, co
 
     const size_t bytes = text ? strlen(text) : 0;
     if (bytes == 0 || utf8_decode(text, bytes, &c) != bytes)
-        return error_set(MLORA_EFORMAT, "%s: %s Metaspace: replacement is \"%.32s\", one character "
-                         "is needed", path, where, text ? text : "");
+        return error_set(MLORA_EFORMAT,
+                         "%s: %s Metaspace: replacement is \"%.32s\", one character "
+                         "is needed",
+                         path, where, text ? text : "");
     memcpy(replacement, text, bytes + 1);
 
     int found = -1;
     for (int i = 0; i < 3; i++)
         if (strcmp(name, names[i]) == 0) found = i;
     if (found < 0)
-        return error_set(MLORA_EFORMAT, "%s: %s Metaspace: prepend_scheme is \"%.32s\", one of "
-                         "always, first, never is needed", path, where, name);
+        return error_set(MLORA_EFORMAT,
+                         "%s: %s Metaspace: prepend_scheme is \"%.32s\", one of "
+                         "always, first, never is needed",
+                         path, where, name);
     *scheme = (enum prepend_scheme)found;
     if (add_prefix_space) return MLORA_OK;
     if (*scheme != PREPEND_NEVER)
-        return error_set(MLORA_EFORMAT, "%s: %s Metaspace: add_prefix_space is false, but "
-                         "prepend_scheme is \"%s\"; it must be \"never\"", path, where, name);
+        return error_set(MLORA_EFORMAT,
+                         "%s: %s Metaspace: add_prefix_space is false, but "
+                         "prepend_scheme is \"%s\"; it must be \"never\"",
+                         path, where, name);
     return MLORA_OK;
 }
 
@@ -116,8 +125,7 @@ static mlora_status read_digits(struct pretokenizer_step *step, const json_t *va
                                 const char *path)
 {
     bool individual;
-    const mlora_status status =
-        json_get_bool(&individual, value, "individual_digits", false, path);
+    const mlora_status status = json_get_bool(&individual, value, "individual_digits", false, path);
     step->cuts = true;
     step->split.kind = SPLIT_DIGIT;
     step->behavior = individual ? SPLIT_ISOLATED : SPLIT_CONTIGUOUS;
@@ -132,14 +140,18 @@ static mlora_status read_step(struct pretokenizer *out, const json_t *value, int
                          DEPTH_MAX);
     const char *type = json_string_value(json_object_get(value, "type"));
     if (!type)
-        return error_set(MLORA_EFORMAT, "%s: pre_tokenizer has no type, a name such as "
-                         "\"ByteLevel\" is needed", path);
+        return error_set(MLORA_EFORMAT,
+                         "%s: pre_tokenizer has no type, a name such as "
+                         "\"ByteLevel\" is needed",
+                         path);
 
     if (strcmp(type, "Sequence") == 0) {
         const json_t *list = json_object_get(value, "pretokenizers");
         if (!json_is_array(list))
-            return error_set(MLORA_EFORMAT, "%s: pre_tokenizer Sequence: pretokenizers is %s, an "
-                             "array is needed", path, json_kind(list));
+            return error_set(MLORA_EFORMAT,
+                             "%s: pre_tokenizer Sequence: pretokenizers is %s, an "
+                             "array is needed",
+                             path, json_kind(list));
         mlora_status status = MLORA_OK;
         for (size_t i = 0; i < json_array_size(list) && status == MLORA_OK; i++)
             status = read_step(out, json_array_get(list, i), depth + 1, path);
@@ -155,7 +167,8 @@ static mlora_status read_step(struct pretokenizer *out, const json_t *value, int
     if (strcmp(type, "Digits") == 0) return read_digits(step, value, path);
     return error_set(MLORA_EUNSUPPORTED,
                      "%s: pre_tokenizer \"%.64s\" is not supported; known are Sequence, Split, "
-                     "ByteLevel, Metaspace and Digits", path, type);
+                     "ByteLevel, Metaspace and Digits",
+                     path, type);
 }
 
 mlora_status pretokenizer_read(struct pretokenizer *out, const json_t *value, const char *path)
@@ -224,11 +237,14 @@ static mlora_status take(struct parts *parts, enum split_behavior behavior, size
     bool grow = false;
 
     switch (behavior) {
-    case SPLIT_ISOLATED: break;
+    case SPLIT_ISOLATED:
+        break;
     case SPLIT_REMOVED:
         if (match) return MLORA_OK;
         break;
-    case SPLIT_CONTIGUOUS: grow = parts->has_last && match == parts->last_is_match; break;
+    case SPLIT_CONTIGUOUS:
+        grow = parts->has_last && match == parts->last_is_match;
+        break;
     case SPLIT_MERGED_WITH_PREVIOUS:
         grow = parts->has_last && match && !parts->last_is_match;
         break;
@@ -283,16 +299,15 @@ static mlora_status append_before(const struct pretokenizer_step *step, struct b
     if (step->kind != PRETOKENIZE_METASPACE) return buffer_append(out, text, bytes);
 
     const size_t mark_bytes = strlen(step->replacement);
-    const bool marked = text[0] == ' ' || (bytes >= mark_bytes &&
-                                           memcmp(text, step->replacement, mark_bytes) == 0);
+    const bool marked =
+        text[0] == ' ' || (bytes >= mark_bytes && memcmp(text, step->replacement, mark_bytes) == 0);
     if (!marked && (step->scheme == PREPEND_ALWAYS || (step->scheme == PREPEND_FIRST && first)))
         status = buffer_append(out, step->replacement, mark_bytes);
     while (bytes > 0 && status == MLORA_OK) {
         const char *space = memchr(text, ' ', bytes);
         const size_t n = space ? (size_t)(space - text) : bytes;
         status = buffer_append(out, text, n);
-        if (space && status == MLORA_OK)
-            status = buffer_append(out, step->replacement, mark_bytes);
+        if (space && status == MLORA_OK) status = buffer_append(out, step->replacement, mark_bytes);
         text += n + (space != NULL);
         bytes -= n + (space != NULL);
     }

@@ -26,10 +26,10 @@ struct pretokenizer_step {
     bool cuts; /* `split` is in use */
     struct split split;
     enum split_behavior behavior;
-    bool invert;               /* what the pattern does not match counts as its matches */
-    bool add_prefix_space;     /* of BYTE_LEVEL */
+    bool invert;                /* what the pattern does not match counts as its matches */
+    bool add_prefix_space;      /* of BYTE_LEVEL */
     enum prepend_scheme scheme; /* of METASPACE */
-    char replacement[5];       /* of METASPACE: one character */
+    char replacement[5];        /* of METASPACE: one character */
 };
 
 struct pretokenizer {

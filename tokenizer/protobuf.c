@@ -44,11 +44,20 @@ bool protobuf_next(struct protobuf *message, struct protobuf_field *out)
         out->number = (uint32_t)(tag >> 3);
         out->wire = (int)(tag & 7);
         switch (out->wire) {
-        case PROTOBUF_VARINT: good = take_varint(message, &out->value); break;
-        case PROTOBUF_FIXED64: good = take_fixed(message, 8, &out->value); break;
-        case PROTOBUF_FIXED32: good = take_fixed(message, 4, &out->value); break;
-        case PROTOBUF_BYTES: good = take_bytes(message, out); break;
-        default: break; /* groups are long gone */
+        case PROTOBUF_VARINT:
+            good = take_varint(message, &out->value);
+            break;
+        case PROTOBUF_FIXED64:
+            good = take_fixed(message, 8, &out->value);
+            break;
+        case PROTOBUF_FIXED32:
+            good = take_fixed(message, 4, &out->value);
+            break;
+        case PROTOBUF_BYTES:
+            good = take_bytes(message, out);
+            break;
+        default:
+            break; /* groups are long gone */
         }
     }
     message->broken = !good;

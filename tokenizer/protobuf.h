@@ -17,7 +17,7 @@ enum { PROTOBUF_VARINT = 0, PROTOBUF_FIXED64 = 1, PROTOBUF_BYTES = 2, PROTOBUF_F
 
 struct protobuf_field {
     uint32_t number;
-    int wire; /* PROTOBUF_ */
+    int wire;                  /* PROTOBUF_ */
     uint64_t value;            /* of VARINT, FIXED32, FIXED64 */
     const unsigned char *data; /* of BYTES, [bytes] */
     size_t bytes;

@@ -27,14 +27,14 @@ static mlora_status refuse(const char *path, const char *what, const char *patte
 }
 
 /* Rewrite the escape at `at` ("\\" and what follows). Returns OK and moves *used behind it. */
-static mlora_status translate_escape(struct buffer *out, const char *at, size_t left,
-                                     bool in_class, size_t *used, const char *path,
-                                     const char *pattern)
+static mlora_status translate_escape(struct buffer *out, const char *at, size_t left, bool in_class,
+                                     size_t *used, const char *path, const char *pattern)
 {
     if (left < 2) return error_set(MLORA_EFORMAT, "%s: a pattern ends in a backslash", path);
     *used = 2;
     switch (at[1]) {
-    case 's': return buffer_printf(out, in_class ? "%s" : "[%s]", SPACE_CLASS);
+    case 's':
+        return buffer_printf(out, in_class ? "%s" : "[%s]", SPACE_CLASS);
     case 'S':
         if (in_class) return refuse(path, "\\S inside a class", pattern);
         return buffer_printf(out, "[^%s]", SPACE_CLASS);
@@ -50,8 +50,10 @@ static mlora_status translate_escape(struct buffer *out, const char *at, size_t 
     case 'r':
     case 'n':
     case 't':
-    case 'd': return buffer_append(out, at, 2);
-    default: break;
+    case 'd':
+        return buffer_append(out, at, 2);
+    default:
+        break;
     }
     if ((at[1] >= '0' && at[1] <= '9') || (at[1] >= 'A' && at[1] <= 'Z') ||
         (at[1] >= 'a' && at[1] <= 'z') || (unsigned char)at[1] >= 0x80) {
@@ -118,9 +120,9 @@ mlora_status regex_compile(void **out, const char *pattern, size_t bytes, const 
     mlora_status status = translate(&translated, pattern, bytes, path);
     if (status != MLORA_OK) goto done;
 
-    pcre2_code *regex = pcre2_compile((PCRE2_SPTR)translated.data, translated.bytes,
-                                      PCRE2_UTF | PCRE2_UCP | PCRE2_NEVER_BACKSLASH_C, &code,
-                                      &offset, NULL);
+    pcre2_code *regex =
+        pcre2_compile((PCRE2_SPTR)translated.data, translated.bytes,
+                      PCRE2_UTF | PCRE2_UCP | PCRE2_NEVER_BACKSLASH_C, &code, &offset, NULL);
     if (!regex) {
         PCRE2_UCHAR message[128];
         pcre2_get_error_message(code, message, sizeof message);
@@ -155,15 +157,15 @@ mlora_status regex_next(const void *regex, void **match, void **context, const c
     }
     if (!*match || !*context) return error_set(MLORA_ENOMEM, "out of memory: a pattern's match");
 
-    const int code = pcre2_match(regex, (PCRE2_SPTR)text, bytes, from, PCRE2_NO_UTF_CHECK, *match,
-                                 *context);
+    const int code =
+        pcre2_match(regex, (PCRE2_SPTR)text, bytes, from, PCRE2_NO_UTF_CHECK, *match, *context);
     *found = code >= 0;
     if (code == PCRE2_ERROR_NOMATCH) return MLORA_OK;
     if (code == PCRE2_ERROR_NOMEMORY)
         return error_set(MLORA_ENOMEM, "out of memory: a pattern's match");
     if (code < 0)
         return error_set(MLORA_EINVAL, "the text needs more steps than the tokenizer's split "
-                         "pattern is given; shorten the text");
+                                       "pattern is given; shorten the text");
     const PCRE2_SIZE *span = pcre2_get_ovector_pointer(*match);
     *start = span[0];
     *end = span[1];

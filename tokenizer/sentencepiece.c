@@ -141,8 +141,7 @@ static mlora_status consider(struct work *work, int32_t left, int32_t right)
     const uint32_t bytes = a->bytes + b->bytes;
     const int32_t id = vocab_find(&work->model->pieces, work->text + a->start, bytes);
     if (id < 0) return MLORA_OK;
-    if (work->left_bytes && work->model->types[id] == PIECE_UNUSED)
-        work->left_bytes[id] = a->bytes;
+    if (work->left_bytes && work->model->types[id] == PIECE_UNUSED) work->left_bytes[id] = a->bytes;
     return heap_push(work, (struct candidate){work->model->scores[id], left, right, bytes});
 }
 
@@ -196,39 +195,59 @@ static mlora_status append_ids(const struct work *work, struct ids *out, const c
     return ids_push(out, model->unknown);
 }
 
-static mlora_status encode_normalized(const struct sentencepiece *model, struct ids *out,
-                                      const char *text, size_t bytes)
+/* Encode a stretch that merges alone. */
+static mlora_status encode_word(struct work *work, struct ids *out, const char *text, size_t bytes,
+                                bool *after_unknown)
 {
-    struct work work = {.model = model, .text = text};
-    bool after_unknown = false;
-    mlora_status status = MLORA_OK;
-
-    if (bytes == 0) return MLORA_OK;
-    if (bytes > INT32_MAX)
-        return error_set(MLORA_EINVAL, "a text of %zu bytes is too long to encode", bytes);
-    size_t n_characters = 0;
-    for (size_t i = 0; i < bytes; i++) n_characters += ((unsigned char)text[i] & 0xc0) != 0x80;
-    work.symbols = malloc(n_characters * sizeof *work.symbols);
-    if (model->n_unused) work.left_bytes = calloc((size_t)model->n_ids, sizeof *work.left_bytes);
-    if (!work.symbols || (model->n_unused && !work.left_bytes)) {
-        status = error_set(MLORA_ENOMEM, "out of memory: a text of %zu bytes", bytes);
-        goto done;
-    }
+    work->text = text;
+    work->n_symbols = work->n_heap = 0;
     for (size_t i = 0, n; i < bytes; i += n) {
-        const int32_t k = (int32_t)work.n_symbols++;
-        struct symbol *symbol = &work.symbols[k];
-        n = unit(model, text + i, bytes - i, &symbol->frozen);
+        const int32_t k = (int32_t)work->n_symbols++;
+        struct symbol *symbol = &work->symbols[k];
+        n = unit(work->model, text + i, bytes - i, &symbol->frozen);
         symbol->start = i;
         symbol->bytes = (uint32_t)n;
         symbol->previous = k - 1;
         symbol->next = i + n < bytes ? k + 1 : -1;
     }
-    status = merge_all(&work);
-    for (int32_t i = 0; i >= 0 && status == MLORA_OK; i = work.symbols[i].next)
-        status = append_ids(&work, out, text + work.symbols[i].start, work.symbols[i].bytes,
-                            &after_unknown);
+    mlora_status status = merge_all(work);
+    for (int32_t i = 0; i >= 0 && status == MLORA_OK; i = work->symbols[i].next)
+        status = append_ids(work, out, text + work->symbols[i].start, work->symbols[i].bytes,
+                            after_unknown);
+    return status;
+}
 
-done:
+/* The bytes before the first mark that follows something else. Short stretches stay in the
+ * cache, which makes a long text several times faster. */
+static size_t word_bytes(const char *text, size_t bytes)
+{
+    size_t from = 0;
+    while (bytes - from >= MARK_BYTES && memcmp(text + from, mark, MARK_BYTES) == 0)
+        from += MARK_BYTES;
+    const char *next = memmem(text + from, bytes - from, mark, MARK_BYTES);
+    return next ? (size_t)(next - text) : bytes;
+}
+
+static mlora_status encode_normalized(const struct sentencepiece *model, struct ids *out,
+                                      const char *text, size_t bytes)
+{
+    struct work work = {.model = model};
+    bool after_unknown = false;
+    size_t n_characters = 0;
+    mlora_status status = MLORA_OK;
+
+    if (bytes == 0) return MLORA_OK;
+    if (bytes > INT32_MAX)
+        return error_set(MLORA_EINVAL, "a text of %zu bytes is too long to encode", bytes);
+    for (size_t i = 0; i < bytes; i++) n_characters += ((unsigned char)text[i] & 0xc0) != 0x80;
+    work.symbols = malloc(n_characters * sizeof *work.symbols);
+    if (model->n_unused) work.left_bytes = calloc((size_t)model->n_ids, sizeof *work.left_bytes);
+    if (!work.symbols || (model->n_unused && !work.left_bytes))
+        status = error_set(MLORA_ENOMEM, "out of memory: a text of %zu bytes", bytes);
+    for (size_t n; bytes > 0 && status == MLORA_OK; text += n, bytes -= n) {
+        n = model->separable ? word_bytes(text, bytes) : bytes;
+        status = encode_word(&work, out, text, n, &after_unknown);
+    }
     free(work.symbols);
     free(work.heap);
     free(work.left_bytes);
@@ -339,8 +358,7 @@ mlora_status sentencepiece_decode(const struct sentencepiece *model, struct buff
             status = append_unknown(model, out);
             continue;
         }
-        if (at_start && drops_space && bytes >= MARK_BYTES &&
-            memcmp(text, mark, MARK_BYTES) == 0) {
+        if (at_start && drops_space && bytes >= MARK_BYTES && memcmp(text, mark, MARK_BYTES) == 0) {
             text += MARK_BYTES;
             bytes -= MARK_BYTES;
             dropped = !model->remove_extra_whitespaces; /* then all of them go */

@@ -9,12 +9,12 @@
 #include "tokenizer/vocab.h"
 
 enum piece_type { /* the file's numbers */
-    PIECE_NORMAL = 1,
-    PIECE_UNKNOWN = 2,
-    PIECE_CONTROL = 3,
-    PIECE_USER_DEFINED = 4,
-    PIECE_UNUSED = 5,
-    PIECE_BYTE = 6
+                  PIECE_NORMAL = 1,
+                  PIECE_UNKNOWN = 2,
+                  PIECE_CONTROL = 3,
+                  PIECE_USER_DEFINED = 4,
+                  PIECE_UNUSED = 5,
+                  PIECE_BYTE = 6
 };
 
 struct sentencepiece {
@@ -26,6 +26,7 @@ struct sentencepiece {
     int capacity;
     int32_t unknown;
     int32_t byte_id[256]; /* all there when byte_fallback, else unused */
+    bool separable;       /* no piece has a mark behind something else: words merge alone */
     int n_unused;         /* pieces that are split again after merging */
     struct added user;    /* user-defined pieces, which are taken before any merge */
     struct added_search user_search;
@@ -37,7 +38,7 @@ struct sentencepiece {
     bool escape_whitespaces;
     bool prefix_after_control; /* a dummy prefix after each control piece, not only at the start;
                                 * "legacy" of tokenizer_config.json */
-    char *unknown_text; /* owned: what the unknown piece decodes to */
+    char *unknown_text;        /* owned: what the unknown piece decodes to */
     char *bos_text, *eos_text; /* owned: names of the begin and end pieces */
 };
 
@@ -55,8 +56,7 @@ mlora_status sentencepiece_encode(const struct sentencepiece *model, struct ids 
 /* As tokenizer_decode, tokenizer_piece and tokenizer_find; ids are in the range. */
 mlora_status sentencepiece_decode(const struct sentencepiece *model, struct buffer *out,
                                   const int32_t *ids, int n, bool keep_special);
-mlora_status sentencepiece_piece(const struct sentencepiece *model, struct buffer *out,
-                                 int32_t id);
+mlora_status sentencepiece_piece(const struct sentencepiece *model, struct buffer *out, int32_t id);
 int32_t sentencepiece_find(const struct sentencepiece *model, const char *text, size_t bytes);
 
 #endif

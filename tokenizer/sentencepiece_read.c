@@ -20,8 +20,10 @@ struct settings {
 
 static mlora_status wrong_wire(const char *path, const char *field)
 {
-    return error_set(MLORA_EFORMAT, "%s: %s has the wrong wire type; the file is damaged or no "
-                     "SentencePiece model", path, field);
+    return error_set(MLORA_EFORMAT,
+                     "%s: %s has the wrong wire type; the file is damaged or no "
+                     "SentencePiece model",
+                     path, field);
 }
 
 static mlora_status truncated(const char *path, const char *message)
@@ -50,13 +52,22 @@ static mlora_status read_trainer(struct sentencepiece *model, struct settings *s
     while (status == MLORA_OK && protobuf_next(&message, &field)) {
         int wire = PROTOBUF_VARINT;
         switch (field.number) {
-        case 3: settings->model_type = field.value; break;
-        case 24: settings->suffix = field.value != 0; break;
-        case 35: model->byte_fallback = field.value != 0; break;
+        case 3:
+            settings->model_type = field.value;
+            break;
+        case 24:
+            settings->suffix = field.value != 0;
+            break;
+        case 35:
+            model->byte_fallback = field.value != 0;
+            break;
         case 44:
         case 46:
-        case 47: wire = PROTOBUF_BYTES; break;
-        default: continue;
+        case 47:
+            wire = PROTOBUF_BYTES;
+            break;
+        default:
+            continue;
         }
         if (field.wire != wire) return wrong_wire(path, "trainer_spec");
         if (field.number == 44) status = copy_text(&model->unknown_text, &field);
@@ -80,8 +91,8 @@ static mlora_status read_normalizer(struct sentencepiece *model, const struct pr
         if (field.number == 2 && field.bytes > 0)
             return error_set(MLORA_EUNSUPPORTED,
                              "%s: %s.precompiled_charsmap is not empty (%zu bytes), only the "
-                             "identity is supported; save the tokenizer as tokenizer.json", path,
-                             name, field.bytes);
+                             "identity is supported; save the tokenizer as tokenizer.json",
+                             path, name, field.bytes);
         if (reverse) continue;
         if (field.number == 3) model->add_dummy_prefix = field.value != 0;
         if (field.number == 4) model->remove_extra_whitespaces = field.value != 0;
@@ -147,14 +158,13 @@ static mlora_status read_piece(struct sentencepiece *model, const struct protobu
     if (!utf8_valid((const char *)text.data, text.bytes) || memchr(text.data, 0, text.bytes))
         return error_set(MLORA_EFORMAT, "%s: piece %d is not UTF-8 text", path, (int)id);
     if (type < PIECE_NORMAL || type > PIECE_BYTE)
-        return error_set(MLORA_EFORMAT, "%s: piece %d has type %llu, must be 1 to 6", path,
-                         (int)id, (unsigned long long)type);
+        return error_set(MLORA_EFORMAT, "%s: piece %d has type %llu, must be 1 to 6", path, (int)id,
+                         (unsigned long long)type);
     if (score != score) /* the order of merges would not be one */
         return error_set(MLORA_EFORMAT, "%s: piece %d has a score that is not a number", path,
                          (int)id);
 
-    const bool normal =
-        type == PIECE_NORMAL || type == PIECE_USER_DEFINED || type == PIECE_UNUSED;
+    const bool normal = type == PIECE_NORMAL || type == PIECE_USER_DEFINED || type == PIECE_UNUSED;
     mlora_status status = grow(model);
     if (status == MLORA_OK) {
         status = vocab_add(normal ? &model->pieces : &model->reserved, (const char *)text.data,
@@ -181,41 +191,70 @@ static mlora_status check_reserved(struct sentencepiece *model, const char *path
     model->unknown = -1;
     for (int id = 0; id < model->n_ids; id++) {
         if (model->types[id] == PIECE_UNKNOWN && model->unknown >= 0)
-            return error_set(MLORA_EFORMAT, "%s: pieces %d and %d are both of type UNKNOWN, one "
-                             "is needed", path, (int)model->unknown, id);
+            return error_set(MLORA_EFORMAT,
+                             "%s: pieces %d and %d are both of type UNKNOWN, one "
+                             "is needed",
+                             path, (int)model->unknown, id);
         if (model->types[id] == PIECE_UNKNOWN) model->unknown = id;
         if (model->types[id] == PIECE_BYTE) n_bytes++;
     }
     if (model->unknown < 0)
         return error_set(MLORA_EFORMAT, "%s: no piece is of type UNKNOWN, one is needed", path);
     if (n_bytes > 0 && !model->byte_fallback)
-        return error_set(MLORA_EFORMAT, "%s: there are %d byte pieces, but "
-                         "trainer_spec.byte_fallback is false", path, n_bytes);
+        return error_set(MLORA_EFORMAT,
+                         "%s: there are %d byte pieces, but "
+                         "trainer_spec.byte_fallback is false",
+                         path, n_bytes);
     for (int i = 0; i < 256 && model->byte_fallback; i++) {
         char name[8];
         snprintf(name, sizeof name, "<0x%02X>", i);
         const int32_t id = vocab_find(&model->reserved, name, 6);
         if (id < 0 || model->types[id] != PIECE_BYTE)
-            return error_set(MLORA_EFORMAT, "%s: the byte piece %s is missing, byte_fallback "
-                             "needs all 256", path, name);
+            return error_set(MLORA_EFORMAT,
+                             "%s: the byte piece %s is missing, byte_fallback "
+                             "needs all 256",
+                             path, name);
         model->byte_id[i] = id;
     }
     if (model->byte_fallback && n_bytes != 256)
-        return error_set(MLORA_EFORMAT, "%s: there are %d byte pieces, <0x00> to <0xFF> are "
-                         "needed", path, n_bytes);
+        return error_set(MLORA_EFORMAT,
+                         "%s: there are %d byte pieces, <0x00> to <0xFF> are "
+                         "needed",
+                         path, n_bytes);
     return MLORA_OK;
 }
 
 static mlora_status check_settings(const struct settings *settings, const char *path)
 {
     if (settings->model_type != MODEL_BPE)
-        return error_set(MLORA_EUNSUPPORTED, "%s: model_type is %s, only BPE is supported; save "
-                         "the tokenizer as tokenizer.json", path,
-                         settings->model_type == MODEL_UNIGRAM ? "UNIGRAM" : "WORD or CHAR");
+        return error_set(MLORA_EUNSUPPORTED,
+                         "%s: model_type is %s, only BPE is supported; save "
+                         "the tokenizer as tokenizer.json",
+                         path, settings->model_type == MODEL_UNIGRAM ? "UNIGRAM" : "WORD or CHAR");
     if (settings->suffix)
-        return error_set(MLORA_EUNSUPPORTED, "%s: trainer_spec.treat_whitespace_as_suffix is set, "
-                         "which is not supported", path);
+        return error_set(MLORA_EUNSUPPORTED,
+                         "%s: trainer_spec.treat_whitespace_as_suffix is set, "
+                         "which is not supported",
+                         path);
     return MLORA_OK;
+}
+
+/* Whether no piece has a mark (U+2581) behind another character, so that words merge alone.
+ * Unused pieces remember across words how they were put together. */
+static bool is_separable(const struct sentencepiece *model)
+{
+    static const char mark[] = "\xe2\x96\x81";
+
+    for (int id = 0; id < model->n_ids; id++) {
+        size_t bytes = 0;
+        const char *text = vocab_text(&model->pieces, id, &bytes);
+        while (bytes >= 3 && memcmp(text, mark, 3) == 0) {
+            text += 3;
+            bytes -= 3;
+        }
+        if (bytes > 0 && memmem(text, bytes, mark, 3)) return false;
+    }
+    return model->n_unused == 0;
 }
 
 static mlora_status read_model(struct sentencepiece *model, const struct buffer *file,
@@ -231,18 +270,27 @@ static mlora_status read_model(struct sentencepiece *model, const struct buffer 
         if (field.number > 3 && field.number != 5) continue;
         if (field.wire != PROTOBUF_BYTES) return wrong_wire(path, "the model");
         switch (field.number) {
-        case 1: status = read_piece(model, &field, path); break;
-        case 2: status = read_trainer(model, &settings, &field, path); break;
-        case 3: status = read_normalizer(model, &field, false, path); break;
-        default: status = read_normalizer(model, &field, true, path); break;
+        case 1:
+            status = read_piece(model, &field, path);
+            break;
+        case 2:
+            status = read_trainer(model, &settings, &field, path);
+            break;
+        case 3:
+            status = read_normalizer(model, &field, false, path);
+            break;
+        default:
+            status = read_normalizer(model, &field, true, path);
+            break;
         }
     }
     if (status == MLORA_OK && message.broken) status = truncated(path, "the model");
     if (status == MLORA_OK && model->n_ids == 0)
-        status = error_set(MLORA_EFORMAT, "%s: has no pieces; is this a SentencePiece model?",
-                           path);
+        status =
+            error_set(MLORA_EFORMAT, "%s: has no pieces; is this a SentencePiece model?", path);
     if (status == MLORA_OK) status = check_settings(&settings, path);
     if (status == MLORA_OK) status = check_reserved(model, path);
+    model->separable = status == MLORA_OK && is_separable(model);
     return status;
 }
 
@@ -256,12 +304,13 @@ mlora_status sentencepiece_read(struct sentencepiece *out, const char *path)
                                   .prefix_after_control = true};
     mlora_status status = file_read_all(&file, path, MODEL_BYTES_MAX);
     if (status == MLORA_OK && file.bytes >= 8 && memcmp(file.data, "IQ== 0\n", 7) == 0)
-        status = error_set(MLORA_EUNSUPPORTED, "%s: is a tiktoken file, not SentencePiece; use the "
-                           "model's tokenizer.json", path);
+        status = error_set(MLORA_EUNSUPPORTED,
+                           "%s: is a tiktoken file, not SentencePiece; use the "
+                           "model's tokenizer.json",
+                           path);
     if (status == MLORA_OK) status = read_model(out, &file, path);
     if (status == MLORA_OK) status = added_search_build(&out->user_search, &out->user, false);
-    if (status == MLORA_OK)
-        status = added_search_build(&out->control_search, &out->control, false);
+    if (status == MLORA_OK) status = added_search_build(&out->control_search, &out->control, false);
     buffer_free(&file);
     return status;
 }

@@ -35,8 +35,10 @@ static mlora_status read_token(char **out, const json_t *json, const char *key, 
     if (*out || !value || json_is_null(value)) return MLORA_OK; /* the first file wins */
     if (json_is_object(value)) value = json_object_get(value, "content");
     if (!json_is_string(value))
-        return error_set(MLORA_EFORMAT, "%s: %s is %s, a string or an object with a content is "
-                         "needed", path, key, json_kind(value));
+        return error_set(MLORA_EFORMAT,
+                         "%s: %s is %s, a string or an object with a content is "
+                         "needed",
+                         path, key, json_kind(value));
     return copy(out, json_string_value(value));
 }
 
@@ -100,8 +102,8 @@ static mlora_status read_template_file(struct settings *out, const char *directo
     mlora_status status = MLORA_OK;
     if (file_exists(path)) {
         status = file_read_all(&text, path, TEMPLATE_BYTES_MAX);
-        if (status == MLORA_OK &&
-            (!utf8_valid(buffer_text(&text), text.bytes) || strlen(buffer_text(&text)) != text.bytes))
+        if (status == MLORA_OK && (!utf8_valid(buffer_text(&text), text.bytes) ||
+                                   strlen(buffer_text(&text)) != text.bytes))
             status = error_set(MLORA_EFORMAT, "%s: is not UTF-8 text", path);
         if (status == MLORA_OK) status = copy(&out->chat_template, buffer_text(&text));
     }

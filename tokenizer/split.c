@@ -144,8 +144,8 @@ static size_t gpt2(const char *text, size_t bytes, size_t i)
 /* ---- making and matching -------------------------------------------------------------------- */
 
 #define CONTRACTIONS "'s|'t|'re|'ve|'m|'ll|'d"
-#define WORDS "|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|"
-#define REST "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
+#define WORDS        "|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|"
+#define REST         "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
 
 static const struct {
     const char *pattern;
@@ -186,12 +186,18 @@ mlora_status split_next(const struct split *split, struct split_work *work, cons
     if (!*found) return MLORA_OK;
 
     switch (split->kind) {
-    case SPLIT_LLAMA3: *end = llama3(text, bytes, from, 3); break;
-    case SPLIT_QWEN2: *end = llama3(text, bytes, from, 1); break;
-    case SPLIT_GPT2: *end = gpt2(text, bytes, from); break;
+    case SPLIT_LLAMA3:
+        *end = llama3(text, bytes, from, 3);
+        break;
+    case SPLIT_QWEN2:
+        *end = llama3(text, bytes, from, 1);
+        break;
+    case SPLIT_GPT2:
+        *end = gpt2(text, bytes, from);
+        break;
     case SPLIT_REGEX:
-        return regex_next(split->regex, &work->match, &work->context, text, bytes, from, start,
-                          end, found);
+        return regex_next(split->regex, &work->match, &work->context, text, bytes, from, start, end,
+                          found);
     case SPLIT_STRING: {
         const char *at = memmem(text + from, bytes - from, split->string, split->string_bytes);
         *found = at != NULL;

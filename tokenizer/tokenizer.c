@@ -47,8 +47,10 @@ static mlora_status choose_file(char **file, char **directory, const char *path)
             free(*file);
             *file = NULL;
         }
-        return error_set(MLORA_EIO, "%s: has neither tokenizer.json nor tokenizer.model; name a "
-                         "tokenizer with --tokenizer FILE", path);
+        return error_set(MLORA_EIO,
+                         "%s: has neither tokenizer.json nor tokenizer.model; name a "
+                         "tokenizer with --tokenizer FILE",
+                         path);
     }
     const char *slash = strrchr(path, '/');
     *file = strdup(path);
@@ -72,8 +74,8 @@ static mlora_status is_json_file(bool *out, const char *path)
     if (*out || ends_with(path, ".model")) return MLORA_OK;
     mlora_status status = file_open(&file, path);
     if (status != MLORA_OK) return status;
-    const size_t bytes = file.bytes < (int64_t)sizeof first - 1 ? (size_t)file.bytes
-                                                                : sizeof first - 1;
+    const size_t bytes =
+        file.bytes < (int64_t)sizeof first - 1 ? (size_t)file.bytes : sizeof first - 1;
     status = file_read_at(&file, first, bytes, 0);
     *out = first[strspn(first, " \t\r\n")] == '{';
     file_close(&file);
@@ -90,34 +92,42 @@ static mlora_status check_added(const struct sentencepiece *model, const struct 
         return error_set(MLORA_EUNSUPPORTED,
                          "%s: the added token \"%.64s\" of added_tokens.json or "
                          "tokenizer_config.json is not in the model; save the tokenizer as "
-                         "tokenizer.json", path, text);
+                         "tokenizer.json",
+                         path, text);
     }
     return MLORA_OK;
 }
 
-/* Take the names of the begin and end tokens, and their ids. */
-static void take_ends(struct tokenizer *tokenizer, struct settings *settings)
+/* Take over the name of the begin or end token, where none is configured that of tokenizer.model. */
+static mlora_status take_name(char **out, char **configured, const char *fallback)
+{
+    *out = *configured;
+    *configured = NULL;
+    if (*out || !fallback) return MLORA_OK;
+    *out = strdup(fallback);
+    return *out ? MLORA_OK : error_set(MLORA_ENOMEM, "out of memory: a token's name");
+}
+
+static int32_t find_name(const struct tokenizer *tokenizer, const char *name)
+{
+    return name ? tokenizer_find(tokenizer, name, strlen(name)) : -1;
+}
+
+static mlora_status take_ends(struct tokenizer *tokenizer, struct settings *settings)
 {
     const struct sentencepiece *model = &tokenizer->model;
+    const char *bos = model->bos_text ? model->bos_text : "<s>";
+    const char *eos = model->eos_text ? model->eos_text : "</s>";
+    const bool json = tokenizer->is_json;
 
-    if (!tokenizer->is_json) { /* where nothing is configured, the model has names for them */
-        if (!settings->bos_text) settings->bos_text = strdup(model->bos_text ? model->bos_text
-                                                                             : "<s>");
-        if (!settings->eos_text) settings->eos_text = strdup(model->eos_text ? model->eos_text
-                                                                             : "</s>");
-    }
-    tokenizer->bos_text = settings->bos_text;
-    tokenizer->eos_text = settings->eos_text;
-    settings->bos_text = settings->eos_text = NULL;
-    tokenizer->bos = tokenizer->eos = -1;
-    if (tokenizer->bos_text)
-        tokenizer->bos =
-            tokenizer_find(tokenizer, tokenizer->bos_text, strlen(tokenizer->bos_text));
-    if (tokenizer->eos_text)
-        tokenizer->eos =
-            tokenizer_find(tokenizer, tokenizer->eos_text, strlen(tokenizer->eos_text));
+    mlora_status status = take_name(&tokenizer->bos_text, &settings->bos_text, json ? NULL : bos);
+    if (status == MLORA_OK)
+        status = take_name(&tokenizer->eos_text, &settings->eos_text, json ? NULL : eos);
+    tokenizer->bos = find_name(tokenizer, tokenizer->bos_text);
+    tokenizer->eos = find_name(tokenizer, tokenizer->eos_text);
     tokenizer->adds_bos = settings->adds_bos && tokenizer->bos >= 0;
     tokenizer->adds_eos = settings->adds_eos && tokenizer->eos >= 0;
+    return status;
 }
 
 mlora_status tokenizer_open(struct tokenizer **out, const char *path)
@@ -138,8 +148,8 @@ mlora_status tokenizer_open(struct tokenizer **out, const char *path)
         status = check_added(&tokenizer->model, &settings, file);
         tokenizer->model.prefix_after_control = settings.legacy;
     }
+    if (status == MLORA_OK) status = take_ends(tokenizer, &settings);
     if (status == MLORA_OK) {
-        take_ends(tokenizer, &settings);
         tokenizer->chat_template = settings.chat_template;
         settings.chat_template = NULL;
         *out = tokenizer;

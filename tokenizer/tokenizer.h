@@ -29,7 +29,8 @@ void tokenizer_close(struct tokenizer *tokenizer);
 enum { ENCODE_NO_SPECIAL = 1, ENCODE_NO_PARSE_SPECIAL = 2 }; /* as MLORA_ENCODE_ */
 
 /* Encode `bytes` of `text` onto the end of `out`, as the reference tokenizer does. Bytes that
- * are not UTF-8 count as U+FFFD each. Returns OK or ENOMEM. */
+ * are not UTF-8 count as U+FFFD each. Returns OK, ENOMEM, or EINVAL for a text of over 2 GB and
+ * for one on which a split pattern of an unknown tokenizer does not end in time. */
 mlora_status tokenizer_encode(const struct tokenizer *tokenizer, struct ids *out, const char *text,
                               size_t bytes, int flags);
 

@@ -30,17 +30,19 @@ static uint64_t hash_text(const char *text, size_t bytes, uint64_t seed)
 }
 
 /* The slot that holds the text, or the free one where it belongs. */
-static uint32_t slot_of(const struct vocab *vocab, const char *text, size_t bytes)
+static struct vocab_slot *slot_of(const struct vocab *vocab, const char *text, size_t bytes,
+                                  uint64_t hash)
 {
-    const uint32_t mask = vocab->n_slots - 1;
-    uint32_t slot = (uint32_t)hash_text(text, bytes, vocab->seed) & mask;
-    while (vocab->slots[slot] >= 0) {
-        const struct vocab_entry *entry = &vocab->entries[vocab->slots[slot]];
-        if (entry->bytes == bytes && memcmp(vocab->arena.data + entry->start, text, bytes) == 0)
-            break;
-        slot = (slot + 1) & mask;
+    const uint32_t mask = vocab->n_slots - 1, tag = (uint32_t)(hash >> 32);
+    uint32_t i = (uint32_t)hash & mask;
+    for (;; i = (i + 1) & mask) {
+        struct vocab_slot *slot = &vocab->slots[i];
+        if (slot->entry < 0) return slot;
+        const struct vocab_entry *entry = &vocab->entries[slot->entry];
+        if (slot->tag == tag && entry->bytes == bytes &&
+            memcmp(vocab->arena.data + entry->start, text, bytes) == 0)
+            return slot;
     }
-    return slot;
 }
 
 mlora_status vocab_reserve(struct vocab *vocab, int n)
@@ -51,7 +53,7 @@ mlora_status vocab_reserve(struct vocab *vocab, int n)
     uint32_t n_slots = 64;
     while (n_slots < 2 * (uint32_t)n) n_slots *= 2;
     const int capacity = (int)(n_slots / 2);
-    int32_t *slots = malloc(n_slots * sizeof *slots);
+    struct vocab_slot *slots = malloc(n_slots * sizeof *slots);
     struct vocab_entry *entries =
         realloc(vocab->entries, (size_t)capacity * sizeof *vocab->entries);
     if (entries) vocab->entries = entries;
@@ -63,10 +65,12 @@ mlora_status vocab_reserve(struct vocab *vocab, int n)
     vocab->slots = slots;
     vocab->n_slots = n_slots;
     vocab->capacity = capacity;
-    memset(slots, 0xff, n_slots * sizeof *slots);
+    for (uint32_t i = 0; i < n_slots; i++) slots[i].entry = -1;
     for (int i = 0; i < vocab->n; i++) {
-        const struct vocab_entry *entry = &entries[i];
-        slots[slot_of(vocab, vocab->arena.data + entry->start, entry->bytes)] = i;
+        const char *text = vocab->arena.data + entries[i].start;
+        const uint64_t hash = hash_text(text, entries[i].bytes, vocab->seed);
+        *slot_of(vocab, text, entries[i].bytes, hash) =
+            (struct vocab_slot){(uint32_t)(hash >> 32), i};
     }
     return MLORA_OK;
 }
@@ -105,8 +109,9 @@ mlora_status vocab_add(struct vocab *vocab, const char *text, size_t bytes, int6
     if (id < vocab->n_ids && vocab->entry_of[id] >= 0)
         return error_set(MLORA_EFORMAT, "id %lld is given to two tokens, the second is \"%.*s\"",
                          (long long)id, shown, text);
-    const uint32_t slot = slot_of(vocab, text, bytes);
-    if (vocab->slots[slot] >= 0)
+    const uint64_t hash = hash_text(text, bytes, vocab->seed);
+    struct vocab_slot *slot = slot_of(vocab, text, bytes, hash);
+    if (slot->entry >= 0)
         return error_set(MLORA_EFORMAT, "token \"%.*s\" is defined twice", shown, text);
 
     const size_t start = vocab->arena.bytes;
@@ -116,7 +121,7 @@ mlora_status vocab_add(struct vocab *vocab, const char *text, size_t bytes, int6
     if (status != MLORA_OK) return status;
     vocab->entries[vocab->n] =
         (struct vocab_entry){.start = start, .bytes = (uint32_t)bytes, .id = (int32_t)id};
-    vocab->slots[slot] = vocab->n;
+    *slot = (struct vocab_slot){(uint32_t)(hash >> 32), vocab->n};
     vocab->entry_of[id] = vocab->n++;
     if (bytes > vocab->max_bytes) vocab->max_bytes = bytes;
     return MLORA_OK;
@@ -125,7 +130,7 @@ mlora_status vocab_add(struct vocab *vocab, const char *text, size_t bytes, int6
 int32_t vocab_find(const struct vocab *vocab, const char *text, size_t bytes)
 {
     if (vocab->n == 0 || bytes > vocab->max_bytes) return -1;
-    const int32_t entry = vocab->slots[slot_of(vocab, text, bytes)];
+    const int32_t entry = slot_of(vocab, text, bytes, hash_text(text, bytes, vocab->seed))->entry;
     return entry < 0 ? -1 : vocab->entries[entry].id;
 }
 

@@ -17,18 +17,23 @@ struct vocab_entry {
     int32_t id;
 };
 
+struct vocab_slot {
+    uint32_t tag;  /* of the text's hash: most other texts are passed over without a look */
+    int32_t entry; /* -1: free */
+};
+
 struct vocab {
     struct buffer arena;
     struct vocab_entry *entries; /* [n] in order of adding */
     int n;
     int capacity;
-    int32_t *slots;   /* [n_slots] entry or -1 */
-    uint32_t n_slots; /* a power of two; at least half are free */
-    int32_t *entry_of; /* [id_capacity] entry or -1 */
-    int n_ids;         /* one past the largest id */
+    struct vocab_slot *slots; /* [n_slots] */
+    uint32_t n_slots;         /* a power of two; at least half are free */
+    int32_t *entry_of;        /* [id_capacity] entry or -1 */
+    int n_ids;                /* one past the largest id */
     int id_capacity;
-    size_t max_bytes;  /* of the longest text */
-    uint64_t seed;     /* of the hash: a file cannot choose texts that collide */
+    size_t max_bytes; /* of the longest text */
+    uint64_t seed;    /* of the hash: a file cannot choose texts that collide */
 };
 
 /* Make room for `n` entries in all. Returns OK or ENOMEM. */

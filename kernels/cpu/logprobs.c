@@ -1,6 +1,7 @@
 /* Log-probabilities under the model's own distribution. */
 #include "kernels/cpu/device.h"
 
+#include <assert.h>
 #include <math.h>
 
 struct logprobs {
@@ -22,6 +23,7 @@ static double log_sum_exp(const struct simd *simd, const float *logits, int V)
     float max = -INFINITY;
     double sum = 0;
 
+    assert(V > 0);
     for (int v = 0; v < V; v++)
         if (logits[v] > max) max = logits[v];
     for (int v = 0; v < V; v += PART)

@@ -17,11 +17,46 @@ struct sample {
     const struct sample_view *view;
     int V;
     /* For each thread: */
-    float *scaled;    /* [threads, V] logits after penalties and temperature */
-    float *weight;    /* [threads, V] their exponentials */
     double *mass;     /* [threads, DIGITS] */
     uint32_t *counts; /* [threads, V] zeros but while penalties are applied */
+    float *logit;     /* [threads, V] of struct candidates */
+    float *weight;    /* [threads, V] */
+    int32_t *id;      /* [threads, V] */
 };
+
+/* Tokens that may still be drawn, in the order of their ids. */
+struct candidates {
+    int n;
+    int32_t *id;   /* [n] */
+    float *logit;  /* [n] less the largest, divided by the temperature */
+    float *weight; /* [n] exp(logit) */
+};
+
+/* ---- greedy ------------------------------------------------------------------------------- */
+
+/* The largest, the lowest id of equals; -1 where a logit is NaN or +infinity, or there is none
+ * above -infinity. */
+static int32_t largest(const float *logits, int V)
+{
+    float max[LANES];
+    int damaged = 0;
+    int32_t v = 0;
+
+    for (int i = 0; i < LANES; i++) max[i] = -INFINITY;
+    for (; v + LANES <= V; v += LANES)
+        for (int i = 0; i < LANES; i++) {
+            max[i] = logits[v + i] > max[i] ? logits[v + i] : max[i];
+            damaged |= !(logits[v + i] < INFINITY); /* NaN too */
+        }
+    for (; v < V; v++) {
+        max[0] = logits[v] > max[0] ? logits[v] : max[0];
+        damaged |= !(logits[v] < INFINITY);
+    }
+    for (int i = 1; i < LANES; i++) max[0] = max[i] > max[0] ? max[i] : max[0];
+    if (damaged || max[0] == -INFINITY) return -1;
+    for (v = 0; logits[v] != max[0]; v++) continue;
+    return v;
+}
 
 /* ---- penalties ---------------------------------------------------------------------------- */
 
@@ -58,102 +93,122 @@ static uint32_t sort_key(float value)
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
-/* The sort key of the smallest logit of the shortest list of largest ones whose weights together
- * reach `share` of all (`share_of_all`), or reach `share` itself. `weight` NULL: each weighs 1.
- * Only logits of a key of at least `floor` are looked at. The key's 32 bits are found in digits
- * of 11, 11 and 10, from the top: for each, the weights are added up by digit. */
-static uint32_t smallest_kept(const float *logits, const float *weight, double share,
-                              int share_of_all, uint32_t floor, double *mass, int V)
+static float float_of_key(uint32_t key)
 {
-    uint32_t prefix = 0, mask = 0;
-    double above = 0; /* weight of the keys over those that begin with `prefix` */
+    const uint32_t bits = key & 0x80000000u ? key & 0x7fffffffu : ~key;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
 
-    for (int shift = 32 - DIGIT_BITS; mask != UINT32_MAX;
-         shift = shift > DIGIT_BITS ? shift - DIGIT_BITS : 0) {
-        const uint32_t digits = shift > 0 || mask == 0 ? DIGITS - 1 : DIGITS / 2 - 1;
-        int digit = (int)digits;
+/* The smallest logit of the shortest list of largest ones whose weights together reach `share`
+ * (NULL: each weighs 1). The 32 bits of its key are found in three digits, from the top: for
+ * each, the weights of the keys that begin with what is known are added up by their digit.
+ * `mass` [DIGITS] is scratch. */
+static float smallest_kept(const float *logit, const float *weight, int n, double share,
+                           double *mass)
+{
+    static const struct {
+        int shift;
+        uint32_t mask;
+    } digits[] = {{21, 0x7ff}, {10, 0x7ff}, {0, 0x3ff}};
+    uint32_t known = 0, known_mask = 0;
+    double above = 0; /* weight of the keys over those that begin with `known` */
+
+    for (int place = 0; place < 3; place++) {
+        const int shift = digits[place].shift;
+        const uint32_t mask = digits[place].mask;
 
         memset(mass, 0, DIGITS * sizeof *mass);
-        for (int v = 0; v < V; v++) {
-            const uint32_t key = sort_key(logits[v]);
-            if (key < floor || (key & mask) != prefix) continue;
-            mass[key >> shift & digits] += weight ? weight[v] : 1.0;
+        for (int i = 0; i < n; i++) {
+            const uint32_t key = sort_key(logit[i]);
+            if ((key & known_mask) == known) mass[key >> shift & mask] += weight ? weight[i] : 1.0;
         }
-        if (share_of_all) {
-            double all = 0;
-            for (int i = DIGITS - 1; i >= 0; i--) all += mass[i];
-            share *= all;
-            share_of_all = 0;
-        }
-        /* If rounding leaves the last list just short of the share, its smallest is taken. */
-        int smallest = digit;
-        for (; digit >= 0; digit--) {
-            if (mass[digit] <= 0) continue;
-            smallest = digit;
-            if (above + mass[digit] >= share) break;
-            above += mass[digit];
-        }
-        if (digit < 0) {
-            digit = smallest;
+        uint32_t digit = mask;
+        while (digit > 0 && above + mass[digit] < share) above += mass[digit--];
+        while (digit < mask && mass[digit] <= 0) { /* rounding left all of them short of `share` */
+            digit++;
             above -= mass[digit];
         }
-        prefix |= (uint32_t)digit << shift;
-        mask |= digits << shift;
+        known |= digit << shift;
+        known_mask |= mask << shift;
     }
-    return prefix;
+    return float_of_key(known);
+}
+
+/* Keep those whose value (their logit or weight) is at least `limit`. */
+static void keep(struct candidates *candidates, const float *values, float limit)
+{
+    int n = 0;
+    for (int i = 0; i < candidates->n; i++) {
+        const int stays = values[i] >= limit;
+        candidates->id[n] = candidates->id[i];
+        candidates->logit[n] = candidates->logit[i];
+        candidates->weight[n] = candidates->weight[i];
+        n += stays;
+    }
+    candidates->n = n;
+}
+
+static void keep_likely(struct candidates *candidates, const struct sampling *sampling,
+                        const struct simd *simd, double *mass)
+{
+    if (sampling->top_k > 0 && sampling->top_k < candidates->n) {
+        const float limit =
+            smallest_kept(candidates->logit, NULL, candidates->n, (double)sampling->top_k, mass);
+        keep(candidates, candidates->logit, limit);
+    }
+    const float sum =
+        simd->exp_sum(candidates->weight, candidates->logit, 0.0f, (size_t)candidates->n);
+    if (sampling->top_p < 1) {
+        /* Those that are under half of an even share of 1 - top_p are not among the most likely
+         * that make up top_p: most of a vocabulary leaves by this cheap test. */
+        keep(candidates, candidates->weight,
+             0.5f * (1 - sampling->top_p) * sum / (float)candidates->n);
+        const float limit = smallest_kept(candidates->logit, candidates->weight, candidates->n,
+                                          (double)sampling->top_p * (double)sum, mass);
+        keep(candidates, candidates->logit, limit);
+    }
+    if (sampling->min_p > 0) keep(candidates, candidates->weight, sampling->min_p);
 }
 
 /* ---- the draw ----------------------------------------------------------------------------- */
 
-/* -log(-log(u)), u = 1 - (word + 1/2) / 2^32: fine steps where u is near 1, the noise large. */
+/* -log(-log(u)) with u = 1 - (word + 1/2) / 2^32: the steps are fine where the noise is large. */
 static float gumbel(uint32_t word)
 {
     return (float)-log(-log1p(-((double)word + 0.5) * 0x1p-32));
 }
 
-/* Noise is never above gumbel(0) = 22.87 */
-static const float GUMBEL_MAX = 22.9f;
-
-/* The largest logit + noise among logits of a key of at least `floor`, lowest id of equals. */
-static int32_t draw_token(const float *logits, uint32_t floor, const struct sampling *sampling,
-                          int V)
+/* The largest logit + noise, the lowest id of equals. */
+static int32_t draw_token(const struct candidates *candidates, const struct sampling *sampling)
 {
+    uint32_t words[4] = {0};
+    int32_t block = -1; /* that `words` belong to */
     int32_t best = -1;
     float best_value = -INFINITY;
+    float bound = INFINITY;
 
-    for (int v = 0; v < V; v += 4) {
-        uint32_t words[4];
-        int have_words = 0;
-        for (int i = 0; i < 4 && v + i < V; i++) {
-            const float logit = logits[v + i];
-            if (logit + GUMBEL_MAX <= best_value || sort_key(logit) < floor) continue;
-            if (!have_words) {
-                const uint32_t counter[4] = {(uint32_t)v / 4, sampling->draw, 0, 0};
-                philox4x32(words, counter, sampling->seed);
-                have_words = 1;
-            }
-            const float value = logit + gumbel(words[i]);
-            if (value > best_value) {
-                best_value = value;
-                best = v + i;
-            }
+    for (int i = 0; i < candidates->n; i++) {
+        const int32_t v = candidates->id[i];
+        if (v / 4 != block) {
+            const uint32_t counter[4] = {(uint32_t)v / 4, sampling->draw, 0, 0};
+            philox4x32(words, counter, sampling->seed);
+            block = v / 4;
+        }
+        /* With w = 1 - u the noise is below -log(w), since -log(1 - w) > w: so this token cannot
+         * be the best if w > exp(logit - best_value). The bound leaves room for rounding. */
+        const uint32_t word = words[v % 4];
+        if (((float)word + 0.5f) * 0x1p-32f > candidates->weight[i] * bound) continue;
+
+        const float value = candidates->logit[i] + gumbel(word);
+        if (value > best_value) {
+            best_value = value;
+            best = v;
+            bound = 1.0001f * expf(-best_value);
         }
     }
     return best;
-}
-
-/* The largest, the lowest id of equals; -1 where a logit is NaN or +infinity, or there is none
- * above -infinity. */
-static int32_t largest(const float *logits, int V)
-{
-    int32_t best = 0;
-    int damaged = 0;
-
-    for (int v = 0; v < V; v++) {
-        if (logits[v] > logits[best]) best = v;
-        damaged |= !(logits[v] < INFINITY); /* NaN too */
-    }
-    return damaged || logits[best] == -INFINITY ? -1 : best;
 }
 
 static int32_t sample_row(const struct sample *op, int q, int thread)
@@ -162,33 +217,27 @@ static int32_t sample_row(const struct sample *op, int q, int thread)
     const int32_t *history = op->view->history + op->view->history_start[q];
     const int n_history = op->view->history_start[q + 1] - op->view->history_start[q];
     const int V = op->V;
+    const size_t first = (size_t)thread * (size_t)V;
     const float *given = op->logits + (size_t)q * (size_t)V;
-    float *logits = op->scaled + (size_t)thread * (size_t)V;
-    float *weight = op->weight + (size_t)thread * (size_t)V;
-    double *mass = op->mass + (size_t)thread * DIGITS;
+    struct candidates candidates = {V, op->id + first, op->logit + first, op->weight + first};
 
-    if (n_history == 0 && sampling->temperature <= 0) return largest(given, V);
-    memcpy(logits, given, (size_t)V * sizeof *logits);
-    penalize(logits, op->counts + (size_t)thread * (size_t)V, sampling, history, n_history,
-             op->view->n_prompt[q]);
-    const int32_t best = largest(logits, V);
+    if (n_history > 0) {
+        memcpy(candidates.logit, given, (size_t)V * sizeof *given);
+        penalize(candidates.logit, op->counts + first, sampling, history, n_history,
+                 op->view->n_prompt[q]);
+        given = candidates.logit;
+    }
+    const int32_t best = largest(given, V);
     if (best < 0 || sampling->temperature <= 0) return best;
 
     /* Less the largest, which changes no probability and keeps the quotient from overflowing. */
-    const float max = logits[best];
-    for (int v = 0; v < V; v++) logits[v] = (logits[v] - max) / sampling->temperature;
-
-    uint32_t floor = sort_key(-INFINITY) + 1;
-    if (sampling->top_k > 0 && sampling->top_k < V)
-        floor = smallest_kept(logits, NULL, sampling->top_k, 0, floor, mass, V);
-    if (sampling->top_p < 1 || sampling->min_p > 0)
-        op->simd->exp_sum(weight, logits, 0.0f, (size_t)V);
-    if (sampling->top_p < 1)
-        floor = smallest_kept(logits, weight, sampling->top_p, 1, floor, mass, V);
-    if (sampling->min_p > 0)
-        for (int v = 0; v < V; v++)
-            if (weight[v] < sampling->min_p) logits[v] = -INFINITY;
-    return draw_token(logits, floor, sampling, V);
+    const float max = given[best];
+    for (int v = 0; v < V; v++) {
+        candidates.id[v] = v;
+        candidates.logit[v] = (given[v] - max) / sampling->temperature;
+    }
+    keep_likely(&candidates, sampling, op->simd, op->mass + (size_t)thread * DIGITS);
+    return draw_token(&candidates, sampling);
 }
 
 static void sample_rows(void *context, int begin, int end, int thread)
@@ -203,11 +252,12 @@ void cpu_sample(struct device *dev, int32_t *ids, const float *logits,
     assert(V > 0);
     struct cpu_device *cpu = cpu_device(dev);
     const size_t n_threads = (size_t)threads_count(cpu->threads);
-    const size_t row = n_threads * (size_t)V * sizeof(float);
-    double *mass =
-        cpu_scratch(dev, SCRATCH_OP, n_threads * DIGITS * sizeof *mass + 2 * row, "sample");
-    uint32_t *counts = cpu_scratch(dev, SCRATCH_COUNTS, row, "sample");
-    if (!mass || !counts) return;
+    const size_t n = n_threads * (size_t)V;
+    uint32_t *counts = cpu_scratch(dev, SCRATCH_COUNTS, n * sizeof *counts, "sample");
+    double *mass = cpu_scratch(
+        dev, SCRATCH_OP,
+        n_threads * DIGITS * sizeof *mass + n * (2 * sizeof(float) + sizeof(int32_t)), "sample");
+    if (!counts || !mass) return;
 
     struct sample op = {
         .simd = cpu->simd,
@@ -215,10 +265,11 @@ void cpu_sample(struct device *dev, int32_t *ids, const float *logits,
         .logits = logits,
         .view = view,
         .V = V,
-        .scaled = (float *)(mass + n_threads * DIGITS),
         .mass = mass,
         .counts = counts,
+        .logit = (void *)(mass + n_threads * DIGITS),
     };
-    op.weight = op.scaled + n_threads * (size_t)V;
+    op.weight = op.logit + n;
+    op.id = (void *)(op.weight + n);
     cpu_parallel(dev, view->Q, 1, sample_rows, &op);
 }

@@ -15,7 +15,7 @@ enum {
     LANES = 16,     /* partial sums of a dot product                                   */
     DOTS_T = 64,    /* most rows of x in one struct dots: their part of K stays in L2  */
     DOTS_N = 48,    /* most rows of w                                                  */
-    DOTS_K = 1024,  /* part of K that is worked on at a time: six rows of w stay in L1 */
+    DOTS_K = 512,   /* part of K that is worked on at a time: six rows of w stay in L1 */
     DOTS_PANEL = 6, /* rows of w that are widened at a time                            */
     DOTS_PITCH = DOTS_K + LANES, /* of widened rows: not a multiple of the L1's period */
     DOTS_SCRATCH = DOTS_T * DOTS_N * LANES + DOTS_PANEL * DOTS_PITCH, /* floats */

@@ -116,6 +116,34 @@ OP float vec_sum(vec a)
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
 }
 
+#define PAIR_HALVES(a, b)                                                                          \
+    _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31))
+#define PAIR_LANES(a, b, first, rest)                                                              \
+    _mm256_add_ps(_mm256_shuffle_ps(a, b, first), _mm256_shuffle_ps(a, b, rest))
+
+/* The tree of vec_sum in eight vectors at once: each step halves their number. */
+OP void sum_8(float *to, const float *from)
+{
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    __m256 a[8];
+
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++)
+        a[i] =
+            _mm256_add_ps(_mm256_loadu_ps(from + i * LANES), _mm256_loadu_ps(from + i * LANES + 8));
+#pragma GCC unroll 8
+    for (int i = 0; i < 4; i++) a[i] = PAIR_HALVES(a[2 * i], a[2 * i + 1]);
+#pragma GCC unroll 8
+    for (int i = 0; i < 2; i++) a[i] = PAIR_LANES(a[2 * i], a[2 * i + 1], 0x44, 0xee);
+    _mm256_storeu_ps(to, _mm256_permutevar8x32_ps(PAIR_LANES(a[0], a[1], 0x88, 0xdd), order));
+}
+
+OP void vec_sum_16(float *to, const float *from)
+{
+    sum_8(to, from);
+    sum_8(to + 8, from + 8 * LANES);
+}
+
 OP vec vec_round(vec a)
 {
     return vec_of(_mm256_round_ps(a.low, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC),

@@ -14,42 +14,17 @@ typedef __m512 vec;
 
 #define OP static inline __attribute__((always_inline))
 
-OP vec vec_zero(void)
-{
-    return _mm512_setzero_ps();
-}
-OP vec vec_splat(float value)
-{
-    return _mm512_set1_ps(value);
-}
-OP vec vec_load(const float *from)
-{
-    return _mm512_loadu_ps(from);
-}
-OP void vec_store(float *to, vec value)
-{
-    _mm512_storeu_ps(to, value);
-}
-OP vec vec_add(vec a, vec b)
-{
-    return _mm512_add_ps(a, b);
-}
-OP vec vec_sub(vec a, vec b)
-{
-    return _mm512_sub_ps(a, b);
-}
-OP vec vec_mul(vec a, vec b)
-{
-    return _mm512_mul_ps(a, b);
-}
-OP vec vec_fma(vec a, vec b, vec c)
-{
-    return _mm512_fmadd_ps(a, b, c);
-}
-OP vec vec_max(vec a, vec b)
-{
-    return _mm512_max_ps(a, b);
-}
+/* clang-format off */
+OP vec  vec_zero(void)                    { return _mm512_setzero_ps(); }
+OP vec  vec_splat(float value)            { return _mm512_set1_ps(value); }
+OP vec  vec_load(const float *from)       { return _mm512_loadu_ps(from); }
+OP void vec_store(float *to, vec value)   { _mm512_storeu_ps(to, value); }
+OP vec  vec_add(vec a, vec b)             { return _mm512_add_ps(a, b); }
+OP vec  vec_sub(vec a, vec b)             { return _mm512_sub_ps(a, b); }
+OP vec  vec_mul(vec a, vec b)             { return _mm512_mul_ps(a, b); }
+OP vec  vec_max(vec a, vec b)             { return _mm512_max_ps(a, b); }
+OP vec  vec_fma(vec a, vec b, vec c)      { return _mm512_fmadd_ps(a, b, c); }
+/* clang-format on */
 
 OP vec vec_load_part(const float *from, size_t n)
 {
@@ -87,6 +62,30 @@ OP float vec_sum(vec a)
     const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
     const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+}
+
+/* Quarters (four lanes) first and second, then the rest, of a and of b. */
+#define PAIR_QUARTERS(a, b, first, rest)                                                           \
+    _mm512_add_ps(_mm512_shuffle_f32x4(a, b, first), _mm512_shuffle_f32x4(a, b, rest))
+#define PAIR_LANES(a, b, first, rest)                                                              \
+    _mm512_add_ps(_mm512_shuffle_ps(a, b, first), _mm512_shuffle_ps(a, b, rest))
+
+/* The tree of vec_sum in 16 vectors at once: each step halves their number. */
+OP void vec_sum_16(float *to, const float *from)
+{
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    vec a[8];
+
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) { /* lanes i and i + 8: two quarters of each vector are left */
+        const vec even = vec_load(from + 2 * i * LANES), odd = vec_load(from + (2 * i + 1) * LANES);
+        a[i] = PAIR_QUARTERS(even, odd, 0x44, 0xee);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < 4; i++) a[i] = PAIR_QUARTERS(a[2 * i], a[2 * i + 1], 0x88, 0xdd);
+#pragma GCC unroll 8
+    for (int i = 0; i < 2; i++) a[i] = PAIR_LANES(a[2 * i], a[2 * i + 1], 0x44, 0xee);
+    vec_store(to, _mm512_permutexvar_ps(order, PAIR_LANES(a[0], a[1], 0x88, 0xdd)));
 }
 
 OP vec vec_round(vec a)

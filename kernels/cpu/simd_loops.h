@@ -1,13 +1,14 @@
 /* The loops of simd.h over a `vec` of 16 floats. Included by simd_avx512.c, simd_avx2.c and
  * simd_plain.c, each of which defines before:
  *
- *   TILE_T, TILE_N                   the tile of sums that fits the registers
+ *   TILE_T, TILE_N                   the tile of sums that fits the registers, at least 2 by 2
  *   vec                              16 floats
  *   vec_zero, vec_splat, vec_load, vec_load_bf16, vec_load_f16, vec_store, vec_store_bf16
  *   vec_load_part(from, n)           the first n < 16 floats, then zeros; reads nothing else
  *   vec_add, vec_sub, vec_mul
  *   vec_fma(a, b, c)                 a b + c
  *   vec_sum                          as a tree: lanes i and i + 8, then i + 4, i + 2, i + 1
+ *   vec_sum_16(to, from)             the same of 16 vectors one after another, to 16 floats
  *   vec_exp2i(x)                     2^x of whole x in [-127, 0]; 0 for -127
  *   vec_max, vec_round
  *
@@ -19,8 +20,8 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
-/* From this many rows of x on, rows of w are widened once, before they are used. */
-enum { WIDEN_T = 8 };
+/* From this many rows of x on it is worth to widen rows of w once, before they are used. */
+enum { WIDEN_T = 32 };
 
 INLINE const void *at(const void *elements, enum dtype dtype, size_t index)
 {
@@ -111,8 +112,10 @@ INLINE void any_tile(float *sum, int fresh, const float *const *x, int k0, const
         tile(sum, fresh, x, k0, w, w_pitch, K, dtype, TILE_T, n_w);
         return;
     }
-    for (int i = 0; i < n_x; i++)
-        tile(sum + i * DOTS_N * LANES, fresh, x + i, k0, w, w_pitch, K, dtype, 1, n_w);
+    int i = 0;
+    for (; i + 2 <= n_x; i += 2)
+        tile(sum + i * DOTS_N * LANES, fresh, x + i, k0, w, w_pitch, K, dtype, 2, n_w);
+    if (i < n_x) tile(sum + i * DOTS_N * LANES, fresh, x + i, k0, w, w_pitch, K, dtype, 1, n_w);
 }
 
 /* The same for any n_x, and n_w up to DOTS_PANEL; rows of w outside, so that they are read from
@@ -172,44 +175,43 @@ static void narrow(void *to, enum dtype dtype, const float *from, size_t n)
     for (; i < n; i++) bits[i] = bf16_from_f32(from[i]);
 }
 
+/* Few rows of x: some rows of w at a time over all of K, as they come from memory. Many: a part
+ * of K at a time, so that what is used again stays near: the panel of w in the L1 cache, x and the
+ * sums in the L2. */
 static void dots(const struct dots *dots)
 {
     float *sum = dots->scratch;                  /* [T, DOTS_N, LANES] */
-    float *wide = sum + DOTS_T * DOTS_N * LANES; /* [DOTS_PANEL, DOTS_K] */
-    const int K = dots->K;
+    float *wide = sum + DOTS_T * DOTS_N * LANES; /* [DOTS_PANEL, DOTS_PITCH] */
+    const size_t K = (size_t)dots->K;
+    const int part = dots->T < WIDEN_T ? dots->K : DOTS_K;
 
-    if (dots->dtype == DTYPE_F32 || dots->T < WIDEN_T) {
-        /* Rows of w as they are, a few at a time over all of K (f32: over a part of it). */
-        const int part = dots->T < WIDEN_T ? K : DOTS_K;
-        for (int k = 0; k < K; k += part)
-            for (int j = 0; j < dots->N; j += DOTS_PANEL) {
-                const int n = dots->N - j < DOTS_PANEL ? dots->N - j : DOTS_PANEL;
-                const int n_k = K - k < part ? K - k : part;
-                const void *w = at(dots->w, dots->dtype, (size_t)j * (size_t)K + (size_t)k);
-                float *part_sum = sum + j * LANES;
-                if (dots->dtype == DTYPE_F32)
-                    panel_f32(part_sum, k == 0, dots->x, k, w, K, n_k, dots->T, n);
-                else if (dots->dtype == DTYPE_F16)
-                    panel_f16(part_sum, k == 0, dots->x, k, w, K, n_k, dots->T, n);
-                else
-                    panel_bf16(part_sum, k == 0, dots->x, k, w, K, n_k, dots->T, n);
-            }
-    } else {
-        for (int k = 0; k < K; k += DOTS_K)
-            for (int j = 0; j < dots->N; j += DOTS_PANEL) {
-                const int n = dots->N - j < DOTS_PANEL ? dots->N - j : DOTS_PANEL;
-                const int n_k = K - k < DOTS_K ? K - k : DOTS_K;
+    for (int k = 0; k < dots->K; k += part) {
+        const int n_k = dots->K - k < part ? dots->K - k : part;
+        for (int j = 0; j < dots->N; j += DOTS_PANEL) {
+            const int n = dots->N - j < DOTS_PANEL ? dots->N - j : DOTS_PANEL;
+            const void *w = at(dots->w, dots->dtype, (size_t)j * K + (size_t)k);
+            float *to = sum + j * LANES;
+            if (dots->dtype == DTYPE_F32) {
+                panel_f32(to, k == 0, dots->x, k, w, dots->K, n_k, dots->T, n);
+            } else if (dots->T >= WIDEN_T) {
                 for (int i = 0; i < n; i++)
-                    widen(wide + i * DOTS_PITCH,
-                          at(dots->w, dots->dtype, (size_t)(j + i) * (size_t)K + (size_t)k),
-                          dots->dtype, (size_t)n_k);
-                panel_f32(sum + j * LANES, k == 0, dots->x, k, wide, DOTS_PITCH, n_k, dots->T, n);
+                    widen(wide + i * DOTS_PITCH, at(w, dots->dtype, (size_t)i * K), dots->dtype,
+                          (size_t)n_k);
+                panel_f32(to, k == 0, dots->x, k, wide, DOTS_PITCH, n_k, dots->T, n);
+            } else if (dots->dtype == DTYPE_F16) {
+                panel_f16(to, k == 0, dots->x, k, w, dots->K, n_k, dots->T, n);
+            } else {
+                panel_bf16(to, k == 0, dots->x, k, w, dots->K, n_k, dots->T, n);
             }
+        }
     }
-    for (int t = 0; t < dots->T; t++)
-        for (int n = 0; n < dots->N; n++)
-            dots->out[(size_t)t * (size_t)dots->pitch + (size_t)n] =
-                vec_sum(vec_load(sum + (t * DOTS_N + n) * LANES));
+    for (int t = 0; t < dots->T; t++) {
+        const float *from = sum + t * DOTS_N * LANES;
+        float *out = dots->out + (size_t)t * (size_t)dots->pitch;
+        int n = 0;
+        for (; n + LANES <= dots->N; n += LANES) vec_sum_16(out + n, from + n * LANES);
+        for (; n < dots->N; n++) out[n] = vec_sum(vec_load(from + n * LANES));
+    }
 }
 
 /* ---- mix ---------------------------------------------------------------------------------- */

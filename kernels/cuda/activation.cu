@@ -1,0 +1,46 @@
+/* The MLP's gate: silu(g) u. Bound by memory (at decode by L2): 6 bytes an element. */
+#include "kernels/cuda/cuda.cuh"
+
+/* ---- kernels ------------------------------------------------------------------------------ */
+
+enum { SILU_BLOCK = 256 };
+
+/* y[t, f] = round(silu(gate_up[t, f])) * gate_up[t, F + f], eight elements a thread
+ *
+ *   y [T, F] X    gate_up [T, 2 F] X
+ *   grid T F / (GROUP SILU_BLOCK)    block SILU_BLOCK */
+template <typename X>
+static __global__ void silu_mul_kernel(X *__restrict__ y, const X *__restrict__ gate_up, int T,
+                                       int F, bool aligned)
+{
+    const int groups = ceil_div(F, GROUP); /* of a row */
+    const long long item = (long long)blockIdx.x * SILU_BLOCK + threadIdx.x;
+    if (item >= (long long)T * groups) return;
+    const size_t t = item / groups;
+    const int f = (int)(item % groups) * GROUP;
+
+    float gate[GROUP], up[GROUP];
+    load_some(gate, gate_up + t * 2 * F + f, F - f, aligned);
+    load_some(up, gate_up + t * 2 * F + F + f, F - f, aligned);
+#pragma unroll
+    for (int i = 0; i < GROUP; i++) gate[i] = rounded<X>(gate[i] / (1.0f + expf(-gate[i]))) * up[i];
+    store_some(y + t * F + f, gate, F - f, aligned);
+}
+
+/* ---- launchers ---------------------------------------------------------------------------- */
+
+void cuda_silu_mul(struct device *dev, void *y, const void *gate_up, int T, int F, enum dtype dtype)
+{
+    struct cuda_device *cuda = cuda_begin(dev);
+    if (!cuda || T == 0) return;
+
+    const long long items = (long long)T * ceil_div(F, GROUP);
+    const unsigned grid = (unsigned)((items + SILU_BLOCK - 1) / SILU_BLOCK);
+    const bool aligned = F % GROUP == 0 && is_aligned(y) && is_aligned(gate_up);
+    with_activation(dtype, [&](auto type) {
+        using X = decltype(type);
+        silu_mul_kernel<<<grid, SILU_BLOCK, 0, cuda->stream>>>((X *)y, (const X *)gate_up, T, F,
+                                                               aligned);
+    });
+    cuda_check(cuda, cudaGetLastError(), "silu_mul");
+}

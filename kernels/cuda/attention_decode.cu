@@ -1,0 +1,316 @@
+/* Attention of rows of one token. Bound by reading the row's keys and values once, so the query
+ * heads of a group share what is loaded: they are the columns of small matrix products, padded to
+ * eight, and the tokens or the elements of a head are the rows. Each warp works on a block of the
+ * cache (16 tokens, contiguous for a head) at a time with its own queue of copies, so that no
+ * barrier stands in the loop. */
+#include "kernels/cuda/attention.cuh"
+
+#include <math.h>
+
+/* ---- kernels ------------------------------------------------------------------------------ */
+
+enum {
+    DECODE_BLOCK = 128,
+    DECODE_WARPS = DECODE_BLOCK / WARP,
+    DECODE_HEADS = 8, /* columns of a product */
+    QUEUE = 3,        /* copies of 16 keys or values that a warp has room for */
+};
+
+/* Rows of shared memory are 16 bytes longer than a head: an odd number of 16-byte units, so that
+ * eight rows' units lie in different banks. */
+template <int D> static constexpr __host__ __device__ int pitch()
+{
+    return D + 8;
+}
+
+template <int D> static constexpr __host__ __device__ int queue_bytes()
+{
+    return QUEUE * KV_BLOCK * pitch<D>() * 2; /* of a warp */
+}
+
+template <int D> static constexpr __host__ __device__ int decode_shared()
+{
+    const int queues = DECODE_WARPS * queue_bytes<D>();
+    const int merge = DECODE_WARPS * DECODE_HEADS * (D + 2) * 4;
+    return queues > merge ? queues : merge;
+}
+
+/* A row's partial results: sums [Q, H, splits, d], and their largest score and total weight
+ * [Q, H, splits, 2]. */
+struct decode_parts {
+    float *sums, *stats;
+    int max_splits;
+};
+
+/* The pages of the cache that one warp reads, keys and values in turn, copied QUEUE - 1 ahead. */
+template <int D> struct page_reader {
+    const bf16 *k, *v;    /* of this head in block 0 */
+    const int32_t *table; /* of the row */
+    size_t block_stride;  /* elements from block to block */
+    uint32_t queue;       /* [QUEUE, KV_BLOCK, pitch] in shared memory */
+    int first, n;         /* pages first, first + DECODE_WARPS, ...: n of them */
+    int end;              /* positions from here on are zeros */
+    int ids;              /* in lane l: table entry of page base + l, of this warp's */
+
+    /* Begin to copy half `unit`: of this warp's page unit / 2, the keys or the values. */
+    __device__ void start(int unit)
+    {
+        const int i = unit / 2, lane = threadIdx.x % WARP;
+        if (i < n) {
+            const int page = first + i * DECODE_WARPS;
+            if (unit % 2 == 0 && i % WARP == 0)
+                ids = i + lane < n ? table[page + lane * DECODE_WARPS] : 0;
+            const int block = __shfl_sync(~0u, ids, i % WARP);
+            const bf16 *from = (unit % 2 ? v : k) + block * block_stride;
+            const uint32_t to = queue + unit % QUEUE * (KV_BLOCK * pitch<D>() * 2);
+#pragma unroll
+            for (int j = 0; j < D / 16; j++) {
+                const int part = j * WARP + lane, row = part / (D / 8), column = part % (D / 8) * 8;
+                copy_async(to + (row * pitch<D>() + column) * 2, from + part * 8,
+                           page * KV_BLOCK + row < end);
+            }
+        }
+        copy_commit();
+    }
+};
+
+/* Add up the parts of a row's heads in the order of the splits. */
+template <int D>
+static __device__ void combine(bf16 *__restrict__ y, const struct decode_parts &parts, size_t head0,
+                               int n_heads, int splits)
+{
+    __shared__ float weight[DECODE_HEADS][SPLITS_MAX];
+
+    for (int i = threadIdx.x; i < n_heads * WARP; i += DECODE_BLOCK) {
+        /* a warp a head: its weights, exp2(max - largest max) / total */
+        const int head = i / WARP, lane = i % WARP;
+        const float2 *stats = (const float2 *)parts.stats + (head0 + head) * parts.max_splits;
+        float max = -INFINITY, total = 0.0f;
+        for (int s = lane; s < splits; s += WARP) max = fmaxf(max, __ldcg(&stats[s]).x);
+        for (int step = WARP / 2; step > 0; step /= 2)
+            max = fmaxf(max, __shfl_xor_sync(~0u, max, step));
+        for (int s = lane; s < splits; s += WARP) {
+            const float2 part = __ldcg(&stats[s]);
+            weight[head][s] = exp2f(part.x - max);
+            total += weight[head][s] * part.y;
+        }
+        total = warp_sum(total);
+        for (int s = lane; s < splits; s += WARP) weight[head][s] /= total;
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < n_heads * D / 4; i += DECODE_BLOCK) {
+        const int head = i / (D / 4), column = i % (D / 4) * 4;
+        const float *sums = parts.sums + (head0 + head) * parts.max_splits * D + column;
+        float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll 8
+        for (int s = 0; s < splits; s++) {
+            const float4 part = __ldcg((const float4 *)(sums + (size_t)s * D));
+            const float w = weight[head][s];
+            sum.x += w * part.x, sum.y += w * part.y, sum.z += w * part.z, sum.w += w * part.w;
+        }
+        *(uint2 *)(y + (head0 + head) * D + column) =
+            make_uint2(pack_bf16(sum.x, sum.y), pack_bf16(sum.z, sum.w));
+    }
+}
+
+/* Of a row of one token, up to eight heads of a group, one split of its positions.
+ * Scores of 16 tokens: S [16 tokens, 8 heads] = K Q^T; then O [D, 8 heads] += V^T P.
+ *
+ *   y [T, H, D]    qkv [T, H + 2 G, D]    k, v [., G, KV_BLOCK, D]
+ *   grid (splits, G * heads / 8, Q)    block DECODE_BLOCK    shared decode_shared<D>() */
+template <int D>
+static __global__ void __launch_bounds__(DECODE_BLOCK)
+    attention_decode_kernel(bf16 *__restrict__ y, const bf16 *__restrict__ qkv,
+                            const bf16 *__restrict__ k, const bf16 *__restrict__ v,
+                            const struct attention_args args, const struct decode_parts parts,
+                            int *__restrict__ counters)
+{
+    extern __shared__ __align__(16) unsigned char shared[];
+    const int row = blockIdx.z, H = args.H, G = args.G, group = H / G;
+    const int head_parts = ceil_div(group, DECODE_HEADS);
+    const int g = blockIdx.y / head_parts, in_group = blockIdx.y % head_parts * DECODE_HEADS;
+    const int n_heads = min_int(DECODE_HEADS, group - in_group);
+    const int h0 = g * group + in_group;
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    const int t = args.row_start[row];
+    if (args.row_start[row + 1] - t != 1) return; /* the whole block: see attention_prefill */
+
+    const int end = args.kv_len[row], begin = first_seen(args, end - 1);
+    const int page0 = begin / KV_BLOCK, n_pages = ceil_div(end, KV_BLOCK) - page0;
+    const int splits = decode_splits(n_pages);
+    if ((int)blockIdx.x >= splits) return; /* the whole block */
+    const int pages = ceil_div(n_pages, splits);
+    const int split_begin = page0 + blockIdx.x * pages;
+    const int split_end = min_int(split_begin + pages, page0 + n_pages);
+
+    page_reader<D> reader;
+    reader.k = k + (size_t)g * KV_BLOCK * D;
+    reader.v = v + (size_t)g * KV_BLOCK * D;
+    reader.table = args.block_table + (size_t)row * args.max_blocks;
+    reader.block_stride = (size_t)G * KV_BLOCK * D;
+    reader.queue = shared_address(shared) + warp * queue_bytes<D>();
+    reader.first = split_begin + warp;
+    reader.n = ceil_div(max_int(0, split_end - reader.first), DECODE_WARPS);
+    reader.end = end;
+    reader.ids = 0;
+    for (int unit = 0; unit < QUEUE - 1; unit++) reader.start(unit);
+
+    /* Q^T: column lane / 4 is head h0 + lane / 4. */
+    uint32_t q[D / 16][2];
+    const bf16 *query =
+        qkv + ((size_t)t * (H + 2 * G) + h0 + min_int(lane / 4, n_heads - 1)) * D + lane % 4 * 2;
+#pragma unroll
+    for (int s = 0; s < D / 16; s++) {
+        q[s][0] = *(const uint32_t *)(query + s * 16);
+        q[s][1] = *(const uint32_t *)(query + s * 16 + 8);
+    }
+
+    float out[D / 16][4] = {};
+    float max[2] = {-INFINITY, -INFINITY}, total[2] = {}; /* of heads 2 (lane % 4) and the next */
+    for (int i = 0; i < reader.n; i++) {
+        float score[2][4] = {};
+        copy_wait<QUEUE - 2>();
+        __syncwarp();
+        const uint32_t key = reader.queue + 2 * i % QUEUE * (KV_BLOCK * pitch<D>() * 2) +
+                             (lane % 16 * pitch<D>() + lane / 16 * 8) * 2;
+#pragma unroll
+        for (int s = 0; s < D / 16; s++) {
+            uint32_t a[4];
+            load_matrices(a, key + s * 32);
+            mma_bf16(score[s % 2], a, q[s][0], q[s][1]);
+        }
+        __syncwarp(); /* all lanes have read what the next copy overwrites later */
+        reader.start(2 * i + QUEUE - 1);
+
+        const int p = (reader.first + i * DECODE_WARPS) * KV_BLOCK + lane / 4;
+        float weight[4]; /* of (token p, two heads), (token p + 8, two heads) */
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            const int at = p + e / 2 * 8;
+            weight[e] =
+                at >= begin && at < end ? (score[0][e] + score[1][e]) * args.scale : -INFINITY;
+        }
+#pragma unroll
+        for (int c = 0; c < 2; c++) {
+            float new_max = fmaxf(weight[c], weight[c + 2]);
+#pragma unroll
+            for (int step = 4; step < WARP; step *= 2)
+                new_max = fmaxf(new_max, __shfl_xor_sync(~0u, new_max, step));
+            new_max = fmaxf(new_max, max[c]); /* a page has a token that is seen: finite */
+            const float keep = exp2f(max[c] - new_max);
+            max[c] = new_max;
+            weight[c] = exp2f(weight[c] - new_max);
+            weight[c + 2] = exp2f(weight[c + 2] - new_max);
+            total[c] = total[c] * keep + weight[c] + weight[c + 2];
+#pragma unroll
+            for (int s = 0; s < D / 16; s++) out[s][c] *= keep, out[s][c + 2] *= keep;
+        }
+        const uint32_t p0 = transpose_matrix(pack_bf16(weight[0], weight[1]));
+        const uint32_t p1 = transpose_matrix(pack_bf16(weight[2], weight[3]));
+
+        copy_wait<QUEUE - 2>();
+        __syncwarp();
+        const uint32_t value = reader.queue + (2 * i + 1) % QUEUE * (KV_BLOCK * pitch<D>() * 2) +
+                               ((lane % 8 + lane / 16 * 8) * pitch<D>() + lane / 8 % 2 * 8) * 2;
+#pragma unroll
+        for (int s = 0; s < D / 16; s++) {
+            uint32_t a[4];
+            load_matrices_transposed(a, value + s * 32);
+            mma_bf16(out[s], a, p0, p1);
+        }
+        __syncwarp();
+        reader.start(2 * i + 1 + QUEUE - 1);
+    }
+    copy_wait<0>();
+    __syncthreads(); /* the queues become the place where the warps' results are merged */
+
+    float *merge = (float *)shared;                         /* [warps, heads, D] */
+    float *stats = merge + DECODE_WARPS * DECODE_HEADS * D; /* [warps, heads, 2] */
+#pragma unroll
+    for (int c = 0; c < 2; c++) {
+#pragma unroll
+        for (int step = 4; step < WARP; step *= 2) total[c] += __shfl_xor_sync(~0u, total[c], step);
+        const int head = warp * DECODE_HEADS + lane % 4 * 2 + c;
+        if (lane < 4) stats[head * 2] = max[c], stats[head * 2 + 1] = total[c];
+#pragma unroll
+        for (int s = 0; s < D / 16; s++) {
+            merge[head * D + s * 16 + lane / 4] = out[s][c];
+            merge[head * D + s * 16 + lane / 4 + 8] = out[s][c + 2];
+        }
+    }
+    __syncthreads();
+
+    const size_t part_head = (size_t)row * H + h0; /* [Q, H]; y is [T, H] */
+    for (int i = threadIdx.x; i < n_heads * D; i += DECODE_BLOCK) {
+        const int head = i / D, column = i % D;
+        float largest = -INFINITY, sum = 0.0f, weights = 0.0f;
+#pragma unroll
+        for (int w = 0; w < DECODE_WARPS; w++)
+            largest = fmaxf(largest, stats[(w * DECODE_HEADS + head) * 2]);
+#pragma unroll
+        for (int w = 0; w < DECODE_WARPS; w++) {
+            const int from = w * DECODE_HEADS + head;
+            const float weight = exp2f(stats[from * 2] - largest); /* 0 for an idle warp */
+            sum += weight * merge[from * D + column];
+            weights += weight * stats[from * 2 + 1];
+        }
+        if (splits == 1) {
+            y[((size_t)t * H + h0 + head) * D + column] = narrow<bf16>(sum / weights);
+        } else {
+            const size_t part = (part_head + head) * parts.max_splits + blockIdx.x;
+            parts.sums[part * D + column] = sum;
+            if (column == 0) parts.stats[part * 2] = largest, parts.stats[part * 2 + 1] = weights;
+        }
+    }
+    if (splits == 1) return; /* the whole block */
+    if (arrives_last(&counters[row * gridDim.y + blockIdx.y], splits)) {
+        /* combine() counts heads as [Q, H]: let y's row t stand where row `row` is */
+        combine<D>(y + ((size_t)t - row) * H * D, parts, part_head, n_heads, splits);
+    }
+}
+
+/* ---- launchers ---------------------------------------------------------------------------- */
+
+template <int D>
+static void launch(struct cuda_device *cuda, bf16 *y, const bf16 *qkv, const bf16 *k, const bf16 *v,
+                   const struct attention_args *args, int max_kv)
+{
+    const int head_parts = ceil_div(args->H / args->G, DECODE_HEADS);
+    const int max_pages = ceil_div(max_kv, KV_BLOCK);
+    struct decode_parts parts = {NULL, NULL,
+                                 min_int(SPLITS_MAX, max_int(1, max_pages / SPLIT_PAGES_MIN))};
+    const dim3 grid(parts.max_splits, args->G * head_parts, args->Q);
+
+    if (parts.max_splits > 1) {
+        assert(args->Q * args->G * head_parts <= COUNTERS);
+        const size_t n = (size_t)args->Q * args->H * parts.max_splits;
+        parts.sums = (float *)cuda_scratch(cuda, n * (D + 2) * sizeof(float), "attention");
+        if (!parts.sums) return;
+        parts.stats = parts.sums + n * D;
+    }
+    cuda_allow_shared(cuda, attention_decode_kernel<D>, decode_shared<D>(), "attention");
+    attention_decode_kernel<D><<<grid, DECODE_BLOCK, decode_shared<D>(), cuda->stream>>>(
+        y, qkv, k, v, *args, parts, cuda->counters);
+}
+
+void attention_decode(struct cuda_device *cuda, bf16 *y, const bf16 *qkv, const bf16 *k,
+                      const bf16 *v, const struct attention_args *args, int max_kv)
+{
+    switch (args->d) {
+    case 64:
+        launch<64>(cuda, y, qkv, k, v, args, max_kv);
+        break;
+    case 80:
+        launch<80>(cuda, y, qkv, k, v, args, max_kv);
+        break;
+    case 96:
+        launch<96>(cuda, y, qkv, k, v, args, max_kv);
+        break;
+    case 128:
+        launch<128>(cuda, y, qkv, k, v, args, max_kv);
+        break;
+    default:
+        launch<256>(cuda, y, qkv, k, v, args, max_kv);
+        break;
+    }
+}

@@ -1,0 +1,287 @@
+/* Attention of rows of several tokens, with whatever history they have. Bound by arithmetic, so
+ * it runs on tensor cores: a block holds the queries of some tokens and of all heads of a group
+ * (they read the same keys), packed token by token, and walks over the keys and values in tiles
+ * of 64 positions. The values of a tile are copied while its scores are computed, the next keys
+ * while the values are used. */
+#include "kernels/cuda/attention.cuh"
+
+#include <math.h>
+
+/* ---- kernels ------------------------------------------------------------------------------ */
+
+enum { PREFILL_BLOCK = 128, PREFILL_WARPS = PREFILL_BLOCK / WARP, POSITIONS = 64 };
+
+/* A row of shared memory is 16 bytes longer than a head: see attention_decode.cu. */
+template <int D> static constexpr __host__ __device__ int pitch()
+{
+    return D + 8;
+}
+
+/* Queries of a block: MT 16 of each warp. */
+template <int MT> static constexpr __host__ __device__ int queries()
+{
+    return PREFILL_WARPS * 16 * MT;
+}
+
+template <int D, int MT> static constexpr int prefill_shared()
+{
+    return (queries<MT>() + 2 * POSITIONS) * pitch<D>() * 2;
+}
+
+/* Find the row whose tiles of `size` packed queries hold tile number `tile` of all rows longer
+ * than one token; heavy tiles come first within a row. False: there is none. */
+static __device__ bool find_tile(int *row, int *tile_of_row, int tile,
+                                 const struct attention_args &args, int size)
+{
+    const int lane = threadIdx.x % WARP, group = args.H / args.G;
+    int before = 0; /* tiles of earlier rows */
+
+    for (int first = 0; first < args.Q; first += WARP) {
+        const int q = first + lane;
+        const int n = q < args.Q ? args.row_start[q + 1] - args.row_start[q] : 0;
+        const int tiles = n > 1 ? ceil_div(n * group, size) : 0;
+        int upto = tiles;
+#pragma unroll
+        for (int step = 1; step < WARP; step *= 2) {
+            const int other = __shfl_up_sync(~0u, upto, step);
+            if (lane >= step) upto += other;
+        }
+        const unsigned reach = __ballot_sync(~0u, before + upto > tile);
+        if (reach) {
+            const int found = __ffs(reach) - 1;
+            const int rest = before + __shfl_sync(~0u, upto, found) - 1 - tile;
+            *row = first + found;
+            *tile_of_row = rest;
+            return true;
+        }
+        before += __shfl_sync(~0u, upto, WARP - 1);
+    }
+    return false;
+}
+
+/* Begin to copy positions [first, first + POSITIONS) of a head; zeros from `end` on. */
+template <int D>
+static __device__ void copy_positions(uint32_t to, const bf16 *from, const int32_t *table,
+                                      size_t block_stride, int first, int end)
+{
+    static_assert(POSITIONS * D / 8 % PREFILL_BLOCK == 0);
+#pragma unroll
+    for (int j = 0; j < POSITIONS * D / 8 / PREFILL_BLOCK; j++) {
+        const int part = j * PREFILL_BLOCK + threadIdx.x;
+        const int row = part / (D / 8), column = part % (D / 8) * 8;
+        const int p = first + row;
+        const size_t block = p < end ? table[p / KV_BLOCK] : 0;
+        copy_async(to + (row * pitch<D>() + column) * 2,
+                   from + block * block_stride + p % KV_BLOCK * D + column, p < end);
+    }
+}
+
+/* For the packed queries m = (token j of the row, head r of group g), m in a tile of 64 MT:
+ *   y[t, h, :] = sum_p softmax_p(scale q . K[p, g, :]) V[p, g, :]
+ *
+ *   y [T, H, D]    qkv [T, H + 2 G, D]    k, v [., G, KV_BLOCK, D]
+ *   grid (tiles, G)    block PREFILL_BLOCK, a warp for 16 MT queries
+ *   shared prefill_shared<D, MT>(): queries, a tile of keys, a tile of values */
+template <int D, int MT>
+static __global__ void __launch_bounds__(PREFILL_BLOCK)
+    attention_prefill_kernel(bf16 *__restrict__ y, const bf16 *__restrict__ qkv,
+                             const bf16 *__restrict__ k, const bf16 *__restrict__ v,
+                             const struct attention_args args)
+{
+    extern __shared__ __align__(16) unsigned char shared[];
+    const uint32_t queries_tile = shared_address(shared);
+    const uint32_t keys = queries_tile + queries<MT>() * pitch<D>() * 2;
+    const uint32_t values = keys + POSITIONS * pitch<D>() * 2;
+    const int H = args.H, G = args.G, group = H / G, g = blockIdx.y;
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    int row, tile;
+    if (!find_tile(&row, &tile, blockIdx.x, args, queries<MT>())) return; /* the whole block */
+
+    const int t0 = args.row_start[row], n = args.row_start[row + 1] - t0;
+    const int kv_len = args.kv_len[row], before = kv_len - n; /* positions before the row's */
+    const int m0 = tile * queries<MT>();
+    const int last = min_int(n - 1, (m0 + queries<MT>() - 1) / group);
+    const int end = before + last + 1;
+    const int begin = first_seen(args, before + m0 / group) / POSITIONS * POSITIONS;
+    const int32_t *table = args.block_table + (size_t)row * args.max_blocks;
+    const size_t block_stride = (size_t)G * KV_BLOCK * D;
+    const bf16 *k_head = k + (size_t)g * KV_BLOCK * D, *v_head = v + (size_t)g * KV_BLOCK * D;
+
+    for (int part = threadIdx.x; part < queries<MT>() * D / 8; part += PREFILL_BLOCK) {
+        const int m = m0 + part / (D / 8), column = part % (D / 8) * 8;
+        const int j = min_int(m / group, n - 1);
+        copy_async(queries_tile + (part / (D / 8) * pitch<D>() + column) * 2,
+                   qkv + ((size_t)(t0 + j) * (H + 2 * G) + g * group + m % group) * D + column,
+                   m / group < n);
+    }
+    copy_positions<D>(keys, k_head, table, block_stride, begin, end);
+    copy_commit();
+
+    /* Of tile i of this warp, a lane has query lane / 4 (c = 0) and the one 8 below (c = 1). */
+    float out[MT][D / 8][4] = {}, max[MT][2], total[MT][2];
+#pragma unroll
+    for (int i = 0; i < MT; i++)
+#pragma unroll
+        for (int c = 0; c < 2; c++) {
+            max[i][c] = -INFINITY;
+            total[i][c] = 0.0f;
+        }
+    const uint32_t query =
+        queries_tile + ((warp * MT * 16 + lane % 16) * pitch<D>() + lane / 16 * 8) * 2;
+    const uint32_t key = keys + ((lane % 8 + lane / 16 * 8) * pitch<D>() + lane / 8 % 2 * 8) * 2;
+    const uint32_t value = values + (lane % 16 * pitch<D>() + lane / 16 * 8) * 2;
+
+    for (int p0 = begin; p0 < end; p0 += POSITIONS) {
+        copy_wait<0>();
+        __syncthreads();
+        copy_positions<D>(values, v_head, table, block_stride, p0, end);
+        copy_commit();
+
+        /* Whether some query of the block does not see some position of this tile. */
+        const bool edge =
+            p0 + POSITIONS - 1 > before + m0 / group || p0 < first_seen(args, before + last);
+        float score[MT][POSITIONS / 8][4] = {};
+#pragma unroll
+        for (int s = 0; s < D / 16; s++) {
+            uint32_t a[MT][4];
+#pragma unroll
+            for (int i = 0; i < MT; i++)
+                load_matrices(a[i], query + (i * 16 * pitch<D>() + s * 16) * 2);
+#pragma unroll
+            for (int j = 0; j < POSITIONS / 16; j++) {
+                uint32_t b[4];
+                load_matrices(b, key + (j * 16 * pitch<D>() + s * 16) * 2);
+#pragma unroll
+                for (int i = 0; i < MT; i++) {
+                    mma_bf16(score[i][2 * j], a[i], b[0], b[1]);
+                    mma_bf16(score[i][2 * j + 1], a[i], b[2], b[3]);
+                }
+            }
+        }
+
+#pragma unroll
+        for (int i = 0; i < MT; i++)
+#pragma unroll
+            for (int c = 0; c < 2; c++) {
+                float largest = max[i][c];
+                if (edge) {
+                    const int position =
+                        before + (m0 + (warp * MT + i) * 16 + lane / 4 + c * 8) / group;
+                    const int first = first_seen(args, position);
+#pragma unroll
+                    for (int j = 0; j < POSITIONS / 8; j++)
+#pragma unroll
+                        for (int e = 0; e < 2; e++) {
+                            const int p = p0 + j * 8 + lane % 4 * 2 + e;
+                            if (p > position || p < first) score[i][j][2 * c + e] = -INFINITY;
+                        }
+                }
+#pragma unroll
+                for (int j = 0; j < POSITIONS / 8; j++)
+                    largest = fmaxf(largest, fmaxf(score[i][j][2 * c], score[i][j][2 * c + 1]));
+                largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
+                largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
+                /* Nothing seen so far: any finite number keeps the weights at 0. */
+                const float top = largest == -INFINITY ? 0.0f : largest * args.scale;
+                const float keep = exp2f(max[i][c] * args.scale - top);
+                max[i][c] = largest;
+                float sum = 0.0f;
+#pragma unroll
+                for (int j = 0; j < POSITIONS / 8; j++)
+#pragma unroll
+                    for (int e = 0; e < 2; e++) {
+                        const float weight = exp2f(score[i][j][2 * c + e] * args.scale - top);
+                        score[i][j][2 * c + e] = weight;
+                        sum += weight;
+                    }
+                total[i][c] = total[i][c] * keep + sum;
+#pragma unroll
+                for (int j = 0; j < D / 8; j++) {
+                    out[i][j][2 * c] *= keep;
+                    out[i][j][2 * c + 1] *= keep;
+                }
+            }
+
+        copy_wait<0>();
+        __syncthreads();
+        if (p0 + POSITIONS < end)
+            copy_positions<D>(keys, k_head, table, block_stride, p0 + POSITIONS, end);
+        copy_commit();
+#pragma unroll
+        for (int s = 0; s < POSITIONS / 16; s++) {
+            uint32_t a[MT][4];
+#pragma unroll
+            for (int i = 0; i < MT; i++) {
+                const float(*w)[4] = &score[i][2 * s];
+                a[i][0] = pack_bf16(w[0][0], w[0][1]);
+                a[i][1] = pack_bf16(w[0][2], w[0][3]);
+                a[i][2] = pack_bf16(w[1][0], w[1][1]);
+                a[i][3] = pack_bf16(w[1][2], w[1][3]);
+            }
+#pragma unroll
+            for (int j = 0; j < D / 16; j++) {
+                uint32_t b[4];
+                load_matrices_transposed(b, value + (s * 16 * pitch<D>() + j * 16) * 2);
+#pragma unroll
+                for (int i = 0; i < MT; i++) {
+                    mma_bf16(out[i][2 * j], a[i], b[0], b[1]);
+                    mma_bf16(out[i][2 * j + 1], a[i], b[2], b[3]);
+                }
+            }
+        }
+    }
+
+#pragma unroll
+    for (int i = 0; i < MT; i++)
+#pragma unroll
+        for (int c = 0; c < 2; c++) {
+            total[i][c] += __shfl_xor_sync(~0u, total[i][c], 1);
+            total[i][c] += __shfl_xor_sync(~0u, total[i][c], 2);
+            const int m = m0 + (warp * MT + i) * 16 + lane / 4 + c * 8, j = m / group;
+            if (j >= n) continue;
+            const float scale = 1.0f / total[i][c];
+            bf16 *to = y + ((size_t)(t0 + j) * H + g * group + m % group) * D + lane % 4 * 2;
+#pragma unroll
+            for (int e = 0; e < D / 8; e++)
+                *(uint32_t *)(to + e * 8) =
+                    pack_bf16(out[i][e][2 * c] * scale, out[i][e][2 * c + 1] * scale);
+        }
+}
+
+/* ---- launchers ---------------------------------------------------------------------------- */
+
+template <int D, int MT>
+static void launch(struct cuda_device *cuda, bf16 *y, const bf16 *qkv, const bf16 *k, const bf16 *v,
+                   const struct attention_args *args, int T)
+{
+    /* Tiles of all long rows: full ones, and at most one more for each row of two tokens or
+     * more. */
+    const long long packed = (long long)T * (args->H / args->G);
+    const int tiles = (int)(packed / queries<MT>()) + min_int(args->Q, max_int(1, T / 2));
+    const dim3 grid(tiles, args->G);
+    cuda_allow_shared(cuda, attention_prefill_kernel<D, MT>, prefill_shared<D, MT>(), "attention");
+    attention_prefill_kernel<D, MT>
+        <<<grid, PREFILL_BLOCK, prefill_shared<D, MT>(), cuda->stream>>>(y, qkv, k, v, *args);
+}
+
+void attention_prefill(struct cuda_device *cuda, bf16 *y, const bf16 *qkv, const bf16 *k,
+                       const bf16 *v, const struct attention_args *args, int T)
+{
+    switch (args->d) {
+    case 64:
+        launch<64, 2>(cuda, y, qkv, k, v, args, T);
+        break;
+    case 80:
+        launch<80, 2>(cuda, y, qkv, k, v, args, T);
+        break;
+    case 96:
+        launch<96, 2>(cuda, y, qkv, k, v, args, T);
+        break;
+    case 128:
+        launch<128, 2>(cuda, y, qkv, k, v, args, T);
+        break;
+    default:
+        launch<256, 1>(cuda, y, qkv, k, v, args, T);
+        break;
+    }
+}

@@ -1,0 +1,370 @@
+/* What the files of the CUDA backend share: the device, its first failure, its scratch memory,
+ * and the few device functions that hide a number format or an instruction.
+ *
+ * Every launcher begins with cuda_begin(), which makes the device current and says whether it is
+ * still sound, and ends with cuda_check(), which keeps the first failure and the op's name. */
+#ifndef MLORA_KERNELS_CUDA_CUH
+#define MLORA_KERNELS_CUDA_CUH
+
+#include <assert.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#include <cublasLt.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+extern "C" {
+#include "engine/base/error.h"
+#include "kernels/kernels.h"
+}
+
+typedef __nv_bfloat16 bf16;
+typedef __half f16;
+
+enum {
+    WARP = 32,
+    COUNTERS = 1 << 16, /* arrival counters, see struct cuda_device       */
+    SCRATCHES = 48,     /* each at least twice as large as the one before */
+};
+
+struct matmul_plans;
+
+struct cuda_device {
+    struct device base; /* first: a struct device * is one of these */
+    int ordinal;
+    int n_sms; /* multiprocessors */
+    cudaStream_t stream;
+    cublasLtHandle_t blas;
+    void *blas_workspace;
+    struct matmul_plans *plans;
+    /* [COUNTERS] zero between ops: blocks count here who of them is the last to finish a common
+     * sum; that one adds the parts up in their order and sets the counter back. */
+    int *counters;
+    /* Memory of one op, the next op may overwrite it. Grown ones are kept until close, so that
+     * what was captured with an older one stays valid. */
+    void *scratch[SCRATCHES];
+    int n_scratches;
+    size_t scratch_bytes;
+    char failure[256]; /* the first one, "" while there is none */
+};
+
+/* ---- host --------------------------------------------------------------------------------- */
+
+/* The device, made current, or NULL after a failure: the op has nothing to do then. */
+struct cuda_device *cuda_begin(struct device *dev);
+
+/* Keep `error` as the device's failure if it is one and the first. */
+void cuda_check(struct cuda_device *cuda, cudaError_t error, const char *op);
+void cuda_fail(struct cuda_device *cuda, const char *op, const char *what);
+
+/* At least `bytes` that are this op's until its last kernel ends; NULL (kept as a failure) where
+ * there is not so much memory. */
+void *cuda_scratch(struct cuda_device *cuda, size_t bytes, const char *op);
+
+/* Let `kernel` use `bytes` of dynamic shared memory. */
+template <typename Kernel>
+static inline void cuda_allow_shared(struct cuda_device *cuda, Kernel *kernel, size_t bytes,
+                                     const char *op)
+{
+    if (bytes > 48 * 1024)
+        cuda_check(
+            cuda,
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes),
+            op);
+}
+
+/* Call f with a value of the C++ type of `dtype`. */
+template <typename F> static inline void with_type(enum dtype dtype, F &&f)
+{
+    if (dtype == DTYPE_F32)
+        f(float());
+    else if (dtype == DTYPE_F16)
+        f(f16());
+    else
+        f(bf16());
+}
+
+/* The same for the types of activations. */
+template <typename F> static inline void with_activation(enum dtype dtype, F &&f)
+{
+    assert(dtype == DTYPE_F32 || dtype == DTYPE_BF16);
+    if (dtype == DTYPE_F32)
+        f(float());
+    else
+        f(bf16());
+}
+
+static inline bool is_aligned(const void *pointer)
+{
+    return ((uintptr_t)pointer & 15) == 0;
+}
+
+static inline __host__ __device__ int ceil_div(int a, int b)
+{
+    return (a + b - 1) / b;
+}
+
+static inline __host__ __device__ int min_int(int a, int b)
+{
+    return a < b ? a : b;
+}
+
+static inline __host__ __device__ int max_int(int a, int b)
+{
+    return a > b ? a : b;
+}
+
+/* The ops, as in kernels.h. */
+void cuda_metadata(struct device *dev, const struct batch_view *batch);
+void cuda_embed(struct device *dev, void *y, const struct matrix *table, const int32_t *ids, int T,
+                enum dtype dtype);
+void cuda_add_rms_norm(struct device *dev, void *y, void *x, const void *delta, const float *weight,
+                       int T, int D, float eps, enum dtype dtype);
+void cuda_matmul(struct device *dev, void *y, enum dtype y_dtype, const void *x,
+                 const struct matrix *w, const float *bias, int T, enum dtype dtype);
+void cuda_head_norm(struct device *dev, void *qkv, const float *q_weight, const float *k_weight,
+                    const struct heads *heads, int T, float eps, enum dtype dtype);
+void cuda_rope(struct device *dev, void *qkv, const struct rope_view *rope,
+               const struct kv_view *kv, const struct batch_view *batch, const struct heads *heads,
+               enum dtype dtype);
+void cuda_attention(struct device *dev, void *y, const void *qkv, const struct kv_view *kv,
+                    const struct batch_view *batch, const struct heads *heads, enum dtype dtype);
+void cuda_silu_mul(struct device *dev, void *y, const void *gate_up, int T, int F,
+                   enum dtype dtype);
+void cuda_gather_rows(struct device *dev, void *y, const void *x, const int32_t *rows, int Q, int D,
+                      enum dtype dtype);
+void cuda_lora_shrink(struct device *dev, float *h, const void *x, const struct lora_view *lora,
+                      const struct lora_site *site, int layer, enum dtype dtype);
+void cuda_lora_expand(struct device *dev, void *y, const float *h, const struct lora_view *lora,
+                      const struct lora_site *site, int layer, enum dtype dtype);
+void cuda_sample(struct device *dev, int32_t *ids, const float *logits,
+                 const struct sample_view *view, int V);
+void cuda_logprobs(struct device *dev, float *logprob, int32_t *top_ids, float *top_logprobs,
+                   const float *logits, const int32_t *target, int Q, int V, int n);
+
+mlora_status matmul_plans_open(struct matmul_plans **out);
+void matmul_plans_close(struct matmul_plans *plans); /* accepts NULL */
+
+/* ---- numbers ------------------------------------------------------------------------------ */
+
+static inline __device__ float widen(float x)
+{
+    return x;
+}
+static inline __device__ float widen(f16 x)
+{
+    return __half2float(x);
+}
+static inline __device__ float widen(bf16 x)
+{
+    return __bfloat162float(x);
+}
+
+template <typename T> static inline __device__ T narrow(float x);
+template <> inline __device__ float narrow<float>(float x)
+{
+    return x;
+}
+template <> inline __device__ bf16 narrow<bf16>(float x)
+{
+    return __float2bfloat16_rn(x);
+}
+
+/* x as it comes back from T. */
+template <typename T> static inline __device__ float rounded(float x)
+{
+    return widen(narrow<T>(x));
+}
+
+/* Two bf16 in a register, `low` first in memory. */
+static inline __device__ uint32_t pack_bf16(float low, float high)
+{
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    uint32_t bits;
+    memcpy(&bits, &pair, sizeof bits);
+    return bits;
+}
+
+static inline __device__ float bf16_low(uint32_t pair)
+{
+    return __uint_as_float(pair << 16);
+}
+
+static inline __device__ float bf16_high(uint32_t pair)
+{
+    return __uint_as_float(pair & 0xffff0000u);
+}
+
+/* Eight neighbours at a time: 16 bytes of the short types. */
+enum { GROUP = 8 };
+
+static inline __device__ void load_group(float to[GROUP], const float *from)
+{
+    const float4 a = *(const float4 *)from, b = *(const float4 *)(from + 4);
+    to[0] = a.x, to[1] = a.y, to[2] = a.z, to[3] = a.w;
+    to[4] = b.x, to[5] = b.y, to[6] = b.z, to[7] = b.w;
+}
+
+static inline __device__ void load_group(float to[GROUP], const bf16 *from)
+{
+    const uint4 bits = *(const uint4 *)from;
+    to[0] = bf16_low(bits.x), to[1] = bf16_high(bits.x);
+    to[2] = bf16_low(bits.y), to[3] = bf16_high(bits.y);
+    to[4] = bf16_low(bits.z), to[5] = bf16_high(bits.z);
+    to[6] = bf16_low(bits.w), to[7] = bf16_high(bits.w);
+}
+
+static inline __device__ void load_group(float to[GROUP], const f16 *from)
+{
+    const uint4 bits = *(const uint4 *)from;
+    __half2 pair[4];
+    memcpy(pair, &bits, sizeof pair);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const float2 two = __half22float2(pair[i]);
+        to[2 * i] = two.x, to[2 * i + 1] = two.y;
+    }
+}
+
+static inline __device__ void store_group(float *to, const float from[GROUP])
+{
+    *(float4 *)to = make_float4(from[0], from[1], from[2], from[3]);
+    *(float4 *)(to + 4) = make_float4(from[4], from[5], from[6], from[7]);
+}
+
+static inline __device__ void store_group(bf16 *to, const float from[GROUP])
+{
+    *(uint4 *)to = make_uint4(pack_bf16(from[0], from[1]), pack_bf16(from[2], from[3]),
+                              pack_bf16(from[4], from[5]), pack_bf16(from[6], from[7]));
+}
+
+/* The first n of a group, zeros after; `whole`: all of it is there and aligned. */
+template <typename T>
+static inline __device__ void load_some(float to[GROUP], const T *from, int n, bool whole)
+{
+    if (whole) {
+        load_group(to, from);
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < GROUP; i++) to[i] = i < n ? widen(from[i]) : 0.0f;
+}
+
+template <typename T>
+static inline __device__ void store_some(T *to, const float from[GROUP], int n, bool whole)
+{
+    if (whole) {
+        store_group(to, from);
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < GROUP; i++)
+        if (i < n) to[i] = narrow<T>(from[i]);
+}
+
+/* ---- sums --------------------------------------------------------------------------------- */
+
+static inline __device__ float warp_sum(float x)
+{
+#pragma unroll
+    for (int lane = WARP / 2; lane > 0; lane /= 2) x += __shfl_xor_sync(~0u, x, lane);
+    return x;
+}
+
+/* The sum over the block, for every thread. `shared` [32]; all threads call it; it may be used
+ * again after a barrier. */
+static inline __device__ float block_sum(float x, float *shared)
+{
+    const int lane = threadIdx.x % WARP, n_warps = blockDim.x / WARP;
+    x = warp_sum(x);
+    if (lane == 0) shared[threadIdx.x / WARP] = x;
+    __syncthreads();
+    return warp_sum(lane < n_warps ? shared[lane] : 0.0f);
+}
+
+/* ---- instructions ------------------------------------------------------------------------- */
+
+/* Where `memory` lies in shared memory, as the instructions below count it: in bytes. */
+static inline __device__ uint32_t shared_address(const void *memory)
+{
+    return (uint32_t)__cvta_generic_to_shared(memory);
+}
+
+/* 16 bytes from global to shared memory without a register; zeros where `valid` is false. */
+static inline __device__ void copy_async(uint32_t to, const void *global, bool valid)
+{
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global),
+                 "r"(valid ? 16 : 0)
+                 : "memory");
+}
+
+static inline __device__ void copy_commit()
+{
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+/* Wait until at most N of this thread's latest groups are under way. */
+template <int N> static inline __device__ void copy_wait()
+{
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+/* Four 8x8 matrices of 2-byte numbers; lane l gives the address of row l % 8 of matrix l / 8 and
+ * gets, of each matrix, elements 2 (l % 4) and the next of row l / 4. */
+static inline __device__ void load_matrices(uint32_t to[4], uint32_t row)
+{
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(row)
+                 : "memory");
+}
+
+/* The same, each matrix transposed. */
+static inline __device__ void load_matrices_transposed(uint32_t to[4], uint32_t row)
+{
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(row)
+                 : "memory");
+}
+
+/* An 8x8 matrix held as load_matrices leaves it, transposed. */
+static inline __device__ uint32_t transpose_matrix(uint32_t from)
+{
+    uint32_t to;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(to) : "r"(from));
+    return to;
+}
+
+/* c [16, 8] += a [16, 16] b [16, 8]. With g = lane / 4 and i = 2 (lane % 4), a lane holds
+ *   a[0]: (g, i), a[1]: (g + 8, i), a[2]: (g, i + 8), a[3]: (g + 8, i + 8), each with the next k
+ *   b0: (i, g), b1: (i + 8, g), each with the next k
+ *   c[0], c[1]: (g, i), (g, i + 1)   c[2], c[3]: (g + 8, i), (g + 8, i + 1) */
+static inline __device__ void mma_bf16(float c[4], const uint32_t a[4], uint32_t b0, uint32_t b1)
+{
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+/* Count this block in at counter; true in all threads of the last of n blocks, which then sees
+ * what the others wrote before. The counter is zero again after that. All threads call it. */
+static inline __device__ bool arrives_last(int *counter, int n)
+{
+    __shared__ bool last;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        last = atomicAdd(counter, 1) == n - 1;
+        if (last) *counter = 0;
+    }
+    __syncthreads();
+    if (last) __threadfence();
+    return last;
+}
+
+#endif

@@ -1,0 +1,189 @@
+/* Opening and closing a GPU, its memory, and its first failure. One stream: ops run in the order
+ * of the calls. Nothing here or in the ops is global: any number of devices can be open. */
+#include "kernels/cuda/cuda.cuh"
+
+#include <stdio.h>
+#include <stdlib.h>
+
+enum { BLAS_WORKSPACE = 32 << 20 };
+
+/* ---- failures ----------------------------------------------------------------------------- */
+
+void cuda_fail(struct cuda_device *cuda, const char *op, const char *what)
+{
+    if (!cuda->failure[0]) snprintf(cuda->failure, sizeof cuda->failure, "%s: %s", op, what);
+}
+
+void cuda_check(struct cuda_device *cuda, cudaError_t error, const char *op)
+{
+    if (error != cudaSuccess) cuda_fail(cuda, op, cudaGetErrorString(error));
+}
+
+struct cuda_device *cuda_begin(struct device *dev)
+{
+    struct cuda_device *cuda = (struct cuda_device *)dev;
+    if (cuda->failure[0]) return NULL;
+    cuda_check(cuda, cudaSetDevice(cuda->ordinal), "cudaSetDevice");
+    return cuda->failure[0] ? NULL : cuda;
+}
+
+void *cuda_scratch(struct cuda_device *cuda, size_t bytes, const char *op)
+{
+    if (bytes <= cuda->scratch_bytes) return cuda->scratch[cuda->n_scratches - 1];
+
+    const size_t twice = 2 * cuda->scratch_bytes;
+    const size_t wanted = bytes > twice ? bytes : twice;
+    void *memory = NULL;
+    if (cuda->n_scratches == SCRATCHES || cudaMalloc(&memory, wanted) != cudaSuccess) {
+        char what[96];
+        cudaGetLastError(); /* it is told here; the next op shall not find it again */
+        snprintf(what, sizeof what, "out of GPU memory: %zu bytes of scratch", wanted);
+        cuda_fail(cuda, op, what);
+        return NULL;
+    }
+    cuda->scratch[cuda->n_scratches++] = memory;
+    cuda->scratch_bytes = wanted;
+    return memory;
+}
+
+/* ---- memory ------------------------------------------------------------------------------- */
+
+static mlora_status device_alloc(struct device *dev, size_t bytes, void **out)
+{
+    struct cuda_device *cuda = (struct cuda_device *)dev;
+    size_t free_bytes = 0, total_bytes = 0;
+
+    *out = NULL;
+    cudaError_t error = cudaSetDevice(cuda->ordinal);
+    if (error == cudaSuccess) error = cudaMalloc(out, bytes > 0 ? bytes : 1);
+    if (error == cudaSuccess) return MLORA_OK;
+    cudaGetLastError(); /* it is told here */
+    cudaMemGetInfo(&free_bytes, &total_bytes);
+    return error_set(MLORA_ENOMEM,
+                     "%s: %zu bytes of GPU memory asked, %zu of %zu free: use a smaller model or "
+                     "KV cache",
+                     cudaGetErrorString(error), bytes, free_bytes, total_bytes);
+}
+
+static void device_free(struct device *dev, void *memory)
+{
+    struct cuda_device *cuda = (struct cuda_device *)dev;
+    if (cudaSetDevice(cuda->ordinal) == cudaSuccess) cudaFree(memory); /* waits for all ops */
+}
+
+static void device_upload(struct device *dev, void *to, const void *from, size_t bytes)
+{
+    struct cuda_device *cuda = cuda_begin(dev);
+    if (!cuda || bytes == 0) return;
+    /* From pageable memory the call returns when `from` has been read. */
+    cuda_check(cuda, cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, cuda->stream),
+               "upload");
+}
+
+static void device_download(struct device *dev, void *to, const void *from, size_t bytes)
+{
+    struct cuda_device *cuda = cuda_begin(dev);
+    if (!cuda || bytes == 0) return;
+    cuda_check(cuda, cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, cuda->stream),
+               "download");
+    cuda_check(cuda, cudaStreamSynchronize(cuda->stream), "a kernel before download");
+}
+
+static mlora_status device_sync(struct device *dev)
+{
+    struct cuda_device *cuda = cuda_begin(dev);
+    if (cuda) cuda_check(cuda, cudaStreamSynchronize(cuda->stream), "a kernel before sync");
+    cuda = (struct cuda_device *)dev;
+    return cuda->failure[0] ? error_set(MLORA_EDEVICE, "%s", cuda->failure) : MLORA_OK;
+}
+
+static void device_memory(struct device *dev, size_t *free_bytes, size_t *total_bytes)
+{
+    *free_bytes = *total_bytes = 0;
+    if (cuda_begin(dev)) cudaMemGetInfo(free_bytes, total_bytes);
+}
+
+/* ---- open, close -------------------------------------------------------------------------- */
+
+static void device_close(struct device *dev)
+{
+    struct cuda_device *cuda = (struct cuda_device *)dev;
+    cudaSetDevice(cuda->ordinal);
+    if (cuda->stream) cudaStreamSynchronize(cuda->stream);
+    for (int i = 0; i < cuda->n_scratches; i++) cudaFree(cuda->scratch[i]);
+    cudaFree(cuda->counters);
+    cudaFree(cuda->blas_workspace);
+    matmul_plans_close(cuda->plans);
+    if (cuda->blas) cublasLtDestroy(cuda->blas);
+    if (cuda->stream) cudaStreamDestroy(cuda->stream);
+    free(cuda);
+}
+
+/* In the order of struct kernels. */
+static const struct kernels cuda_kernels = {
+    device_close,     device_alloc,     device_free,      device_upload,  device_download,
+    device_sync,      device_memory,    cuda_metadata,    cuda_embed,     cuda_add_rms_norm,
+    cuda_matmul,      cuda_head_norm,   cuda_rope,        cuda_attention, cuda_silu_mul,
+    cuda_gather_rows, cuda_lora_shrink, cuda_lora_expand, cuda_sample,    cuda_logprobs,
+};
+
+/* The parts that need the device to be current. */
+static cudaError_t open_parts(struct cuda_device *cuda)
+{
+    const size_t bytes = COUNTERS * sizeof(int);
+
+    cudaError_t error = cudaStreamCreateWithFlags(&cuda->stream, cudaStreamNonBlocking);
+    if (error == cudaSuccess) error = cudaMalloc((void **)&cuda->counters, bytes);
+    if (error == cudaSuccess) error = cudaMalloc(&cuda->blas_workspace, BLAS_WORKSPACE);
+    if (error == cudaSuccess) error = cudaMemsetAsync(cuda->counters, 0, bytes, cuda->stream);
+    if (error == cudaSuccess) error = cudaStreamSynchronize(cuda->stream);
+    return error;
+}
+
+static mlora_status refuse(int ordinal, const char *why)
+{
+    return error_set(MLORA_EUNSUPPORTED, "GPU %d: no usable GPU: %s: use the CPU backend", ordinal,
+                     why);
+}
+
+extern "C" mlora_status cuda_device_open(struct device **out, int ordinal)
+{
+    struct cudaDeviceProp properties;
+    int n_devices = 0;
+
+    *out = NULL;
+    cudaError_t error = cudaGetDeviceCount(&n_devices);
+    if (error == cudaSuccess && (ordinal < 0 || ordinal >= n_devices))
+        error = n_devices == 0 ? cudaErrorNoDevice : cudaErrorInvalidDevice;
+    if (error == cudaSuccess) error = cudaSetDevice(ordinal);
+    if (error == cudaSuccess) error = cudaGetDeviceProperties(&properties, ordinal);
+    if (error != cudaSuccess) {
+        cudaGetLastError(); /* it is told here */
+        return refuse(ordinal, cudaGetErrorString(error));
+    }
+    if (properties.major < 8) return refuse(ordinal, "its compute capability is below 8.0");
+
+    struct cuda_device *cuda = (struct cuda_device *)calloc(1, sizeof *cuda);
+    if (!cuda) return error_set(MLORA_ENOMEM, "out of memory for the CUDA device");
+    cuda->base.ops = &cuda_kernels;
+    cuda->base.backend = "cuda";
+    snprintf(cuda->base.description, sizeof cuda->base.description, "%.64s, %.0f GB",
+             properties.name, (double)properties.totalGlobalMem / 1e9);
+    cuda->ordinal = ordinal;
+    cuda->n_sms = properties.multiProcessorCount;
+
+    error = open_parts(cuda);
+    mlora_status status = MLORA_OK;
+    if (error != cudaSuccess)
+        status = refuse(ordinal, cudaGetErrorString(error));
+    else if (cublasLtCreate(&cuda->blas) != CUBLAS_STATUS_SUCCESS)
+        status = refuse(ordinal, "cuBLAS does not start on it");
+    else
+        status = matmul_plans_open(&cuda->plans);
+    if (status != MLORA_OK) {
+        device_close(&cuda->base);
+        return status;
+    }
+    *out = &cuda->base;
+    return MLORA_OK;
+}

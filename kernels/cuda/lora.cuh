@@ -1,0 +1,139 @@
+/* What the LoRA kernels share: finding their work in the step's segments. The host knows only
+ * counts (struct lora_view), so grids are sized by those and blocks look up the rest. */
+#ifndef MLORA_KERNELS_CUDA_LORA_CUH
+#define MLORA_KERNELS_CUDA_LORA_CUH
+
+#include "kernels/cuda/cuda.cuh"
+
+/* A lora_view and lora_site as a kernel argument. */
+struct lora_args {
+    const struct lora_factors *factors; /* [S, L, LORA_LINEARS] */
+    const int32_t *slot;                /* [T] */
+    const int32_t *segment_slot, *segment_start, *order;
+    int L, n_segments, max_rank;
+    int layer, linear, n_slices, K, N;
+    int offset[LORA_SLICES_MAX], width[LORA_SLICES_MAX];
+};
+
+static inline struct lora_args lora_args(const struct lora_view *lora, const struct lora_site *site,
+                                         int layer)
+{
+    struct lora_args args = {};
+    args.factors = lora->factors;
+    args.slot = lora->slot;
+    args.segment_slot = lora->segment_slot;
+    args.segment_start = lora->segment_start;
+    args.order = lora->order;
+    args.L = lora->L;
+    args.n_segments = lora->n_segments;
+    args.max_rank = lora->max_rank;
+    args.layer = layer;
+    args.linear = site->linear;
+    args.n_slices = site->n_slices;
+    args.K = site->K;
+    args.N = site->N;
+    for (int i = 0; i < site->n_slices; i++) {
+        args.offset[i] = site->offset[i];
+        args.width[i] = site->width[i];
+    }
+    return args;
+}
+
+/* Tokens of one adapter that a block works on: order[first] to order[first + n - 1]. */
+struct lora_tile {
+    int slot, first, n;
+};
+
+/* Tiles of up to `size` tokens of all segments are never more than this. */
+static inline int lora_tiles(const struct lora_view *lora, int size)
+{
+    return lora->n_tokens / size + lora->n_segments;
+}
+
+#ifdef __CUDACC__
+
+static inline __device__ const struct lora_factors *lora_factors_of(const struct lora_args &args,
+                                                                    int slot, int slice)
+{
+    const size_t layer = (size_t)slot * args.L + args.layer;
+    return &args.factors[layer * LORA_LINEARS + args.linear + slice];
+}
+
+/* h[t, slice, :] */
+static inline __device__ size_t lora_h_row(const struct lora_args &args, int t, int slice)
+{
+    return ((size_t)t * args.n_slices + slice) * args.max_rank;
+}
+
+/* Find tile number `index` among the segments' tiles of `size` tokens. Every warp of the block
+ * does the same work and all get the same answer, so no barrier is needed. False: no such tile. */
+static inline __device__ bool lora_find_tile(struct lora_tile *out, int index,
+                                             const struct lora_args &args, int size)
+{
+    const int lane = threadIdx.x % WARP;
+    int before = 0; /* tiles of earlier segments */
+
+    for (int base = 0; base < args.n_segments; base += WARP) {
+        const int segment = base + lane;
+        const bool valid = segment < args.n_segments;
+        const int start = valid ? args.segment_start[segment] : 0;
+        const int n = valid ? args.segment_start[segment + 1] - start : 0;
+        const int slot = valid ? args.segment_slot[segment] : 0;
+        const int tiles = ceil_div(n, size);
+        int upto = tiles;
+#pragma unroll
+        for (int step = 1; step < WARP; step *= 2) {
+            const int other = __shfl_up_sync(~0u, upto, step);
+            if (lane >= step) upto += other;
+        }
+        const unsigned reach = __ballot_sync(~0u, before + upto > index);
+        if (reach) {
+            const int found = __ffs(reach) - 1;
+            const int skip = (index - before - __shfl_sync(~0u, upto - tiles, found)) * size;
+            out->slot = __shfl_sync(~0u, slot, found);
+            out->first = __shfl_sync(~0u, start, found) + skip;
+            out->n = min_int(size, __shfl_sync(~0u, n, found) - skip);
+            return true;
+        }
+        before += __shfl_sync(~0u, upto, WARP - 1);
+    }
+    return false;
+}
+
+/* Numbers as sums of bf16, so that tensor cores multiply them without loss: f16 needs two, f32
+ * three (8 bits each). part[i] gets the i-th parts of two neighbours. */
+template <int PARTS>
+static inline __device__ void split_pair(uint32_t part[PARTS], float low, float high)
+{
+#pragma unroll
+    for (int i = 0; i < PARTS; i++) {
+        part[i] = pack_bf16(low, high);
+        low -= bf16_low(part[i]);
+        high -= bf16_high(part[i]);
+    }
+}
+
+/* `n` elements from index i on of a factor, zeros past `end`. */
+template <int N>
+static inline __device__ void load_factor(float to[N], const void *from, int dtype, size_t i, int n)
+{
+#pragma unroll
+    for (int e = 0; e < N; e++) {
+        to[e] = 0.0f;
+        if (e >= n) continue;
+        if (dtype == DTYPE_F32)
+            to[e] = ((const float *)from)[i + e];
+        else if (dtype == DTYPE_F16)
+            to[e] = widen(((const f16 *)from)[i + e]);
+        else
+            to[e] = widen(((const bf16 *)from)[i + e]);
+    }
+}
+
+static inline __device__ bool is_aligned_on_device(const void *pointer)
+{
+    return ((uintptr_t)pointer & 15) == 0;
+}
+
+#endif
+#endif

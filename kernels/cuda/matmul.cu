@@ -1,0 +1,360 @@
+/* Weights times activations. One token: bound by reading w once, a warp reads a row of it end to
+ * end. More: cublasLt, whose choice of algorithm is asked once for a shape and kept. What
+ * cublasLt does not offer (mixed types, rows that are not 16-byte aligned) is made to fit, or
+ * done by a plain tile kernel.
+ *
+ * f16 weights with bf16 activations: a row of x is scaled by a power of two so that its largest
+ * element is near 2^14, where its 8 bits fit an f16 exactly down to 2^-38 of that element; the
+ * f32 result is scaled back. */
+#include "kernels/cuda/cuda.cuh"
+
+#include <math.h>
+#include <stdlib.h>
+
+/* ---- kernels ------------------------------------------------------------------------------ */
+
+static __device__ void store_as(void *y, enum dtype dtype, size_t i, float value)
+{
+    if (dtype == DTYPE_F32)
+        ((float *)y)[i] = value;
+    else
+        ((bf16 *)y)[i] = narrow<bf16>(value);
+}
+
+enum { MATVEC_BLOCK = 256 };
+
+/* sum += this lane's part of dot(row, x); WHOLE: rows are 16-byte aligned */
+template <typename X, typename W, bool WHOLE>
+static __device__ float matvec_sum(const W *row, const X *x, int K, int lane)
+{
+    float sum = 0.0f;
+#pragma unroll 8
+    for (int k = lane * GROUP; k < K; k += WARP * GROUP) {
+        float a[GROUP], b[GROUP];
+        load_some(a, row + k, K - k, WHOLE);
+        load_some(b, x + k, K - k, WHOLE);
+#pragma unroll
+        for (int e = 0; e < GROUP; e++) sum += a[e] * b[e];
+    }
+    return sum;
+}
+
+/* One token: y[n] = dot(w[n, :], x) + bias[n]
+ *
+ *   y [N] y_dtype    x [K] X    w [N, K] W    bias [N] or NULL
+ *   grid N / 8    block MATVEC_BLOCK, a warp for a row of w */
+template <typename X, typename W>
+static __global__ void __launch_bounds__(MATVEC_BLOCK)
+    matvec_kernel(void *__restrict__ y, enum dtype y_dtype, const X *__restrict__ x,
+                  const W *__restrict__ w, const float *__restrict__ bias, int N, int K,
+                  bool aligned)
+{
+    const int lane = threadIdx.x % WARP;
+    const int n = blockIdx.x * (MATVEC_BLOCK / WARP) + threadIdx.x / WARP;
+    if (n >= N) return;
+
+    const W *row = w + (size_t)n * K;
+    const float sum = warp_sum(aligned ? matvec_sum<X, W, true>(row, x, K, lane)
+                                       : matvec_sum<X, W, false>(row, x, K, lane));
+    if (lane == 0) store_as(y, y_dtype, n, sum + (bias ? bias[n] : 0.0f));
+}
+
+enum { TILE = 64, TILE_K = 16, TILE_BLOCK = 256, TILE_PAD = 4 };
+
+/* The same for any T and types, without tensor cores: 64 x 64 outputs a block, 4 x 4 a thread.
+ *
+ *   y [T, N] y_dtype    x [T, K] X    w [N, K] W    bias [N] or NULL
+ *   grid (N / TILE, T / TILE)    block TILE_BLOCK    shared two tiles of TILE x TILE_K */
+template <typename X, typename W>
+static __global__ void __launch_bounds__(TILE_BLOCK)
+    matmul_tile_kernel(void *__restrict__ y, enum dtype y_dtype, const X *__restrict__ x,
+                       const W *__restrict__ w, const float *__restrict__ bias, int T, int N, int K)
+{
+    __shared__ float x_tile[TILE_K][TILE + TILE_PAD], w_tile[TILE_K][TILE + TILE_PAD];
+    const int t0 = blockIdx.y * TILE, n0 = blockIdx.x * TILE;
+    const int i = threadIdx.x / 16 * 4, j = threadIdx.x % 16 * 4; /* this thread's corner */
+    float sum[4][4] = {};
+
+    for (int k0 = 0; k0 < K; k0 += TILE_K) {
+        for (int e = threadIdx.x; e < TILE * TILE_K; e += TILE_BLOCK) {
+            const int k = e % TILE_K, r = e / TILE_K;
+            x_tile[k][r] = t0 + r < T && k0 + k < K ? widen(x[(size_t)(t0 + r) * K + k0 + k]) : 0;
+            w_tile[k][r] = n0 + r < N && k0 + k < K ? widen(w[(size_t)(n0 + r) * K + k0 + k]) : 0;
+        }
+        __syncthreads();
+#pragma unroll
+        for (int k = 0; k < TILE_K; k++) {
+            const float4 a = *(const float4 *)&x_tile[k][i], b = *(const float4 *)&w_tile[k][j];
+            const float a4[4] = {a.x, a.y, a.z, a.w}, b4[4] = {b.x, b.y, b.z, b.w};
+#pragma unroll
+            for (int r = 0; r < 4; r++)
+#pragma unroll
+                for (int c = 0; c < 4; c++) sum[r][c] += a4[r] * b4[c];
+        }
+        __syncthreads();
+    }
+    for (int r = 0; r < 4 && t0 + i + r < T; r++)
+        for (int c = 0; c < 4 && n0 + j + c < N; c++) {
+            const int n = n0 + j + c;
+            store_as(y, y_dtype, (size_t)(t0 + i + r) * N + n, sum[r][c] + (bias ? bias[n] : 0));
+        }
+}
+
+enum { FINISH_BLOCK = 256 };
+
+/* y[t, n] = round(sum[t, n] * scale[t] + bias[n])
+ *
+ *   y [T, N] y_dtype, may be `sum`    sum [T, N]    scale [T] or NULL    bias [N] or NULL
+ *   grid (N / FINISH_BLOCK, T)    block FINISH_BLOCK */
+static __global__ void finish_kernel(void *y, enum dtype y_dtype, const float *sum,
+                                     const float *__restrict__ scale,
+                                     const float *__restrict__ bias, int N)
+{
+    const int t = blockIdx.y, n = blockIdx.x * FINISH_BLOCK + threadIdx.x;
+    if (n >= N) return;
+    const float value = sum[(size_t)t * N + n] * (scale ? scale[t] : 1.0f);
+    store_as(y, y_dtype, (size_t)t * N + n, value + (bias ? bias[n] : 0.0f));
+}
+
+/* to[t, :] = from[t, :] / scale[t], scale[t] a power of two
+ *
+ *   to, from [T, K]    scale [T]    grid T    block FINISH_BLOCK */
+static __global__ void to_f16_kernel(f16 *__restrict__ to, float *__restrict__ scale,
+                                     const bf16 *__restrict__ from, int K)
+{
+    __shared__ float shared[FINISH_BLOCK / WARP];
+    const size_t row = (size_t)blockIdx.x * K;
+    float max = 0.0f;
+
+    for (int k = threadIdx.x; k < K; k += FINISH_BLOCK)
+        max = fmaxf(max, fabsf(widen(from[row + k])));
+    for (int lane = WARP / 2; lane > 0; lane /= 2)
+        max = fmaxf(max, __shfl_xor_sync(~0u, max, lane));
+    if (threadIdx.x % WARP == 0) shared[threadIdx.x / WARP] = max;
+    __syncthreads();
+    for (int i = 0; i < FINISH_BLOCK / WARP; i++) max = fmaxf(max, shared[i]);
+
+    /* Zeros and infinities stay what they are. */
+    const int exponent = max > 0.0f && max < INFINITY ? max_int(ilogbf(max) - 14, -120) : 0;
+    for (int k = threadIdx.x; k < K; k += FINISH_BLOCK)
+        to[row + k] = __float2half_rn(scalbnf(widen(from[row + k]), -exponent));
+    if (threadIdx.x == 0) scale[blockIdx.x] = scalbnf(1.0f, exponent);
+}
+
+/* ---- cublasLt's choices ------------------------------------------------------------------- */
+
+enum { PLANS = 4096, EXACT_T = 64, STEP_T = 32, BLAS_WORKSPACE = 32 << 20 };
+
+enum plan_state { PLAN_EMPTY, PLAN_FOUND, PLAN_NONE };
+
+/* What was chosen for a product of these shapes and types. */
+struct matmul_plan {
+    int T, N, K; /* T: of the first call, others of the same bucket reuse the choice */
+    enum dtype dtype, y_dtype;
+    enum plan_state state;
+    cublasLtMatmulAlgo_t algorithm;
+};
+
+struct matmul_plans {
+    struct matmul_plan table[PLANS]; /* open addressing; once three quarters full, emptied */
+    int n_plans;
+};
+
+mlora_status matmul_plans_open(struct matmul_plans **out)
+{
+    *out = (struct matmul_plans *)calloc(1, sizeof **out);
+    return *out ? MLORA_OK : error_set(MLORA_ENOMEM, "out of memory for the matmul plans");
+}
+
+void matmul_plans_close(struct matmul_plans *plans)
+{
+    free(plans);
+}
+
+static cudaDataType_t blas_type(enum dtype dtype)
+{
+    return dtype == DTYPE_F32 ? CUDA_R_32F : dtype == DTYPE_F16 ? CUDA_R_16F : CUDA_R_16BF;
+}
+
+/* y^T [N, T] = w^T ^T x^T: cublasLt's matrices are column by column, so the rows of w, x and y
+ * are its columns. */
+struct blas_product {
+    cublasLtMatmulDesc_t desc;
+    cublasLtMatrixLayout_t w, x, y;
+    cublasLtMatmulDescOpaque_t desc_memory;
+    cublasLtMatrixLayoutOpaque_t w_memory, x_memory, y_memory;
+};
+
+static void blas_product_init(struct blas_product *out, int T, int N, int K, enum dtype dtype,
+                              enum dtype y_dtype)
+{
+    const cublasOperation_t transpose = CUBLAS_OP_T;
+    out->desc = &out->desc_memory;
+    out->w = &out->w_memory;
+    out->x = &out->x_memory;
+    out->y = &out->y_memory;
+    cublasLtMatmulDescInit(out->desc, CUBLAS_COMPUTE_32F, CUDA_R_32F);
+    cublasLtMatmulDescSetAttribute(out->desc, CUBLASLT_MATMUL_DESC_TRANSA, &transpose,
+                                   sizeof transpose);
+    cublasLtMatrixLayoutInit(out->w, blas_type(dtype), K, N, K);
+    cublasLtMatrixLayoutInit(out->x, blas_type(dtype), K, T, K);
+    cublasLtMatrixLayoutInit(out->y, blas_type(y_dtype), N, T, N);
+}
+
+static void plan_choose(struct matmul_plan *plan, cublasLtHandle_t blas,
+                        const struct blas_product *product)
+{
+    const size_t workspace = BLAS_WORKSPACE;
+    const uint32_t alignment = 16;
+    const uint32_t reductions = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE; /* never sums of bf16 */
+    cublasLtMatmulPreferenceOpaque_t preference;
+    cublasLtMatmulHeuristicResult_t result;
+    int n_results = 0;
+
+    cublasLtMatmulPreferenceInit(&preference);
+    const struct {
+        cublasLtMatmulPreferenceAttributes_t attribute;
+        const void *value;
+        size_t bytes;
+    } wishes[] = {
+        {CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace, sizeof workspace},
+        {CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &reductions, sizeof reductions},
+        {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, &alignment, sizeof alignment},
+        {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, &alignment, sizeof alignment},
+        {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, &alignment, sizeof alignment},
+        {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, &alignment, sizeof alignment},
+    };
+    for (size_t i = 0; i < sizeof wishes / sizeof wishes[0]; i++)
+        cublasLtMatmulPreferenceSetAttribute(&preference, wishes[i].attribute, wishes[i].value,
+                                             wishes[i].bytes);
+    const cublasStatus_t status =
+        cublasLtMatmulAlgoGetHeuristic(blas, product->desc, product->w, product->x, product->y,
+                                       product->y, &preference, 1, &result, &n_results);
+    plan->state = status == CUBLAS_STATUS_SUCCESS && n_results > 0 ? PLAN_FOUND : PLAN_NONE;
+    if (plan->state == PLAN_FOUND) plan->algorithm = result.algo;
+}
+
+/* The plan of this shape's bucket, perhaps still empty. */
+static struct matmul_plan *plan_find(struct matmul_plans *plans, int T, int N, int K,
+                                     enum dtype dtype, enum dtype y_dtype)
+{
+    const int bucket = T <= EXACT_T ? T : ceil_div(T, STEP_T) * STEP_T;
+    uint32_t hash = 2166136261u;
+    const uint32_t parts[] = {(uint32_t)bucket, (uint32_t)N, (uint32_t)K,
+                              (uint32_t)(dtype * 4 + y_dtype)};
+    for (int i = 0; i < 4; i++) hash = (hash ^ parts[i]) * 16777619u, hash ^= hash >> 15;
+
+    if (plans->n_plans > PLANS / 4 * 3) memset(plans, 0, sizeof *plans);
+    struct matmul_plan *plan = &plans->table[hash % PLANS];
+    for (;; hash++) {
+        plan = &plans->table[hash % PLANS];
+        if (plan->state == PLAN_EMPTY) break;
+        if (plan->T == bucket && plan->N == N && plan->K == K && plan->dtype == dtype &&
+            plan->y_dtype == y_dtype)
+            return plan;
+    }
+    plan->T = bucket;
+    plan->N = N;
+    plan->K = K;
+    plan->dtype = dtype;
+    plan->y_dtype = y_dtype;
+    plans->n_plans++;
+    return plan;
+}
+
+/* y [T, N] y_dtype = x [T, K] w [N, K]^T, both of dtype. False where cublasLt has nothing. */
+static bool blas_matmul(struct cuda_device *cuda, void *y, enum dtype y_dtype, const void *x,
+                        const void *w, int T, int N, int K, enum dtype dtype)
+{
+    const float one = 1.0f, zero = 0.0f;
+    struct blas_product product;
+    struct matmul_plan *plan = plan_find(cuda->plans, T, N, K, dtype, y_dtype);
+
+    blas_product_init(&product, T, N, K, dtype, y_dtype);
+    for (int attempt = 0; attempt < 2; attempt++) {
+        /* A choice made for another T of the bucket may refuse this one: choose again. */
+        if (plan->state == PLAN_EMPTY || attempt > 0) plan_choose(plan, cuda->blas, &product);
+        if (plan->state == PLAN_NONE) return false;
+        const cublasStatus_t status = cublasLtMatmul(
+            cuda->blas, product.desc, &one, w, product.w, x, product.x, &zero, y, product.y, y,
+            product.y, &plan->algorithm, cuda->blas_workspace, BLAS_WORKSPACE, cuda->stream);
+        if (status == CUBLAS_STATUS_SUCCESS) return true;
+        if (status == CUBLAS_STATUS_EXECUTION_FAILED) {
+            cuda_fail(cuda, "matmul", "cublasLt: execution failed");
+            return true;
+        }
+    }
+    return false;
+}
+
+/* ---- launchers ---------------------------------------------------------------------------- */
+
+static void finish(struct cuda_device *cuda, void *y, enum dtype y_dtype, const float *sum,
+                   const float *scale, const float *bias, int T, int N)
+{
+    const dim3 grid(ceil_div(N, FINISH_BLOCK), T);
+    finish_kernel<<<grid, FINISH_BLOCK, 0, cuda->stream>>>(y, y_dtype, sum, scale, bias, N);
+}
+
+/* Both of one type, on tensor cores (f32: without). With a bias the sum stays f32 until it is
+ * added. */
+static bool matmul_same(struct cuda_device *cuda, void *y, enum dtype y_dtype, const void *x,
+                        const struct matrix *w, const float *bias, int T)
+{
+    if (!bias) return blas_matmul(cuda, y, y_dtype, x, w->data, T, w->N, w->K, w->dtype);
+    float *sum = (float *)y;
+    if (y_dtype != DTYPE_F32)
+        sum = (float *)cuda_scratch(cuda, (size_t)T * w->N * sizeof(float), "matmul");
+    if (!sum) return true;
+    if (!blas_matmul(cuda, sum, DTYPE_F32, x, w->data, T, w->N, w->K, w->dtype)) return false;
+    finish(cuda, y, y_dtype, sum, NULL, bias, T, w->N);
+    return true;
+}
+
+static bool matmul_f16(struct cuda_device *cuda, void *y, enum dtype y_dtype, const bf16 *x,
+                       const struct matrix *w, const float *bias, int T)
+{
+    const size_t sums = (size_t)T * w->N, scales = (size_t)ceil_div(T, 4) * 4;
+    float *sum = (float *)cuda_scratch(
+        cuda, (sums + 4 + scales) * sizeof(float) + (size_t)T * w->K * sizeof(f16), "matmul");
+    if (!sum) return true;
+    float *scale = sum + (sums + 3) / 4 * 4;
+    f16 *x16 = (f16 *)(scale + scales);
+
+    to_f16_kernel<<<T, FINISH_BLOCK, 0, cuda->stream>>>(x16, scale, x, w->K);
+    if (!blas_matmul(cuda, sum, DTYPE_F32, x16, w->data, T, w->N, w->K, DTYPE_F16)) return false;
+    finish(cuda, y, y_dtype, sum, scale, bias, T, w->N);
+    return true;
+}
+
+void cuda_matmul(struct device *dev, void *y, enum dtype y_dtype, const void *x,
+                 const struct matrix *w, const float *bias, int T, enum dtype dtype)
+{
+    struct cuda_device *cuda = cuda_begin(dev);
+    if (!cuda || T == 0) return;
+    assert(y_dtype != DTYPE_F16 && T <= 65535);
+
+    const bool aligned = w->K % GROUP == 0 && is_aligned(x) && is_aligned(w->data);
+    bool done = false;
+    if (T > 1 && aligned && w->dtype == dtype)
+        done = matmul_same(cuda, y, y_dtype, x, w, bias, T);
+    else if (T > 1 && aligned && w->dtype == DTYPE_F16 && dtype == DTYPE_BF16)
+        done = matmul_f16(cuda, y, y_dtype, (const bf16 *)x, w, bias, T);
+    if (!done)
+        with_activation(dtype, [&](auto x_type) {
+            with_type(w->dtype, [&](auto w_type) {
+                using X = decltype(x_type);
+                using W = decltype(w_type);
+                const dim3 grid(ceil_div(w->N, TILE), ceil_div(T, TILE));
+                if (T == 1)
+                    matvec_kernel<X, W>
+                        <<<ceil_div(w->N, MATVEC_BLOCK / WARP), MATVEC_BLOCK, 0, cuda->stream>>>(
+                            y, y_dtype, (const X *)x, (const W *)w->data, bias, w->N, w->K,
+                            aligned);
+                else
+                    matmul_tile_kernel<X, W><<<grid, TILE_BLOCK, 0, cuda->stream>>>(
+                        y, y_dtype, (const X *)x, (const W *)w->data, bias, T, w->N, w->K);
+            });
+        });
+    cuda_check(cuda, cudaGetLastError(), "matmul");
+}

@@ -1,0 +1,123 @@
+/* Rotary positions, and the step's keys and values into the cache, in one pass over qkv. Bound by
+ * latency at decode: a token's heads are shared out over several blocks, each of which makes the
+ * token's angles once. */
+#include "kernels/cuda/cuda.cuh"
+
+/* ---- kernels ------------------------------------------------------------------------------ */
+
+enum { ROPE_BLOCK = 128 };
+
+struct rope_args {
+    const float *frequency;        /* [d / 2] */
+    const int32_t *position, *row; /* [T] */
+    const int32_t *block_table;    /* [Q, max_blocks] */
+    float amplitude;
+    int max_blocks, H, G, d;
+    int heads_a_block;
+};
+
+/* Turn heads h < H + G of token t in place, and copy heads h >= H to the cache:
+ *   K[block][g][position % KV_BLOCK][:] = head H + g, V the same of head H + G + g
+ * A work item is elements [i, i + WIDTH) and [i + d / 2, i + d / 2 + WIDTH) of a head.
+ *
+ *   qkv [T, H + 2 G, d] X    k, v [., G, KV_BLOCK, d] C
+ *   grid (heads / heads_a_block, T)    block ROPE_BLOCK    shared d floats */
+template <typename X, typename C, int WIDTH>
+static __global__ void rope_kernel(X *__restrict__ qkv, C *__restrict__ k, C *__restrict__ v,
+                                   const struct rope_args args)
+{
+    extern __shared__ float shared[];
+    const int H = args.H, G = args.G, d = args.d, half = d / 2;
+    float *cosine = shared, *sine = shared + half; /* [d / 2] each */
+    const int t = blockIdx.y;
+    const int position = args.position[t];
+    const int32_t *table = args.block_table + (size_t)args.row[t] * args.max_blocks;
+    const int32_t block = table[position / KV_BLOCK];
+
+    for (int i = threadIdx.x; i < half; i += ROPE_BLOCK) {
+        float s, c;
+        sincosf((float)position * args.frequency[i], &s, &c);
+        cosine[i] = rounded<X>(c * args.amplitude);
+        sine[i] = rounded<X>(s * args.amplitude);
+    }
+    __syncthreads();
+
+    const int first = blockIdx.x * args.heads_a_block;
+    const int n_heads = min_int(args.heads_a_block, H + 2 * G - first);
+    const int items = half / WIDTH; /* of a head */
+    for (int item = threadIdx.x; item < n_heads * items; item += ROPE_BLOCK) {
+        const int h = first + item / items, i = item % items * WIDTH;
+        X *head = qkv + ((size_t)t * (H + 2 * G) + h) * d;
+        float a[WIDTH], b[WIDTH];
+        if constexpr (WIDTH == GROUP) {
+            load_group(a, head + i);
+            load_group(b, head + i + half);
+        } else {
+            a[0] = widen(head[i]), b[0] = widen(head[i + half]);
+        }
+        if (h < H + G) {
+#pragma unroll
+            for (int e = 0; e < WIDTH; e++) {
+                const float c = cosine[i + e], s = sine[i + e], x = a[e];
+                a[e] = rounded<X>(x * c - b[e] * s);
+                b[e] = rounded<X>(b[e] * c + x * s);
+            }
+            if constexpr (WIDTH == GROUP) {
+                store_group(head + i, a);
+                store_group(head + i + half, b);
+            } else {
+                head[i] = narrow<X>(a[0]), head[i + half] = narrow<X>(b[0]);
+            }
+        }
+        if (h < H) continue;
+        const int g = (h - H) % G;
+        C *slot =
+            (h < H + G ? k : v) + (((size_t)block * G + g) * KV_BLOCK + position % KV_BLOCK) * d;
+        if constexpr (WIDTH == GROUP) {
+            store_group(slot + i, a);
+            store_group(slot + i + half, b);
+        } else {
+            slot[i] = narrow<C>(a[0]), slot[i + half] = narrow<C>(b[0]);
+        }
+    }
+}
+
+/* ---- launchers ---------------------------------------------------------------------------- */
+
+void cuda_rope(struct device *dev, void *qkv, const struct rope_view *rope,
+               const struct kv_view *kv, const struct batch_view *batch, const struct heads *heads,
+               enum dtype dtype)
+{
+    struct cuda_device *cuda = cuda_begin(dev);
+    if (!cuda || batch->T == 0) return;
+    assert(heads->d % 2 == 0 && heads->d <= 4096 && batch->T <= 65535);
+
+    const int d = heads->d, n_heads = heads->H + 2 * heads->G;
+    const bool aligned =
+        d % (2 * GROUP) == 0 && is_aligned(qkv) && is_aligned(kv->k) && is_aligned(kv->v);
+    struct rope_args args = {rope->frequency,
+                             batch->position,
+                             batch->row,
+                             kv->block_table,
+                             rope->amplitude,
+                             kv->max_blocks,
+                             heads->H,
+                             heads->G,
+                             d,
+                             1};
+    args.heads_a_block = max_int(1, ROPE_BLOCK / (d / 2 / (aligned ? GROUP : 1)));
+    const dim3 grid(ceil_div(n_heads, args.heads_a_block), batch->T);
+    with_activation(dtype, [&](auto x_type) {
+        with_activation(kv->dtype, [&](auto c_type) {
+            using X = decltype(x_type);
+            using C = decltype(c_type);
+            if (aligned)
+                rope_kernel<X, C, GROUP><<<grid, ROPE_BLOCK, d * sizeof(float), cuda->stream>>>(
+                    (X *)qkv, (C *)kv->k, (C *)kv->v, args);
+            else
+                rope_kernel<X, C, 1><<<grid, ROPE_BLOCK, d * sizeof(float), cuda->stream>>>(
+                    (X *)qkv, (C *)kv->k, (C *)kv->v, args);
+        });
+    });
+    cuda_check(cuda, cudaGetLastError(), "rope");
+}
