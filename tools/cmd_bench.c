@@ -163,7 +163,7 @@ static int by_speed(const void *a, const void *b)
 static mlora_status run_case(json_t *rows, mlora_engine *engine, const struct bench *bench,
                              int64_t batch_size, int64_t n_adapters, double *base)
 {
-    struct measure runs[MAX_REPEATS];
+    struct measure runs[MAX_REPEATS] = {{0}};
     mlora_status status = MLORA_OK;
 
     for (int64_t i = -1; i < bench->repeat && status == MLORA_OK; i++)
