@@ -5,11 +5,10 @@
 
 #include "engine/base/error.h"
 #include "engine/base/json.h"
+#include "tokenizer/sequence.h"
 #include "tokenizer/unicode.h"
 
 /* ---- reading ------------------------------------------------------------------------------ */
-
-enum { DEPTH_MAX = 8, STEPS_MAX = 64 };
 
 static mlora_status copy_string(char **out, size_t *bytes, const json_t *value, const char *key,
                                 const char *path)
@@ -61,31 +60,9 @@ static mlora_status read_strip(struct decoder_step *step, const json_t *value, c
     return MLORA_OK;
 }
 
-static mlora_status read_step(struct decoder *out, const json_t *value, int depth, const char *path)
+static mlora_status read_step(void *target, const char *type, const json_t *value, const char *path)
 {
-    if (depth > DEPTH_MAX)
-        return error_set(MLORA_EFORMAT, "%s: decoder is nested more than %d deep", path, DEPTH_MAX);
-    const char *type = json_string_value(json_object_get(value, "type"));
-    if (!type)
-        return error_set(MLORA_EFORMAT,
-                         "%s: decoder has no type, a name such as \"ByteLevel\" is "
-                         "needed",
-                         path);
-
-    if (strcmp(type, "Sequence") == 0) {
-        const json_t *list = json_object_get(value, "decoders");
-        if (!json_is_array(list))
-            return error_set(MLORA_EFORMAT,
-                             "%s: decoder Sequence: decoders is %s, an array is "
-                             "needed",
-                             path, json_kind(list));
-        mlora_status status = MLORA_OK;
-        for (size_t i = 0; i < json_array_size(list) && status == MLORA_OK; i++)
-            status = read_step(out, json_array_get(list, i), depth + 1, path);
-        return status;
-    }
-    if (out->n == STEPS_MAX)
-        return error_set(MLORA_EFORMAT, "%s: decoder has more than %d steps", path, STEPS_MAX);
+    struct decoder *out = target;
     struct decoder_step *step = &out->steps[out->n++];
     if (strcmp(type, "ByteLevel") == 0) {
         step->kind = DECODE_BYTE_LEVEL;
@@ -121,9 +98,11 @@ mlora_status decoder_read(struct decoder *out, const json_t *value, const char *
 {
     *out = (struct decoder){.joins_with_spaces = !value || json_is_null(value)};
     if (out->joins_with_spaces) return MLORA_OK;
-    out->steps = calloc(STEPS_MAX, sizeof *out->steps);
+    out->steps = calloc(SEQUENCE_STEPS_MAX, sizeof *out->steps);
     if (!out->steps) return error_set(MLORA_ENOMEM, "out of memory: the decoder");
-    return read_step(out, value, 0, path);
+    struct sequence_reader reader = {
+        .what = "decoder", .list = "decoders", .read = read_step, .out = out};
+    return sequence_read(&reader, value, path);
 }
 
 void decoder_free(struct decoder *decoder)

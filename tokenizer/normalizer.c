@@ -6,11 +6,10 @@
 
 #include "engine/base/error.h"
 #include "engine/base/json.h"
+#include "tokenizer/sequence.h"
 #include "tokenizer/unicode.h"
 
 /* ---- reading ------------------------------------------------------------------------------ */
-
-enum { DEPTH_MAX = 8, STEPS_MAX = 64 };
 
 static mlora_status copy_string(char **out, size_t *bytes, const json_t *value, const char *key,
                                 const char *path)
@@ -43,33 +42,9 @@ static mlora_status read_replace(struct normalizer_step *step, const json_t *val
     return status;
 }
 
-static mlora_status read_step(struct normalizer *out, const json_t *value, int depth,
-                              const char *path)
+static mlora_status read_step(void *target, const char *type, const json_t *value, const char *path)
 {
-    if (depth > DEPTH_MAX)
-        return error_set(MLORA_EFORMAT, "%s: normalizer is nested more than %d deep", path,
-                         DEPTH_MAX);
-    const char *type = json_string_value(json_object_get(value, "type"));
-    if (!type)
-        return error_set(MLORA_EFORMAT,
-                         "%s: normalizer has no type, a name such as \"Sequence\" "
-                         "is needed",
-                         path);
-
-    if (strcmp(type, "Sequence") == 0) {
-        const json_t *list = json_object_get(value, "normalizers");
-        if (!json_is_array(list))
-            return error_set(MLORA_EFORMAT,
-                             "%s: normalizer Sequence: normalizers is %s, an array "
-                             "is needed",
-                             path, json_kind(list));
-        mlora_status status = MLORA_OK;
-        for (size_t i = 0; i < json_array_size(list) && status == MLORA_OK; i++)
-            status = read_step(out, json_array_get(list, i), depth + 1, path);
-        return status;
-    }
-    if (out->n == STEPS_MAX)
-        return error_set(MLORA_EFORMAT, "%s: normalizer has more than %d steps", path, STEPS_MAX);
+    struct normalizer *out = target;
     struct normalizer_step *step = &out->steps[out->n++];
     if (strcmp(type, "Prepend") == 0) {
         step->kind = NORMALIZE_PREPEND;
@@ -94,9 +69,11 @@ mlora_status normalizer_read(struct normalizer *out, const json_t *value, const 
 {
     *out = (struct normalizer){0};
     if (!value || json_is_null(value)) return MLORA_OK;
-    out->steps = calloc(STEPS_MAX, sizeof *out->steps);
+    out->steps = calloc(SEQUENCE_STEPS_MAX, sizeof *out->steps);
     if (!out->steps) return error_set(MLORA_ENOMEM, "out of memory: the normalizer");
-    return read_step(out, value, 0, path);
+    struct sequence_reader reader = {
+        .what = "normalizer", .list = "normalizers", .read = read_step, .out = out};
+    return sequence_read(&reader, value, path);
 }
 
 void normalizer_free(struct normalizer *normalizer)

@@ -5,14 +5,13 @@
 
 #include "engine/base/error.h"
 #include "engine/base/json.h"
+#include "tokenizer/sequence.h"
 #include "tokenizer/unicode.h"
 
 #define GPT2_PATTERN                                                                               \
     "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+"
 
 /* ---- reading ------------------------------------------------------------------------------ */
-
-enum { DEPTH_MAX = 8, STEPS_MAX = 64 };
 
 static mlora_status read_behavior(enum split_behavior *out, const json_t *value, const char *path)
 {
@@ -132,34 +131,9 @@ static mlora_status read_digits(struct pretokenizer_step *step, const json_t *va
     return status;
 }
 
-static mlora_status read_step(struct pretokenizer *out, const json_t *value, int depth,
-                              const char *path)
+static mlora_status read_step(void *target, const char *type, const json_t *value, const char *path)
 {
-    if (depth > DEPTH_MAX)
-        return error_set(MLORA_EFORMAT, "%s: pre_tokenizer is nested more than %d deep", path,
-                         DEPTH_MAX);
-    const char *type = json_string_value(json_object_get(value, "type"));
-    if (!type)
-        return error_set(MLORA_EFORMAT,
-                         "%s: pre_tokenizer has no type, a name such as "
-                         "\"ByteLevel\" is needed",
-                         path);
-
-    if (strcmp(type, "Sequence") == 0) {
-        const json_t *list = json_object_get(value, "pretokenizers");
-        if (!json_is_array(list))
-            return error_set(MLORA_EFORMAT,
-                             "%s: pre_tokenizer Sequence: pretokenizers is %s, an "
-                             "array is needed",
-                             path, json_kind(list));
-        mlora_status status = MLORA_OK;
-        for (size_t i = 0; i < json_array_size(list) && status == MLORA_OK; i++)
-            status = read_step(out, json_array_get(list, i), depth + 1, path);
-        return status;
-    }
-    if (out->n == STEPS_MAX)
-        return error_set(MLORA_EFORMAT, "%s: pre_tokenizer has more than %d steps", path,
-                         STEPS_MAX);
+    struct pretokenizer *out = target;
     struct pretokenizer_step *step = &out->steps[out->n++];
     if (strcmp(type, "Split") == 0) return read_split(step, value, path);
     if (strcmp(type, "ByteLevel") == 0) return read_byte_level(step, value, path);
@@ -175,9 +149,11 @@ mlora_status pretokenizer_read(struct pretokenizer *out, const json_t *value, co
 {
     *out = (struct pretokenizer){0};
     if (!value || json_is_null(value)) return MLORA_OK;
-    out->steps = calloc(STEPS_MAX, sizeof *out->steps);
+    out->steps = calloc(SEQUENCE_STEPS_MAX, sizeof *out->steps);
     if (!out->steps) return error_set(MLORA_ENOMEM, "out of memory: the pre_tokenizer");
-    return read_step(out, value, 0, path);
+    struct sequence_reader reader = {
+        .what = "pre_tokenizer", .list = "pretokenizers", .read = read_step, .out = out};
+    return sequence_read(&reader, value, path);
 }
 
 void pretokenizer_free(struct pretokenizer *pretokenizer)

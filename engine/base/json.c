@@ -16,8 +16,9 @@ mlora_status json_read_file(json_t **out, const char *path, int64_t max_bytes)
 
     value = json_loadb(buffer_text(&text), text.bytes, JSON_REJECT_DUPLICATES, &error);
     if (!value) {
-        status = error_set(MLORA_EFORMAT, "%s: is not valid JSON: line %d, column %d: %s", path,
-                           error.line, error.column, error.text);
+        status =
+            error_set(MLORA_EFORMAT, "%s: is not valid JSON: line %d, column %d: %s; save it again",
+                      path, error.line, error.column, error.text);
         goto done;
     }
     if (!json_is_object(value)) {
