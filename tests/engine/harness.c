@@ -83,6 +83,8 @@ void collect(void *user, const mlora_event *event)
             if (event->n_top)
                 memcpy(answer->first_top, event->top, (size_t)event->n_top * sizeof *event->top);
         }
+        if (event->n_top >= 2)
+            answer->margin[answer->n] = event->top[0].logprob - event->top[1].logprob;
         answer->ids[answer->n] = event->token;
         answer->logprobs[answer->n++] = event->logprob;
     }

@@ -18,6 +18,7 @@ struct answer {
     size_t bytes;
     int32_t ids[ANSWER_TOKENS];
     float logprobs[ANSWER_TOKENS];
+    float margin[ANSWER_TOKENS]; /* of the two best, where two alternatives were asked for */
     int n;
     mlora_token_logprob first_top[ANSWER_TOP]; /* alternatives to the first token */
     int n_first_top;
