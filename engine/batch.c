@@ -7,14 +7,29 @@
 #include "engine/base/error.h"
 #include "lora/segments.h"
 
-enum { ALIGNMENT = 16 };
+enum { ALIGNMENT = 16, HEAD_ARRAYS = 4 };
+
+/* Counts that grow with every token are rounded up, so that steps of the same rows have the same
+ * shape for long, and a backend can replay what it recorded. */
+static int round_blocks(int n_blocks)
+{
+    int rounded = 16;
+    while (rounded < n_blocks) rounded *= 2;
+    return rounded;
+}
+
+static int round_kv(int n_tokens)
+{
+    return (n_tokens + 255) / 256 * 256;
+}
 
 mlora_status batch_open(struct batch *out, struct device *dev, int max_tokens, int max_rows,
                         int max_model_len)
 {
     const size_t Q = (size_t)max_rows, T = (size_t)max_tokens;
-    const size_t table = Q * (size_t)kvcache_blocks_for(max_model_len);
-    struct batch batch = {.dev = dev};
+    const size_t table = Q * (size_t)round_blocks(kvcache_blocks_for(max_model_len));
+    const size_t head_bytes = HEAD_ARRAYS * (Q + 1) * sizeof(int32_t);
+    struct batch batch = {.dev = dev, .max_rows = max_rows};
     void *memory = NULL;
 
     /* ids, slot, order [T]; row_start, kv_len, three of segments, samples, two of histories [Q];
@@ -23,17 +38,27 @@ mlora_status batch_open(struct batch *out, struct device *dev, int max_tokens, i
                      32 * ALIGNMENT;
     batch.host = malloc(batch.capacity);
     batch.slot_of_row = malloc(Q * sizeof(int32_t));
+    batch.first_of_row = malloc(Q * sizeof(int32_t));
+    batch.head_host = malloc(head_bytes);
+    batch.counting = malloc((Q + 1) * sizeof(int32_t));
     batch.scratch = malloc(Q * sizeof(int32_t));
     batch.sampled_row = malloc(Q * sizeof(int));
     mlora_status status = MLORA_OK;
-    if (!batch.host || !batch.slot_of_row || !batch.scratch || !batch.sampled_row)
+    if (!batch.host || !batch.slot_of_row || !batch.first_of_row || !batch.scratch ||
+        !batch.sampled_row || !batch.head_host || !batch.counting)
         status = error_set(MLORA_ENOMEM, "out of memory: a batch of %d rows", max_rows);
+    for (int q = 0; q <= max_rows && status == MLORA_OK; q++) batch.counting[q] = q;
     if (status == MLORA_OK) status = dev->ops->alloc(dev, batch.capacity, &memory);
     batch.dev_memory = memory;
     if (status == MLORA_OK) {
         memory = NULL;
         status = dev->ops->alloc(dev, 2 * T * sizeof(int32_t), &memory);
         batch.tokens_out = memory;
+    }
+    if (status == MLORA_OK) {
+        memory = NULL;
+        status = dev->ops->alloc(dev, head_bytes, &memory);
+        batch.head_dev = memory;
     }
     if (status != MLORA_OK) batch_close(&batch);
     *out = batch;
@@ -44,8 +69,12 @@ void batch_close(struct batch *batch)
 {
     if (batch->dev_memory) batch->dev->ops->free(batch->dev, batch->dev_memory);
     if (batch->tokens_out) batch->dev->ops->free(batch->dev, batch->tokens_out);
+    if (batch->head_dev) batch->dev->ops->free(batch->dev, batch->head_dev);
     free(batch->host);
     free(batch->slot_of_row);
+    free(batch->first_of_row);
+    free(batch->head_host);
+    free(batch->counting);
     free(batch->scratch);
     free(batch->sampled_row);
     *batch = (struct batch){0};
@@ -82,6 +111,7 @@ static const int32_t *build_rows(struct batch *batch, const struct plan *plan)
     for (int q = 0; q < Q; q++)
         if (plan->rows[q].request->n_blocks > batch->max_blocks)
             batch->max_blocks = plan->rows[q].request->n_blocks;
+    batch->max_blocks = round_blocks(batch->max_blocks);
 
     int32_t *ids = place_ints(batch, T, &view->ids);
     int32_t *row_start = place_ints(batch, Q + 1, &view->row_start);
@@ -104,6 +134,7 @@ static const int32_t *build_rows(struct batch *batch, const struct plan *plan)
         if (kv_len[q] > view->max_kv) view->max_kv = kv_len[q];
     }
     row_start[Q] = t;
+    view->max_kv = round_kv(view->max_kv);
     return row_start;
 }
 
@@ -112,13 +143,25 @@ static void build_lora(struct batch *batch, const struct plan *plan, const int32
 {
     const int Q = plan->n_rows, T = plan->n_tokens;
     struct lora_view *lora = &batch->lora;
-    int max_rank = 0;
 
-    *lora = (struct lora_view){.factors = registry->dev_table, .L = registry->n_layers};
+    memset(lora, 0, sizeof *lora); /* its bytes are part of a recording's key */
+    lora->factors = registry->dev_table;
+    lora->own = registry->dev_own;
+    lora->L = registry->n_layers + 1;
     for (int q = 0; q < Q; q++) {
-        const struct registered *entry = plan->rows[q].request->adapter;
+        const struct request *request = plan->rows[q].request;
+        const struct registered *entry = request->adapter;
+        const int before = entry ? request->adapter_from - request->n_computed : 0;
+
         batch->slot_of_row[q] = entry ? entry->slot : -1;
-        if (entry && entry->adapter.max_rank > max_rank) max_rank = entry->adapter.max_rank;
+        batch->first_of_row[q] = before >= plan->rows[q].n_tokens
+                                     ? row_start[q + 1]
+                                     : row_start[q] + (before > 0 ? before : 0);
+        if (!entry) continue;
+        if (entry->adapter.max_rank > lora->max_rank) lora->max_rank = entry->adapter.max_rank;
+        lora->changes_embedding |= entry->adapter.changes_embedding;
+        lora->changes_head |= entry->adapter.changes_head;
+        lora->changes_norms |= entry->adapter.changes_norms;
     }
     struct segments segments = {
         .slot = place_ints(batch, T, &lora->slot),
@@ -126,11 +169,38 @@ static void build_lora(struct batch *batch, const struct plan *plan, const int32
         .segment_slot = place_ints(batch, Q, &lora->segment_slot),
         .segment_start = place_ints(batch, Q + 1, &lora->segment_start),
     };
-    segments_build(&segments, batch->slot_of_row, row_start, Q, batch->scratch);
+    const struct segment_rows rows = {row_start, batch->slot_of_row, batch->first_of_row, Q};
+    segments_build(&segments, &rows, batch->scratch);
     lora->n_segments = segments.n_segments;
     lora->n_tokens = segments.n_tokens;
     lora->max_segment = segments.max_segment;
-    lora->max_rank = max_rank;
+    batch->slot_of_token = segments.slot;
+}
+
+const struct lora_view *batch_head_rows(struct batch *batch, const int32_t *tokens, int n)
+{
+    const size_t pitch = (size_t)batch->max_rows + 1;
+    struct lora_view *lora = &batch->head_lora;
+    int32_t *host = batch->head_host;
+
+    assert(n <= batch->max_rows);
+    *lora = batch->lora;
+    lora->n_segments = lora->n_tokens = lora->max_segment = 0;
+    if (!lora->changes_head) return lora;
+
+    for (int i = 0; i < n; i++) batch->slot_of_row[i] = batch->slot_of_token[tokens[i]];
+    const struct segment_rows rows = {batch->counting, batch->slot_of_row, batch->counting, n};
+    struct segments segments = {host, host + pitch, host + 2 * pitch, host + 3 * pitch, 0, 0, 0};
+    segments_build(&segments, &rows, batch->scratch); /* rows of one token each */
+    batch->dev->ops->upload(batch->dev, batch->head_dev, host, HEAD_ARRAYS * pitch * sizeof *host);
+    lora->slot = batch->head_dev;
+    lora->order = batch->head_dev + pitch;
+    lora->segment_slot = batch->head_dev + 2 * pitch;
+    lora->segment_start = batch->head_dev + 3 * pitch;
+    lora->n_segments = segments.n_segments;
+    lora->n_tokens = segments.n_tokens;
+    lora->max_segment = segments.max_segment;
+    return lora;
 }
 
 static bool draws(const struct plan_row *row)
@@ -182,6 +252,7 @@ static void build_samples(struct batch *batch, const struct plan *plan)
     }
     host_start[n] = n_history;
     batch->sample_tokens = last;
+    batch->sample_tokens_host = host_last;
     batch->sample = (struct sample_view){
         .Q = n,
         .sampling = sampling,

@@ -12,16 +12,22 @@ struct batch {
     unsigned char *host; /* [capacity] staging */
     unsigned char *dev_memory;
     size_t capacity, used;
-    size_t history_capacity;        /* bytes of `capacity` that are for histories */
-    int32_t *slot_of_row, *scratch; /* [max Q] host */
-    int32_t *tokens_out;            /* device: [T] positions, then [T] rows */
+    size_t history_capacity;                       /* bytes of `capacity` that are for histories */
+    int32_t *slot_of_row, *first_of_row, *scratch; /* [max Q] host */
+    int32_t *counting;   /* [max Q + 1] host: 0, 1, 2, ...: rows of one token */
+    int32_t *tokens_out; /* device: [T] positions, then [T] rows */
 
     /* What the step reads; device pointers. */
     struct batch_view view;
     struct lora_view lora;
+    const int32_t *slot_of_token;  /* [T] host copy of lora.slot */
+    struct lora_view head_lora;    /* of the rows that go through the head: batch_head_rows() */
+    int32_t *head_host, *head_dev; /* [HEAD_ARRAYS, max Q + 1] what head_lora points to */
+    int max_rows;
     const int32_t *block_table; /* [Q, max_blocks] */
     int max_blocks;
-    const int32_t *sample_tokens; /* [n_samples] index in the step of each row's last token */
+    const int32_t *sample_tokens;      /* [n_samples] index in the step of each row's last token */
+    const int32_t *sample_tokens_host; /* the same */
     int n_samples;
     struct sample_view sample;
 
@@ -39,5 +45,9 @@ void batch_close(struct batch *batch); /* accepts zeroes */
  * any before). */
 mlora_status batch_build(struct batch *batch, const struct plan *plan,
                          const struct registry *registry);
+
+/* The adapters of tokens[i], i < n <= max_rows, indices in the step on the host, for the head. Valid
+ * until the next call. */
+const struct lora_view *batch_head_rows(struct batch *batch, const int32_t *tokens, int n);
 
 #endif

@@ -217,11 +217,12 @@ static void put_setting(struct object *object, const char *key, const json_t *co
     put(object, key, json_is_number(value) ? json_incref(value) : json_integer(fallback));
 }
 
-static struct object new_row(int layer, const char *linear)
+/* `layer` LAYER_OUTSIDE is shown as null. */
+static struct object new_row(int layer, const char *module)
 {
     struct object row = {.json = json_object()};
-    put_integer(&row, "layer", layer);
-    put_text(&row, "module", linear);
+    put(&row, "layer", layer == LAYER_OUTSIDE ? json_null() : json_integer(layer));
+    put_text(&row, "module", module);
     return row;
 }
 
@@ -231,29 +232,95 @@ static void add_row(struct object *object, json_t *rows, const struct object *ro
     if (json_array_append_new(rows, row->json) != 0) object->failed = true;
 }
 
-/* A row for each linear that the adapter changes. */
+/* In words, how the product of a linear is computed. */
+static const char *linear_as(const struct adapter_plan *plan, const struct adapter_linear *linear,
+                             bool is_head)
+{
+    if (linear->rank == 0) return "bias in place of the base's";
+    if (linear->magnitude) return "DoRA";
+    if (linear->a_form == FORM_GROUPS) return "QA-LoRA, expanded";
+    if (linear->a_form == FORM_BLOCKS || linear->b_form == FORM_BLOCKS) return "BD-LoRA, expanded";
+    if (linear->b_form == FORM_TRANSPOSED && is_head) return "LoRA, tied to embed_tokens";
+    if (plan->n_invocation > 0) return "LoRA from the invocation tokens on";
+    if (linear->b_bias)
+        return linear->bias ? "LoRA with its bias, and the base's" : "LoRA with its bias";
+    return linear->bias ? "LoRA, and bias in place of the base's" : "LoRA";
+}
+
+static void put_linear(struct object *object, json_t *rows, json_t *ranks,
+                       const struct adapter_plan *plan, int i)
+{
+    static const char *const outside[] = {
+        [LORA_EMBEDDING] = "embed_tokens", [LORA_HEAD] = "lm_head"};
+    const struct adapter_linear *linear = &plan->linears[i];
+    const int layer = i / LORA_LINEARS, index = i % LORA_LINEARS;
+
+    if (linear->rank == 0 && !linear->bias) return;
+    struct object row = layer < plan->n_layers
+                            ? new_row(layer, linear_name((enum lora_linear)index))
+                            : new_row(LAYER_OUTSIDE, outside[index]);
+    put_text(&row, "as", linear_as(plan, linear, layer == plan->n_layers && index == LORA_HEAD));
+    put_integer(&row, "rank", linear->rank);
+    if (linear->rank > 0) {
+        put_number(&row, "alpha", linear->alpha);
+        put_number(&row, "scale", linear->scale);
+        put_text(&row, "dtype", dtype_name(linear->dtype));
+        put_integer(&row, "in", linear->in);
+        add_once(object, ranks, json_integer(linear->rank));
+    }
+    put_integer(&row, "out", linear->out);
+    put_integer(&row, "bytes", adapter_linear_bytes(plan, i));
+    add_row(object, rows, &row);
+}
+
+/* A row for a tensor that stands in the place of one of the base. */
+static void put_tensor(struct object *object, json_t *rows, int layer, const char *module,
+                       const struct tensor *tensor, const char *as)
+{
+    if (!tensor) return;
+    struct object row = new_row(layer, module);
+    put_text(&row, "as", as);
+    put_text(&row, "dtype", tensor->dtype);
+    put_integer(&row, "out", tensor->shape[0]);
+    put_integer(&row, "bytes", tensor->bytes);
+    add_row(object, rows, &row);
+}
+
+static void put_whole(struct object *object, json_t *rows, const struct adapter_plan *plan)
+{
+    static const char *const norms[LORA_NORMS] = {[NORM_ATTENTION] = "input_layernorm",
+                                                  [NORM_MLP] = "post_attention_layernorm",
+                                                  [NORM_Q] = "self_attn.q_norm",
+                                                  [NORM_K] = "self_attn.k_norm"};
+    static const char whole[] = "whole, in place of the base's";
+    static const char copy[] = "whole, left out if it equals the base's";
+    static const char some[] = "rows in place of the base's";
+    static const char tied[] = "tied to embed_tokens";
+    const int n_norms = plan->n_layers * LORA_NORMS;
+
+    put_tensor(object, rows, LAYER_OUTSIDE, "embed_tokens", plan->embedding,
+               plan->embedding_is_copy ? copy : whole);
+    put_tensor(object, rows, LAYER_OUTSIDE, "embed_tokens", plan->embedding_rows.tensor, some);
+    put_tensor(object, rows, LAYER_OUTSIDE, "lm_head", plan->head,
+               plan->head == plan->embedding ? tied
+               : plan->head_is_copy          ? copy
+                                             : whole);
+    put_tensor(object, rows, LAYER_OUTSIDE, "lm_head",
+               plan->head_has_embedding_rows ? plan->embedding_rows.tensor : plan->head_rows.tensor,
+               plan->head_has_embedding_rows ? tied : some);
+    for (int i = 0; i < n_norms; i++)
+        put_tensor(object, rows, i / LORA_NORMS, norms[i % LORA_NORMS], plan->norms[i], whole);
+    put_tensor(object, rows, LAYER_OUTSIDE, "norm", plan->norms[n_norms], whole);
+}
+
+/* A row for each module that the adapter changes. */
 static void put_modules(struct object *object, const struct adapter_plan *plan)
 {
     json_t *rows = json_array(), *ranks = json_array();
 
-    for (int i = 0; i < plan->n_layers * LORA_LINEARS; i++) {
-        const struct adapter_linear *linear = &plan->linears[i];
-        int64_t a_bytes, b_bytes;
-
-        if (linear->rank == 0) continue;
-        struct object row =
-            new_row(i / LORA_LINEARS, linear_name((enum lora_linear)(i % LORA_LINEARS)));
-        adapter_factor_bytes(plan, i, &a_bytes, &b_bytes);
-        put_integer(&row, "rank", linear->rank);
-        put_number(&row, "alpha", linear->alpha);
-        put_number(&row, "scale", linear->scale);
-        put_text(&row, "dtype", dtype_name(linear->dtype));
-        put_integer(&row, "in", linear->a->shape[1]);
-        put_integer(&row, "out", linear->b_rows);
-        put_integer(&row, "bytes", a_bytes + b_bytes);
-        add_row(object, rows, &row);
-        add_once(object, ranks, json_integer(linear->rank));
-    }
+    for (int i = 0; i < (plan->n_layers + 1) * LORA_LINEARS; i++)
+        put_linear(object, rows, ranks, plan, i);
+    put_whole(object, rows, plan);
     put(object, "ranks", ranks);
     put_integer(object, "n_modules", (int64_t)json_array_size(rows));
     put_integer(object, "device_bytes", plan->bytes);
@@ -278,7 +345,7 @@ static mlora_status put_raw_modules(struct object *object, const struct safetens
 
         status = tensor_name_parse(&name, tensor->name);
         if (status != MLORA_OK || (name.kind != TENSOR_A && name.kind != TENSOR_B) ||
-            tensor->n_dims != 2 || name.layer >= LAYERS_MAX)
+            tensor->n_dims != 2 || name.layer < 0 || name.layer >= LAYERS_MAX)
             continue;
         struct raw *raw = &modules[name.layer * LORA_LINEARS + name.first_linear];
         *(name.kind == TENSOR_A ? &raw->a : &raw->b) = tensor;
@@ -343,7 +410,7 @@ static void find_features(bool uses[FEATURES], const json_t *config,
     uses[USES_ALPHAS] = !plan && json_object_size(json_object_get(config, "alpha_pattern")) > 0;
     uses[USES_DORA] = json_is_true(json_object_get(config, "use_dora"));
     uses[USES_WHOLE_MODULES] = json_array_size(json_object_get(config, "modules_to_save")) > 0;
-    for (int i = 0; plan && i < plan->n_layers * LORA_LINEARS; i++) {
+    for (int i = 0; plan && i < (plan->n_layers + 1) * LORA_LINEARS; i++) {
         const struct adapter_linear *linear = &plan->linears[i];
         if (linear->rank == 0) continue;
         if (plan->rslora && linear->rank > 1) uses[USES_RSLORA] = true;
@@ -454,8 +521,9 @@ static mlora_status put_verdict(struct object *object, struct verdict *verdict, 
  *  "alpha", "rslora", "served", "reason" (why not, or null), "fits": true | false | null (no base
  *  was given, or not served), "fits_reason", "warnings": [text], "ranks": [distinct],
  *  "n_modules", "device_bytes",
- *  "modules": [{"layer", "module": "self_attn.q_proj", "rank", "alpha", "scale", "dtype" (on the
- *  device), "in", "out", "bytes"}] in the order of the layers,
+ *  "modules": [{"layer" (null: outside of them), "module": "self_attn.q_proj", "as" (how it is
+ *  served), "rank", "alpha", "scale", "dtype" (on the device), "in", "out", "bytes"}] in the order
+ *  of the layers, each without what it has not,
  *  "wrong_elsewhere": [{"engine", "because": field}]}
  * Of an adapter that is not served, dtype and bytes are those of the file, and alpha, scale and
  * ranks are left out. */

@@ -131,7 +131,8 @@ mlora_status mlora_adapter_load(mlora_engine *engine, const char *dir, const cha
     if (!name) return null_argument("mlora_adapter_load", "name");
 
     mlora_status status = adapter_plan_read(&plan, dir, &engine->config, engine->lenient);
-    if (status == MLORA_OK) status = adapter_load(&adapter, engine->dev, &plan);
+    if (status == MLORA_OK)
+        status = adapter_load(&adapter, engine->dev, &plan, &engine->config, &engine->weights);
     adapter_plan_free(&plan);
     return status == MLORA_OK ? add_adapter(engine, name, &adapter) : status;
 }
@@ -251,6 +252,9 @@ mlora_status mlora_submit(mlora_engine *engine, const mlora_request *from, uint6
         return status;
     }
     request->adapter = adapter;
+    if (adapter)
+        request->adapter_from =
+            adapter_first_position(&adapter->adapter, request->tokens, request->n_prompt);
     const uint64_t given = engine_submit(engine, request);
     if (id) *id = given;
     return MLORA_OK;

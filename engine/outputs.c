@@ -97,7 +97,8 @@ static mlora_status score(struct mlora_engine *engine, const struct request *req
     for (int i = 0; i < n; i++) engine->host.rows[i] = token + i;
     op->upload(dev, engine->out.rows, engine->host.rows, bytes);
     op->upload(dev, engine->out.ids, request->tokens + position, bytes);
-    forward_head(&engine->model, &engine->workspace, engine->out.logits, engine->out.rows, n);
+    forward_head(&engine->model, &engine->workspace, engine->out.logits, engine->out.rows, n,
+                 batch_head_rows(&engine->batch, engine->host.rows, n));
     op->logprobs(dev, engine->out.logprob, engine->out.top_ids, engine->out.top_logprobs,
                  engine->out.logits, engine->out.ids, n, engine->config.vocab_size, 0);
     op->download(dev, engine->host.logprob, engine->out.logprob, bytes);
@@ -166,13 +167,14 @@ mlora_status outputs_sample(struct mlora_engine *engine, const struct plan *plan
 {
     struct device *dev = engine->dev;
     const struct kernels *op = dev->ops;
-    const struct batch *batch = &engine->batch;
+    struct batch *batch = &engine->batch;
     const struct outputs *out = &engine->out, *host = &engine->host;
     const int Q = batch->n_samples, V = engine->config.vocab_size;
     const int n_top = wanted_logprobs(batch, plan);
 
     if (Q > 0) {
-        forward_head(&engine->model, &engine->workspace, out->logits, batch->sample_tokens, Q);
+        forward_head(&engine->model, &engine->workspace, out->logits, batch->sample_tokens, Q,
+                     batch_head_rows(batch, batch->sample_tokens_host, Q));
         op->sample(dev, out->ids, out->logits, &batch->sample, V);
         op->download(dev, host->ids, out->ids, (size_t)Q * sizeof *host->ids);
     }

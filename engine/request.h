@@ -12,6 +12,7 @@
 struct request {
     uint64_t id;
     struct registered *adapter; /* held; NULL: the base model */
+    int adapter_from;           /* the position from which on it counts: see lora/adapter.h */
 
     int32_t *tokens; /* [n_tokens] prompt, then output; room for max_total */
     int n_prompt;

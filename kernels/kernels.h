@@ -14,6 +14,7 @@
 #ifndef MLORA_KERNELS_H
 #define MLORA_KERNELS_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -99,7 +100,8 @@ struct kernels {
     void (*lora_shrink)(struct device *dev, float *h, const void *x, const struct lora_view *lora,
                         const struct lora_site *site, int layer, enum dtype dtype);
 
-    /* y[t, offset[i] + n] = round(y + scale * dot(B[n, :], h[t, i, :])) for the same t and i.
+    /* y[t, offset[i] + n] = round(y + scale * dot(B[n, :], h[t, i, :])) for the same t and i; with
+     * g, b_bias and bias_delta as struct lora_factors says.
      *   y [T, N] dtype, in and out    h as lora_shrink wrote it */
     void (*lora_expand)(struct device *dev, void *y, const float *h, const struct lora_view *lora,
                         const struct lora_site *site, int layer, enum dtype dtype);
@@ -123,6 +125,48 @@ struct kernels {
      *   logprob [Q]    top_ids, top_logprobs [Q, n] (n may be 0)    target [Q] */
     void (*logprobs)(struct device *dev, float *logprob, int32_t *top_ids, float *top_logprobs,
                      const float *logits, const int32_t *target, int Q, int V, int n);
+
+    /* ---- recordings ----------------------------------------------------------------------- */
+
+    /* A run of ops that comes again with the same arguments can be replayed as one. replay()
+     * returns true if it has started what was recorded under `key` (host, 1 to 512 bytes); then
+     * the caller leaves the ops out. Else it calls them, and record_end() after the last. The key
+     * holds whatever may differ between two runs: pointers, counts, sizes; what the pointers point
+     * to may change freely. Only ops between the two; the CPU records nothing. */
+    bool (*replay)(struct device *dev, const void *key, size_t bytes);
+    void (*record_end)(struct device *dev);
+
+    /* ---- the rest of PEFT ----------------------------------------------------------------- */
+
+    /* False: of lora_factors only a, b and scale are read, and the ops below are NULL. Adapters
+     * that need more are then refused when they are loaded. */
+    bool serves_all_peft;
+
+    /* y[t, :] = own embedding[ids[t], :] for tokens whose adapter replaces that row, and
+     * h[t, r] = A[ids[t], r] for those with factors of the embedding, whose A is [V, R].
+     *   y [T, D] dtype    h [T, max_rank] f32 for lora_expand    ids [T] */
+    void (*lora_embed)(struct device *dev, void *y, float *h, const int32_t *ids,
+                       const struct lora_view *lora, int D, enum dtype dtype);
+
+    /* logits[t, n] = dot(w[n, :], x[t, :]) for tokens whose adapter has its own head w, or rows n
+     * of one.       logits [T, V] f32    x [T, D] dtype */
+    void (*lora_head)(struct device *dev, float *logits, const void *x,
+                      const struct lora_view *lora, int V, int D, enum dtype dtype);
+
+    /* add_rms_norm and head_norm in which a token's weights are those of its own adapter, where it
+     * has some: own[slot].norms[layer][norm]. */
+    void (*lora_add_rms_norm)(struct device *dev, void *y, void *x, const void *delta,
+                              const float *weight, const struct lora_view *lora, int layer,
+                              enum lora_norm norm, int T, int D, float eps, enum dtype dtype);
+    void (*lora_head_norm)(struct device *dev, void *qkv, const float *q_weight,
+                           const float *k_weight, const struct lora_view *lora, int layer,
+                           const struct heads *heads, int T, float eps, enum dtype dtype);
+
+    /* norm[n] = sqrt(sum_k (w[n, k] + scale * dot(B[n, :], A[:, k]))^2), the squares summed in
+     * double: what DoRA divides by. Used when an adapter is loaded.
+     *   norm [N] f32    w [N, K]    A [R, K], B [N, R] f32 */
+    void (*lora_row_norms)(struct device *dev, float *norm, const struct matrix *w, const float *a,
+                           const float *b, int R, float scale);
 };
 
 struct device {

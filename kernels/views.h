@@ -7,6 +7,7 @@
 #ifndef MLORA_KERNELS_VIEWS_H
 #define MLORA_KERNELS_VIEWS_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -25,7 +26,7 @@ struct matrix {
 struct batch_view {
     int T, Q;
     int max_row;              /* tokens of the longest row                                       */
-    int max_kv;               /* largest kv_len                                                  */
+    int max_kv;               /* at least the largest kv_len                                     */
     const int32_t *ids;       /* [T] token ids                                                   */
     const int32_t *row_start; /* [Q + 1]                                                         */
     const int32_t *kv_len;    /* [Q] tokens of the sequence, those of this step included         */
@@ -64,6 +65,13 @@ struct rope_view {
 /* The linears of a layer that adapters change, in the order of their outputs at a site. */
 enum lora_linear { LORA_Q, LORA_K, LORA_V, LORA_O, LORA_GATE, LORA_UP, LORA_DOWN, LORA_LINEARS };
 
+/* What adapters change outside the layers: a table of factors has one more "layer", the last, in
+ * which these are the linears. */
+enum { LORA_EMBEDDING = 0, LORA_HEAD = 1 };
+
+/* The norms of a layer that adapters may replace; the last norm is the first of layer L. */
+enum lora_norm { NORM_ATTENTION, NORM_MLP, NORM_Q, NORM_K, LORA_NORMS, NORM_FINAL = 0 };
+
 enum { LORA_SLICES_MAX = 3, LORA_RANK_MAX = 512 };
 
 /* A place in the layer where one input feeds one fused base matmul: its slices are linears that
@@ -75,29 +83,55 @@ struct lora_site {
     int N;                       /* width of y, the sum of the slices                */
     int offset[LORA_SLICES_MAX]; /* of each slice in y                              */
     int width[LORA_SLICES_MAX];  /* of each slice                                   */
+    const float *bias;           /* [N] that the base product has added, or NULL    */
 };
 
-/* One adapter's factors of one linear: y += scale * B (A x). */
+/* One adapter's factors of one linear: y += scale * B (A x), and with what stands below, each of
+ * which may be NULL:
+ *   y += (g - 1) * (y - bias) + g * scale * (B (A x) + b_bias) + bias_delta,
+ * element by element, bias being the base's. */
 struct lora_factors {
-    const void *a; /* [R, K] dtype; NULL: the adapter leaves this linear alone */
+    const void *a; /* [R, K] dtype, of the embedding [K, R]; NULL: there are no factors */
     const void *b; /* [N, R] dtype */
     int32_t R;
     int32_t dtype; /* enum dtype */
     float scale;
+    const float *g;          /* [N] DoRA: magnitude by norm of the adapted row          */
+    const float *b_bias;     /* [N] lora_bias                                           */
+    const float *bias_delta; /* [N] the adapter's bias less the base's; may stand alone */
+};
+
+/* Rows that replace some of a matrix. */
+struct lora_rows {
+    const int32_t *ids; /* [n] ascending */
+    const void *data;   /* [n, D] dtype  */
+    int32_t n;
+    int32_t dtype; /* enum dtype */
+};
+
+/* What one adapter has in the place of weights of the base; data NULL: nothing. */
+struct lora_own {
+    struct matrix embedding; /* [V, D] */
+    struct matrix head;      /* [V, D] */
+    struct lora_rows embedding_rows, head_rows;
+    const float *const *norms; /* [L, LORA_NORMS] and the last one: [D] or [d] f32, or NULL */
 };
 
 /* Which adapter each token uses. A segment is the tokens of one adapter. */
 struct lora_view {
     const struct lora_factors *factors; /* [S, L, LORA_LINEARS]: a slot's are together        */
-    int L;
-    int n_segments;               /* adapters in this step; 0: nothing to do               */
-    int n_tokens;                 /* tokens with an adapter                                */
-    int max_rank;                 /* largest rank among the segments: pitch of h           */
-    int max_segment;              /* tokens of the longest segment                         */
-    const int32_t *slot;          /* [T] slot of each token, -1: base model only           */
-    const int32_t *segment_slot;  /* [n_segments]                                          */
-    const int32_t *segment_start; /* [n_segments + 1] into `order`                         */
-    const int32_t *order;         /* [n_tokens] tokens sorted by slot, stable              */
+    int L;                              /* layers of the table: the model's and the one outside  */
+    int n_segments;                     /* adapters in this step; 0: nothing to do               */
+    int n_tokens;                       /* tokens with an adapter                                */
+    int max_rank;                       /* largest rank among the segments: pitch of h           */
+    int max_segment;                    /* tokens of the longest segment                         */
+    const int32_t *slot;                /* [T] slot of each token, -1: base model only           */
+    const int32_t *segment_slot;        /* [n_segments]                                          */
+    const int32_t *segment_start;       /* [n_segments + 1] into `order`                         */
+    const int32_t *order;               /* [n_tokens] tokens sorted by slot, stable              */
+    const struct lora_own *own;         /* [S]                                                   */
+    /* Some adapter of the step changes these: else the ops for them are not called. */
+    bool changes_embedding, changes_head, changes_norms;
 };
 
 /* ---- sampling ----------------------------------------------------------------------------- */

@@ -9,27 +9,62 @@
 #include "kernels/kernels.h"
 #include "model/config.h"
 #include "model/safetensors.h"
+#include "model/weights.h"
 
-/* One linear of one layer that the adapter changes: y += scale * B (A x). */
-struct adapter_linear {
-    int rank;    /* 0: this linear is left alone */
-    float scale; /* alpha / rank, or alpha / sqrt(rank) with rsLoRA */
-    double alpha;
-    const struct tensor *a, *b; /* in the adapter's file */
-    int64_t b_row, b_rows;      /* its rows of b: all of them but in a fused linear (qkv_proj) */
-    enum dtype dtype;           /* of both on the device */
+/* How a factor of the file becomes the matrix of the formula. */
+enum factor_form {
+    FORM_PLAIN,
+    FORM_TRANSPOSED, /* the embedding's, and a tied head's */
+    FORM_BLOCKS,     /* BD-LoRA: `parts` blocks on a diagonal, stored one below the other     */
+    FORM_GROUPS,     /* QA-LoRA: each column stands for the mean of `parts` inputs, times the
+                        number of groups */
 };
 
-/* What a directory holds, read and checked, without the factors themselves. */
+/* One linear that the adapter changes: y += scale * B (A x), and what struct lora_factors has
+ * besides. */
+struct adapter_linear {
+    int rank;    /* 0: it has no factors */
+    float scale; /* alpha / rank, or alpha / sqrt(rank) with rsLoRA */
+    double alpha;
+    int64_t in, out;            /* widths of x and y */
+    const struct tensor *a, *b; /* in the adapter's file */
+    enum factor_form a_form, b_form;
+    int parts;        /* of FORM_BLOCKS and FORM_GROUPS */
+    int64_t b_row;    /* its first row of b, and of the vectors: 0 but in a fused linear */
+    enum dtype dtype; /* of both on the device */
+    const struct tensor *b_bias, *magnitude, *bias; /* vectors, or NULL */
+};
+
+/* Rows of the embedding or the head that are replaced. */
+struct adapter_rows {
+    const struct tensor *tensor; /* [n, D] in the adapter's file; NULL: none */
+    int32_t *ids;                /* [n] ascending */
+    int32_t *row;                /* [n] of the tensor, for ids[i] */
+    int n;
+};
+
+/* What a directory holds, read and checked, without the values themselves. */
 struct adapter_plan {
     char *directory;
     struct safetensors file;
-    struct adapter_linear *linears; /* [L, LORA_LINEARS] */
-    int n_layers;
+    struct adapter_linear
+        *linears; /* [L + 1, LORA_LINEARS]: in the last LORA_EMBEDDING, LORA_HEAD */
+    int n_layers; /* L */
     int max_rank;
     bool rslora;
-    char *base_model;       /* base_model_name_or_path, for showing; may be NULL */
-    int64_t bytes;          /* of all factors on the device */
+    char *base_model; /* base_model_name_or_path, for showing; may be NULL */
+
+    /* In the place of weights of the base: */
+    const struct tensor **norms;           /* [L * LORA_NORMS + 1], NULL where it has none */
+    const struct tensor *embedding, *head; /* [V, D] or NULL; one tensor may be both */
+    bool embedding_is_copy, head_is_copy;  /* maybe the base's own: then it is not loaded */
+    struct adapter_rows embedding_rows, head_rows;
+    bool head_has_embedding_rows; /* tied: the same rows are replaced in both */
+
+    int32_t *invocation; /* [n_invocation] ids from which on an aLoRA counts; NULL: everywhere */
+    int n_invocation;
+
+    int64_t bytes;          /* of all of it on the device */
     struct buffer warnings; /* a line each */
 };
 
@@ -44,23 +79,36 @@ mlora_status adapter_plan_read(struct adapter_plan *out, const char *directory,
                                const struct model_config *config, bool lenient);
 void adapter_plan_free(struct adapter_plan *plan); /* accepts zeroes */
 
-/* Bytes that the factors of linears[index] take on the device, each rounded up so that the next
- * one is aligned. `*a` is 0 where the linear shares A with the one before it (fused linears). */
-void adapter_factor_bytes(const struct adapter_plan *plan, int index, int64_t *a, int64_t *b);
+/* Bytes of linears[index] on the device, each part rounded up so that the next one is aligned; of
+ * a fused linear A is counted once. Of the whole plan. */
+int64_t adapter_linear_bytes(const struct adapter_plan *plan, int index);
+int64_t adapter_bytes(const struct adapter_plan *plan);
 
-/* The factors on the device. */
+/* The adapter on the device. */
 struct adapter {
-    struct lora_factors *factors; /* [L, LORA_LINEARS] host array of device pointers */
-    void *memory;                 /* one device allocation that holds all of them */
+    struct lora_factors *factors; /* [L + 1, LORA_LINEARS] host array of device pointers */
+    struct lora_own own;
+    void *memory; /* one device allocation that holds all that the two point to */
     int64_t bytes;
     int n_layers;
     int max_rank;
+    bool changes_embedding, changes_head, changes_norms;
+    int32_t *invocation; /* [n_invocation] as in the plan */
+    int n_invocation;
     char *warnings; /* a line each, "" if none */
 };
 
-/* Read the factors and upload them. Returns OK, EIO, ENOMEM or EDEVICE; on failure `out` is
- * zeroed and nothing stays allocated. Values are taken as they are, NaN too. */
-mlora_status adapter_load(struct adapter *out, struct device *dev, const struct adapter_plan *plan);
+/* Read the values and upload them. `base`, the weights that the adapter is for, may be NULL where
+ * the plan needs none: DoRA divides by norms of the base, biases are taken less the base's, copies
+ * of the embedding are compared with it.
+ * Returns OK, EIO, ENOMEM, EDEVICE, or EUNSUPPORTED (the device's kernels do not serve it); on
+ * failure `out` is zeroed and nothing stays allocated. Values are taken as they are, NaN too. */
+mlora_status adapter_load(struct adapter *out, struct device *dev, const struct adapter_plan *plan,
+                          const struct model_config *config, const struct weights *base);
 void adapter_free(struct adapter *adapter, struct device *dev); /* accepts zeroes */
+
+/* The position in a prompt [n] from which on the adapter counts: 0; of an aLoRA that of the last
+ * invocation sequence; INT_MAX where there is none, and the base model answers. */
+int adapter_first_position(const struct adapter *adapter, const int32_t *prompt, int n);
 
 #endif

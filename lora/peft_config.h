@@ -32,14 +32,24 @@ struct peft_config {
     int rank;     /* r */
     double alpha;
     bool rslora;
-    bool has_sampler;       /* monteclora_config: the file has tensors that only training uses */
+    bool has_sampler; /* monteclora_config, velora_config: has tensors that only training uses */
     const char *base_model; /* base_model_name_or_path; may be NULL */
     struct module_set targets, excluded;
     struct pattern_map ranks, alphas;
     const json_t *layers;            /* layers_to_transform: array or integer; NULL: all */
     struct pattern **layer_patterns; /* [n_layer_patterns] layers_pattern */
     int n_layer_patterns;
-    struct buffer warnings; /* a line each */
+    bool dora, lora_bias;
+    bool tie;                          /* ensure_weight_tying                                   */
+    int group;                         /* inputs that QA-LoRA pools; 1: it is none              */
+    const json_t *blocks_a, *blocks_b; /* use_bdlora: parts of names of modules whose A, B is */
+    int n_blocks;                      /* this many blocks on a diagonal                      */
+    const json_t *saved;               /* modules_to_save: array of strings; NULL: none         */
+    struct pattern **saved_patterns;   /* [n_saved_patterns] of them, for what is no target     */
+    int n_saved_patterns;
+    const json_t *tokens;     /* trainable_token_indices: array, or object of arrays; NULL: none */
+    const json_t *invocation; /* alora_invocation_tokens: array of ids; NULL: none               */
+    struct buffer warnings;   /* a line each */
 };
 
 /* What the file says of one module. */
@@ -58,6 +68,21 @@ void peft_config_free(struct peft_config *config); /* accepts zeroes */
  * Returns OK, EFORMAT (a pattern that takes too long) or ENOMEM. */
 mlora_status peft_config_match(struct peft_module *out, const struct peft_config *config,
                                const char *module, int n_modules);
+
+/* The same for a module that is a target by other means. */
+mlora_status peft_config_rank(struct peft_module *out, const struct peft_config *config,
+                              const char *module, int n_modules);
+
+/* The module is one of modules_to_save. */
+bool peft_config_saves(const struct peft_config *config, const char *module);
+
+/* modules_to_save, or target_modules, names embed_tokens or lm_head: ensure_weight_tying then
+ * ties the one to the other. The second returns OK or EFORMAT. */
+bool peft_config_saves_embedding(const struct peft_config *config);
+mlora_status peft_config_targets_embedding(bool *out, const struct peft_config *config);
+
+/* The factor of the module that `list`, blocks_a or blocks_b, is about is made of blocks. */
+bool peft_config_has_blocks(const json_t *list, const char *module);
 
 /* alpha / rank, or alpha / sqrt(rank) with rsLoRA. */
 double peft_config_scale(const struct peft_config *config, const struct peft_module *module);

@@ -30,7 +30,7 @@ mlora_status adapter_random(struct adapter *out, struct device *dev,
                                                 linear_outputs(config, (enum lora_linear)i));
     const size_t layer_bytes = layer_values * sizeof *values;
     adapter.bytes = (int64_t)layer_bytes * L;
-    adapter.factors = calloc((size_t)L * LORA_LINEARS, sizeof *adapter.factors);
+    adapter.factors = calloc(((size_t)L + 1) * LORA_LINEARS, sizeof *adapter.factors);
     adapter.warnings = strdup("");
     values = malloc(layer_bytes);
     mlora_status status =

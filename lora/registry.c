@@ -11,7 +11,7 @@ enum { FIRST_SLOTS = 8, NEAREST_MAX = 3 };
 
 static size_t slot_factors(const struct registry *registry)
 {
-    return (size_t)registry->n_layers * LORA_LINEARS;
+    return ((size_t)registry->n_layers + 1) * LORA_LINEARS;
 }
 
 mlora_status registry_open(struct registry *out, struct device *dev, int n_layers)
@@ -33,9 +33,11 @@ void registry_close(struct registry *registry)
         free(registry->entries[i]);
     }
     if (registry->dev_table) registry->dev->ops->free(registry->dev, registry->dev_table);
+    if (registry->dev_own) registry->dev->ops->free(registry->dev, registry->dev_own);
     pthread_mutex_destroy(&registry->lock);
     free(registry->entries);
     free(registry->table);
+    free(registry->own);
     free(registry->slot_taken);
     *registry = (struct registry){0};
 }
@@ -124,40 +126,53 @@ static mlora_status not_found(const struct registry *registry, const char *name)
 
 /* ---- adding and removing ------------------------------------------------------------------ */
 
-/* Double the table, on the host and on the device. */
-static mlora_status grow_table(struct registry *registry)
+/* A table of twice the size, on the host and on the device, with the `used` bytes of the old one,
+ * which is freed. On failure the old one stays. */
+static mlora_status grow(struct device *dev, void **host, void **on_device, size_t used,
+                         size_t bytes)
 {
-    struct device *dev = registry->dev;
-    const int n_slots = registry->n_slots ? 2 * registry->n_slots : FIRST_SLOTS;
-    const size_t per_slot = slot_factors(registry);
-    const size_t used = (size_t)registry->n_slots * per_slot;
-    const size_t bytes = (size_t)n_slots * per_slot * sizeof *registry->table;
-    struct lora_factors *table = calloc(1, bytes);
-    bool *taken = calloc((size_t)n_slots, sizeof *taken);
-    void *dev_table = NULL;
+    void *new_host = calloc(1, bytes), *new_device = NULL;
 
-    mlora_status status = table && taken ? dev->ops->alloc(dev, bytes, &dev_table)
-                                         : error_set(MLORA_ENOMEM,
-                                                     "out of memory: a table for "
-                                                     "%d adapters",
-                                                     n_slots);
+    const mlora_status status =
+        new_host
+            ? dev->ops->alloc(dev, bytes, &new_device)
+            : error_set(MLORA_ENOMEM, "out of memory: a table of %zu bytes for adapters", bytes);
     if (status != MLORA_OK) {
-        free(table);
-        free(taken);
+        free(new_host);
         return status;
     }
-    if (used) {
-        memcpy(table, registry->table, used * sizeof *table);
-        memcpy(taken, registry->slot_taken, (size_t)registry->n_slots * sizeof *taken);
-    }
-    dev->ops->upload(dev, dev_table, table, bytes);
-    if (registry->dev_table) dev->ops->free(dev, registry->dev_table);
-    free(registry->table);
-    free(registry->slot_taken);
-    registry->table = table;
+    if (used) memcpy(new_host, *host, used);
+    dev->ops->upload(dev, new_device, new_host, bytes);
+    if (*on_device) dev->ops->free(dev, *on_device);
+    free(*host);
+    *host = new_host;
+    *on_device = new_device;
+    return MLORA_OK;
+}
+
+/* Twice as many slots. */
+static mlora_status grow_tables(struct registry *registry)
+{
+    struct device *dev = registry->dev;
+    const size_t old = (size_t)registry->n_slots;
+    const size_t n = old ? 2 * old : FIRST_SLOTS;
+    const size_t per_slot = slot_factors(registry) * sizeof *registry->table;
+    void *table = registry->table, *dev_table = registry->dev_table;
+    void *own = registry->own, *dev_own = registry->dev_own;
+
+    bool *taken = realloc(registry->slot_taken, n * sizeof *taken);
+    if (!taken) return error_set(MLORA_ENOMEM, "out of memory: a table for %zu adapters", n);
     registry->slot_taken = taken;
+    mlora_status status = grow(dev, &table, &dev_table, old * per_slot, n * per_slot);
+    registry->table = table;
     registry->dev_table = dev_table;
-    registry->n_slots = n_slots;
+    if (status != MLORA_OK) return status;
+    status = grow(dev, &own, &dev_own, old * sizeof *registry->own, n * sizeof *registry->own);
+    registry->own = own;
+    registry->dev_own = dev_own;
+    if (status != MLORA_OK) return status;
+    memset(taken + old, 0, (n - old) * sizeof *taken);
+    registry->n_slots = (int)n;
     return MLORA_OK;
 }
 
@@ -166,7 +181,7 @@ static mlora_status find_slot(struct registry *registry, int *slot)
 {
     for (*slot = 0; *slot < registry->n_slots; (*slot)++)
         if (!registry->slot_taken[*slot]) return MLORA_OK;
-    return grow_table(registry);
+    return grow_tables(registry);
 }
 
 static mlora_status reserve_entry(struct registry *registry)
@@ -216,6 +231,9 @@ mlora_status registry_add(struct registry *registry, const char *name, struct ad
     memcpy(factors, entry->adapter.factors, per_slot * sizeof *factors);
     registry->dev->ops->upload(registry->dev, registry->dev_table + (size_t)slot * per_slot,
                                factors, per_slot * sizeof *factors);
+    registry->own[slot] = entry->adapter.own;
+    registry->dev->ops->upload(registry->dev, registry->dev_own + slot, &registry->own[slot],
+                               sizeof *registry->own);
     return MLORA_OK;
 }
 

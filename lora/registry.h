@@ -24,10 +24,11 @@ struct registry {
     struct registered **entries; /* [n_entries] in order of loading */
     int n_entries, capacity;
     int n_layers;
-    int n_slots;                    /* of the table                                    */
+    int n_slots;                    /* of the tables                                   */
     bool *slot_taken;               /* [n_slots]                                       */
-    struct lora_factors *table;     /* [n_slots, L, LORA_LINEARS] host copy of...      */
+    struct lora_factors *table;     /* [n_slots, L + 1, LORA_LINEARS] host copy of...  */
     struct lora_factors *dev_table; /* ... the table that kernels read                 */
+    struct lora_own *own, *dev_own; /* [n_slots] the same                              */
     int max_rank;                   /* of all entries, unlisted ones too               */
 };
 

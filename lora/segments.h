@@ -16,9 +16,15 @@ struct segments {
     int max_segment;
 };
 
-/* slot_of_row [Q] is -1 for the base model; row q owns tokens row_start[q] to row_start[q + 1].
- * `scratch` [Q]. Segments are in order of slot, tokens within one in order of the batch. */
-void segments_build(struct segments *out, const int32_t *slot_of_row, const int32_t *row_start,
-                    int Q, int32_t *scratch);
+/* The rows of a step: row q owns tokens start[q] to start[q + 1]. */
+struct segment_rows {
+    const int32_t *start; /* [Q + 1] */
+    const int32_t *slot;  /* [Q] of its adapter, -1: the base model */
+    const int32_t *first; /* [Q] the token from which on it counts; those before are the base's */
+    int Q;
+};
+
+/* `scratch` [Q]. Segments are in order of slot, tokens within one in order of the batch. */
+void segments_build(struct segments *out, const struct segment_rows *rows, int32_t *scratch);
 
 #endif

@@ -18,6 +18,16 @@ static const struct {
     {"mlp.gate_up_proj", LORA_GATE, 2},
 };
 
+static const struct {
+    const char *name;
+    enum lora_norm norm;
+} norms[] = {
+    {"input_layernorm", NORM_ATTENTION},
+    {"post_attention_layernorm", NORM_MLP},
+    {"self_attn.q_norm", NORM_Q},
+    {"self_attn.k_norm", NORM_K},
+};
+
 /* Parts of a name that wrap a module without meaning anything. */
 static const char *const wrappers[] = {
     "_orig_mod.",                  /* torch.compile */
@@ -65,7 +75,15 @@ static bool is_weight(const char *text, const char *suffix)
     return strcmp(text, suffix) == 0 || (dot && dot > text && strcmp(dot + 1, suffix) == 0);
 }
 
-/* What follows "layers.N.self_attn.q_proj." */
+/* ".weight", or ".modules_to_save.default.weight" in files that kept how PEFT holds it. */
+static bool is_whole_weight(const char *text)
+{
+    if (!skip(&text, ".")) return false;
+    if (skip(&text, "modules_to_save.")) return is_weight(text, "weight");
+    return strcmp(text, "weight") == 0;
+}
+
+/* What follows "layers.N.self_attn.q_proj." or "lm_head." */
 static enum tensor_kind kind_of_part(const char *part)
 {
     if (skip(&part, "lora_A.")) return is_weight(part, "weight") ? TENSOR_A : TENSOR_UNKNOWN;
@@ -75,8 +93,9 @@ static enum tensor_kind kind_of_part(const char *part)
     }
     if (skip(&part, "lora_magnitude_vector")) return TENSOR_MAGNITUDE;
     if (skip(&part, "lora_diag")) return TENSOR_DIAGONAL;
-    if (skip(&part, "lora_monteclora_sampler.")) return TENSOR_SAMPLER;
-    if (ends_with(part, "bias")) return TENSOR_BIAS;
+    if (skip(&part, "lora_monteclora_sampler.") || skip(&part, "lora_velora_"))
+        return TENSOR_SAMPLER;
+    if (strcmp(part, "bias") == 0 || strcmp(part, "base_layer.bias") == 0) return TENSOR_BIAS;
     if (ends_with(part, "weight") && !strstr(part, "lora_")) return TENSOR_FULL_WEIGHT;
     return TENSOR_UNKNOWN;
 }
@@ -90,43 +109,69 @@ static void parse_layer(struct tensor_name *out, const char *rest)
         layer = layer * 10 + (*rest - '0');
     if (n_digits == 0 || !skip(&rest, ".")) return;
 
+    out->layer = layer;
     for (size_t i = 0; i < sizeof linears / sizeof linears[0]; i++) {
         const char *part = rest;
         if (!skip(&part, linears[i].name) || !skip(&part, ".")) continue;
         out->kind = kind_of_part(part);
-        out->layer = layer;
         out->first_linear = linears[i].first;
         out->n_linears = linears[i].n;
         out->linear = linears[i].name;
+        return;
+    }
+    for (size_t i = 0; i < sizeof norms / sizeof norms[0]; i++) {
+        const char *part = rest;
+        if (!skip(&part, norms[i].name) || !is_whole_weight(part)) continue;
+        out->kind = TENSOR_NORM;
+        out->first_linear = (int)norms[i].norm;
+        out->linear = norms[i].name;
         return;
     }
     if (strstr(rest, "norm") && ends_with(rest, ".weight") && !strstr(rest, "lora_"))
         out->kind = TENSOR_FULL_WEIGHT;
 }
 
-/* What belongs to no layer: embed_tokens, lm_head and the last norm. */
-static enum tensor_kind kind_outside_layers(const char *rest)
+/* What follows "embed_tokens" or "lm_head". */
+static enum tensor_kind kind_of_embedding(const char *rest)
 {
-    const bool head = skip(&rest, "lm_head.");
+    if (is_whole_weight(rest)) return TENSOR_WHOLE;
+    if (!skip(&rest, ".")) return TENSOR_UNKNOWN;
+    if (strcmp(rest, "base_layer.weight") == 0 ||
+        strcmp(rest, "token_adapter.base_layer.weight") == 0)
+        return TENSOR_COPY;
+    if (skip(&rest, "token_adapter.trainable_tokens_delta") ||
+        skip(&rest, "trainable_tokens_delta"))
+        return *rest == '\0' || *rest == '.' ? TENSOR_TOKENS : TENSOR_UNKNOWN;
+    if (skip(&rest, "lora_embedding_A"))
+        return *rest == '\0' || *rest == '.' ? TENSOR_A : TENSOR_UNKNOWN;
+    if (skip(&rest, "lora_embedding_B"))
+        return *rest == '\0' || *rest == '.' ? TENSOR_B : TENSOR_UNKNOWN;
+    const enum tensor_kind kind = kind_of_part(rest);
+    return kind == TENSOR_FULL_WEIGHT ? TENSOR_UNKNOWN : kind;
+}
 
-    if (head || skip(&rest, "embed_tokens.")) {
-        if (strstr(rest, "trainable_tokens_")) return TENSOR_TOKENS;
-        if (strstr(rest, "lora_magnitude_vector")) return TENSOR_MAGNITUDE;
-        if (strstr(rest, "lora_")) return head ? TENSOR_HEAD_LORA : TENSOR_EMBEDDING_LORA;
-        if (strcmp(rest, "weight") == 0 || strcmp(rest, "base_layer.weight") == 0)
-            return TENSOR_EMBEDDING_COPY;
-        if (ends_with(rest, "weight")) return TENSOR_FULL_WEIGHT;
-        if (ends_with(rest, "bias")) return TENSOR_BIAS;
-        return TENSOR_UNKNOWN;
+/* What belongs to no layer: embed_tokens, lm_head and the last norm. */
+static void parse_outside(struct tensor_name *out, const char *rest)
+{
+    const bool head = skip(&rest, "lm_head");
+
+    if (head || skip(&rest, "embed_tokens")) {
+        out->kind = kind_of_embedding(rest);
+        out->first_linear = head ? LORA_HEAD : LORA_EMBEDDING;
+        out->n_linears = 1;
+        out->linear = head ? "lm_head" : "embed_tokens";
+    } else if (skip(&rest, "norm") && is_whole_weight(rest)) {
+        out->kind = TENSOR_NORM;
+        out->first_linear = NORM_FINAL;
+        out->linear = "norm";
     }
-    return skip(&rest, "norm.") && ends_with(rest, "weight") ? TENSOR_FULL_WEIGHT : TENSOR_UNKNOWN;
 }
 
 mlora_status tensor_name_parse(struct tensor_name *out, const char *name)
 {
     struct buffer plain = {0};
 
-    *out = (struct tensor_name){.kind = TENSOR_UNKNOWN};
+    *out = (struct tensor_name){.kind = TENSOR_UNKNOWN, .layer = LAYER_OUTSIDE};
     mlora_status status = unwrap(&plain, name);
     if (status != MLORA_OK) goto done;
 
@@ -147,7 +192,7 @@ mlora_status tensor_name_parse(struct tensor_name *out, const char *name)
     if (skip(&rest, "layers."))
         parse_layer(out, rest);
     else
-        out->kind = kind_outside_layers(rest);
+        parse_outside(out, rest);
 
 done:
     buffer_free(&plain);
@@ -156,5 +201,9 @@ done:
 
 void module_name(char out[MODULE_NAME_MAX], const char *prefix, int layer, const char *linear)
 {
-    snprintf(out, MODULE_NAME_MAX, "%.63slayers.%d.%.32s", prefix, layer, linear);
+    if (layer != LAYER_OUTSIDE)
+        snprintf(out, MODULE_NAME_MAX, "%.63slayers.%d.%.32s", prefix, layer, linear);
+    else
+        snprintf(out, MODULE_NAME_MAX, "%.63s%.32s", strcmp(linear, "lm_head") == 0 ? "" : prefix,
+                 linear);
 }

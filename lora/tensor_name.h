@@ -6,31 +6,36 @@
 #include "engine/mlora.h" /* mlora_status */
 
 enum tensor_kind {
-    TENSOR_A,              /* lora_A of a linear of a layer */
-    TENSOR_B,              /* lora_B of it */
-    TENSOR_SAMPLER,        /* of MonteCLoRA; used in training only */
-    TENSOR_EMBEDDING_COPY, /* embed_tokens or lm_head as a whole */
+    /* Of a linear: */
+    TENSOR_A,         /* lora_A, or lora_embedding_A                           */
+    TENSOR_B,         /* lora_B, or lora_embedding_B                           */
+    TENSOR_LORA_BIAS, /* of the factor B                                       */
+    TENSOR_MAGNITUDE, /* DoRA                                                  */
+    TENSOR_BIAS,      /* that replaces the base's                              */
+    TENSOR_WHOLE,     /* embed_tokens or lm_head as a whole                    */
+    TENSOR_COPY,      /* the same, of the base: save_embedding_layers          */
+    TENSOR_TOKENS,    /* rows of embed_tokens or lm_head                       */
+    /* Others: */
+    TENSOR_NORM,
+    TENSOR_SAMPLER, /* of MonteCLoRA and VeLoRA; used in training only */
     TENSOR_UNKNOWN,
     /* Known, and not served: */
-    TENSOR_LORA_BIAS,
-    TENSOR_MAGNITUDE,      /* DoRA */
-    TENSOR_DIAGONAL,       /* KaSA */
-    TENSOR_EMBEDDING_LORA, /* on embed_tokens */
-    TENSOR_HEAD_LORA,      /* on lm_head */
-    TENSOR_TOKENS,         /* trainable tokens */
-    TENSOR_BIAS,           /* of the base */
-    TENSOR_FULL_WEIGHT,    /* a norm or linear as a whole: modules_to_save */
+    TENSOR_DIAGONAL,    /* KaSA */
+    TENSOR_FULL_WEIGHT, /* a linear of a layer as a whole: modules_to_save */
 };
 
 enum { MODULE_PREFIX_MAX = 64, MODULE_NAME_MAX = 128 };
 
+/* The layer of what is outside the layers. */
+enum { LAYER_OUTSIDE = -1 };
+
 struct tensor_name {
     enum tensor_kind kind;
-    /* For TENSOR_A and TENSOR_B: */
-    int layer;
-    int first_linear;   /* enum lora_linear */
+    int layer;          /* or LAYER_OUTSIDE */
+    int first_linear;   /* enum lora_linear; outside LORA_EMBEDDING or LORA_HEAD; of a norm its
+                           enum lora_norm */
     int n_linears;      /* 1; 3 of qkv_proj, 2 of gate_up_proj: fused, their B one over another */
-    const char *linear; /* within the layer: "self_attn.q_proj"; static */
+    const char *linear; /* "self_attn.q_proj", "embed_tokens", "lm_head"; static */
     char prefix[MODULE_PREFIX_MAX]; /* of the base's modules: "model." */
 };
 
@@ -39,7 +44,7 @@ struct tensor_name {
  * Returns OK or ENOMEM; a name that says nothing is TENSOR_UNKNOWN. */
 mlora_status tensor_name_parse(struct tensor_name *out, const char *name);
 
-/* "model.layers.3.self_attn.q_proj", as PEFT names the module. */
+/* "model.layers.3.self_attn.q_proj", "model.embed_tokens" or "lm_head", as PEFT names the module. */
 void module_name(char out[MODULE_NAME_MAX], const char *prefix, int layer, const char *linear);
 
 #endif

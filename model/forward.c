@@ -5,6 +5,7 @@
 #include <assert.h>
 #include <math.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "engine/base/error.h"
 
@@ -38,18 +39,97 @@ static struct sites sites_of(const struct model_config *config)
     };
 }
 
-/* y = W x + bias, and for each row s B(A x) of its own adapter. */
+/* y += s B(A x) for each row, of its own adapter. */
+static void add_lora(const struct model *model, const struct workspace *ws, void *y,
+                     enum dtype y_dtype, const void *x, const struct lora_view *lora,
+                     const struct lora_site *site, int layer)
+{
+    struct device *dev = model->dev;
+
+    assert(lora->max_rank <= ws->max_rank);
+    dev->ops->lora_shrink(dev, ws->shrunk, x, lora, site, layer, model->dtype);
+    dev->ops->lora_expand(dev, y, ws->shrunk, lora, site, layer, y_dtype);
+}
+
+/* y = W x + bias, and what each row's own adapter adds. */
 static void project(const struct model *model, const struct workspace *ws, void *y, const void *x,
                     const struct matrix *w, const float *bias, int T, const struct lora_view *lora,
                     const struct lora_site *site, int layer)
 {
+    struct lora_site here = *site;
+
+    model->dev->ops->matmul(model->dev, y, model->dtype, x, w, bias, T, model->dtype);
+    if (lora->n_segments == 0) return;
+    here.bias = bias;
+    add_lora(model, ws, y, model->dtype, x, lora, &here, layer);
+}
+
+/* ws->x = the embedding of each token, as its own adapter has it. */
+static void embed(const struct model *model, const struct workspace *ws, const int32_t *ids, int T,
+                  const struct lora_view *lora)
+{
+    const int D = model->config->hidden_size;
+    const struct lora_site site = {.linear = LORA_EMBEDDING, .n_slices = 1, .N = D, .width = {D}};
     struct device *dev = model->dev;
 
-    dev->ops->matmul(dev, y, model->dtype, x, w, bias, T, model->dtype);
-    if (lora->n_segments == 0) return;
-    assert(lora->max_rank <= ws->max_rank);
-    dev->ops->lora_shrink(dev, ws->shrunk, x, lora, site, layer, model->dtype);
-    dev->ops->lora_expand(dev, y, ws->shrunk, lora, site, layer, model->dtype);
+    dev->ops->embed(dev, ws->x, &model->weights->embedding, ids, T, model->dtype);
+    if (!lora->changes_embedding) return;
+    dev->ops->lora_embed(dev, ws->x, ws->shrunk, ids, lora, D, model->dtype);
+    dev->ops->lora_expand(dev, ws->x, ws->shrunk, lora, &site, lora->L - 1, model->dtype);
+}
+
+/* x += delta, ws->norm = its norm, with the weights of each row's own adapter where it has some. */
+static void add_norm(const struct model *model, const struct workspace *ws, const void *delta,
+                     const float *weight, int T, const struct lora_view *lora, int layer,
+                     enum lora_norm which)
+{
+    const int D = model->config->hidden_size;
+    const float eps = (float)model->config->rms_norm_eps;
+    struct device *dev = model->dev;
+
+    if (lora->changes_norms)
+        dev->ops->lora_add_rms_norm(dev, ws->norm, ws->x, delta, weight, lora, layer, which, T, D,
+                                    eps, model->dtype);
+    else
+        dev->ops->add_rms_norm(dev, ws->norm, ws->x, delta, weight, T, D, eps, model->dtype);
+}
+
+/* The same for the heads of queries and keys (Qwen3). */
+static void head_norm(const struct model *model, const struct workspace *ws,
+                      const struct layer_weights *w, const struct heads *heads, int T,
+                      const struct lora_view *lora, int layer)
+{
+    const float eps = (float)model->config->rms_norm_eps;
+    struct device *dev = model->dev;
+
+    if (lora->changes_norms)
+        dev->ops->lora_head_norm(dev, ws->qkv, w->q_norm, w->k_norm, lora, layer, heads, T, eps,
+                                 model->dtype);
+    else
+        dev->ops->head_norm(dev, ws->qkv, w->q_norm, w->k_norm, heads, T, eps, model->dtype);
+}
+
+/* Everything by which two passes of one engine may differ. */
+struct pass_key {
+    struct batch_view batch;
+    struct lora_view lora;
+    const void *block_table, *shrunk;
+    int max_blocks;
+};
+
+static bool replay(const struct model *model, const struct workspace *ws,
+                   const struct batch_view *batch, const int32_t *block_table, int max_blocks,
+                   const struct lora_view *lora)
+{
+    struct pass_key key;
+
+    memset(&key, 0, sizeof key); /* the holes between members, too */
+    memcpy(&key.batch, batch, sizeof key.batch);
+    memcpy(&key.lora, lora, sizeof key.lora);
+    key.block_table = block_table;
+    key.shrunk = ws->shrunk;
+    key.max_blocks = max_blocks;
+    return model->dev->ops->replay(model->dev, &key, sizeof key);
 }
 
 void forward(const struct model *model, const struct workspace *ws, const struct kv_cache *cache,
@@ -60,18 +140,18 @@ void forward(const struct model *model, const struct workspace *ws, const struct
     const struct weights *weights = model->weights;
     const struct sites sites = sites_of(config);
     const struct rope_view rope = {weights->rope_frequency, (float)config->rope.attention_factor};
-    const float eps = (float)config->rms_norm_eps;
     const enum dtype dtype = model->dtype;
-    const int T = batch->T, D = config->hidden_size, F = config->mlp_size;
+    const int T = batch->T, L = config->n_layers;
     struct device *dev = model->dev;
     const struct kernels *op = dev->ops;
     const void *delta = NULL; /* what the block before adds to x */
 
     assert(T <= ws->max_tokens);
+    if (replay(model, ws, batch, block_table, max_blocks, lora)) return;
     op->metadata(dev, batch);
-    op->embed(dev, ws->x, &weights->embedding, batch->ids, T, dtype);
+    embed(model, ws, batch->ids, T, lora);
 
-    for (int l = 0; l < config->n_layers; l++) {
+    for (int l = 0; l < L; l++) {
         const struct layer_weights *w = &weights->layers[l];
         const struct kv_view kv = {cache->k[l], cache->v[l], block_table, max_blocks, dtype};
         const struct heads heads = {
@@ -82,34 +162,39 @@ void forward(const struct model *model, const struct workspace *ws, const struct
             .scale = 1.0f / sqrtf((float)config->head_dim),
         };
 
-        op->add_rms_norm(dev, ws->norm, ws->x, delta, w->attention_norm, T, D, eps, dtype);
+        add_norm(model, ws, delta, w->attention_norm, T, lora, l, NORM_ATTENTION);
         project(model, ws, ws->qkv, ws->norm, &w->qkv, w->qkv_bias, T, lora, &sites.qkv, l);
-        if (config->qk_norm)
-            op->head_norm(dev, ws->qkv, w->q_norm, w->k_norm, &heads, T, eps, dtype);
+        if (config->qk_norm) head_norm(model, ws, w, &heads, T, lora, l);
         op->rope(dev, ws->qkv, &rope, &kv, batch, &heads, dtype);
         op->attention(dev, ws->heads, ws->qkv, &kv, batch, &heads, dtype);
         project(model, ws, ws->delta, ws->heads, &w->o, w->o_bias, T, lora, &sites.o, l);
 
-        op->add_rms_norm(dev, ws->norm, ws->x, ws->delta, w->mlp_norm, T, D, eps, dtype);
+        add_norm(model, ws, ws->delta, w->mlp_norm, T, lora, l, NORM_MLP);
         project(model, ws, ws->gate_up, ws->norm, &w->gate_up, w->gate_up_bias, T, lora,
                 &sites.gate_up, l);
-        op->silu_mul(dev, ws->mlp, ws->gate_up, T, F, dtype);
+        op->silu_mul(dev, ws->mlp, ws->gate_up, T, config->mlp_size, dtype);
         project(model, ws, ws->delta, ws->mlp, &w->down, w->down_bias, T, lora, &sites.down, l);
         delta = ws->delta;
     }
-    op->add_rms_norm(dev, ws->norm, ws->x, delta, weights->final_norm, T, D, eps, dtype);
+    add_norm(model, ws, delta, weights->final_norm, T, lora, L, NORM_FINAL);
+    op->record_end(dev);
 }
 
 void forward_head(const struct model *model, const struct workspace *ws, float *logits,
-                  const int32_t *rows, int Q)
+                  const int32_t *rows, int Q, const struct lora_view *lora)
 {
+    const int D = model->config->hidden_size, V = model->config->vocab_size;
+    const struct lora_site site = {
+        .linear = LORA_HEAD, .n_slices = 1, .K = D, .N = V, .width = {V}};
     struct device *dev = model->dev;
 
     assert(Q <= ws->max_tokens);
-    dev->ops->gather_rows(dev, ws->delta, ws->norm, rows, Q, model->config->hidden_size,
-                          model->dtype);
+    dev->ops->gather_rows(dev, ws->delta, ws->norm, rows, Q, D, model->dtype);
     dev->ops->matmul(dev, logits, DTYPE_F32, ws->delta, &model->weights->head, NULL, Q,
                      model->dtype);
+    if (!lora->changes_head || lora->n_segments == 0) return;
+    dev->ops->lora_head(dev, logits, ws->delta, lora, V, D, model->dtype);
+    add_lora(model, ws, logits, DTYPE_F32, ws->delta, lora, &site, lora->L - 1);
 }
 
 /* ---- memory --------------------------------------------------------------------------------- */

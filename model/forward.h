@@ -54,8 +54,8 @@ void forward(const struct model *model, const struct workspace *workspace,
              const int32_t *block_table, int max_blocks, const struct lora_view *lora);
 
 /* logits[q, :] = head . norm[rows[q], :]     logits [Q, V] f32    rows [Q] on the device; uses
- * workspace->delta for the gathered rows, so Q <= max_tokens. */
+ * workspace->delta for the gathered rows, so Q <= max_tokens. The tokens of `lora` are these Q. */
 void forward_head(const struct model *model, const struct workspace *workspace, float *logits,
-                  const int32_t *rows, int Q);
+                  const int32_t *rows, int Q, const struct lora_view *lora);
 
 #endif

@@ -273,7 +273,10 @@ done:
 /* What people meet under the name of a safetensors file, told by its first bytes; else NULL. */
 static const char *other_format(const unsigned char head[LENGTH_BYTES])
 {
-    if (memcmp(head, "PK\003\004", 4) == 0 || (head[0] == 0x80 && head[1] >= 2 && head[1] <= 5))
+    /* A header of 640 bytes begins like a pickle, but then come the zeros of its length. */
+    const bool is_length = (head[4] | head[5] | head[6] | head[7]) == 0;
+    if (memcmp(head, "PK\003\004", 4) == 0 ||
+        (head[0] == 0x80 && head[1] >= 2 && head[1] <= 5 && !is_length))
         return "a PyTorch pickle, which can run code and is never read; convert it with "
                "safetensors.torch.save_file";
     if (memcmp(head, "version ", 8) == 0)

@@ -53,6 +53,32 @@ int linear_outputs(const struct model_config *config, enum lora_linear linear)
     }
 }
 
+struct matrix weights_linear(const struct weights *weights, const struct model_config *config,
+                             int layer, enum lora_linear linear, const float **bias)
+{
+    const struct layer_weights *w = &weights->layers[layer];
+    const struct {
+        enum lora_linear first;
+        const struct matrix *matrix;
+        const float *bias;
+    } joined[] = {{LORA_DOWN, &w->down, w->down_bias},
+                  {LORA_GATE, &w->gate_up, w->gate_up_bias},
+                  {LORA_O, &w->o, w->o_bias},
+                  {LORA_Q, &w->qkv, w->qkv_bias}};
+    int i = 0;
+    size_t row = 0;
+
+    while (linear < joined[i].first) i++;
+    for (int l = (int)joined[i].first; l < (int)linear; l++)
+        row += (size_t)linear_outputs(config, (enum lora_linear)l);
+
+    struct matrix out = *joined[i].matrix;
+    out.data = (const char *)out.data + row * (size_t)out.K * dtype_bytes(out.dtype);
+    out.N = linear_outputs(config, linear);
+    *bias = joined[i].bias ? joined[i].bias + row : NULL;
+    return out;
+}
+
 /* ---- the plan ----------------------------------------------------------------------------- */
 
 /* A tensor of the files, which becomes some rows of an array. */

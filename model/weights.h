@@ -59,6 +59,10 @@ mlora_status weights_measure(int64_t *device_bytes, int64_t *n_parameters,
 int linear_inputs(const struct model_config *config, enum lora_linear linear);  /* K */
 int linear_outputs(const struct model_config *config, enum lora_linear linear); /* N */
 
+/* The base's matrix of one linear: its rows of a joined one. `*bias` [N] receives its bias, or NULL. */
+struct matrix weights_linear(const struct weights *weights, const struct model_config *config,
+                             int layer, enum lora_linear linear, const float **bias);
+
 /* The name of a linear within a layer, as in tensor names: "self_attn.q_proj". */
 const char *linear_name(enum lora_linear linear);
 

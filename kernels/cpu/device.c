@@ -162,6 +162,17 @@ static void cpu_close(struct device *dev)
     free(cpu);
 }
 
+static bool cpu_replay(struct device *dev, const void *key, size_t bytes)
+{
+    (void)dev, (void)key, (void)bytes;
+    return false; /* a call costs nothing here */
+}
+
+static void cpu_record_end(struct device *dev)
+{
+    (void)dev;
+}
+
 static const struct kernels cpu_kernels = {
     .close = cpu_close,
     .alloc = cpu_alloc,
@@ -183,6 +194,14 @@ static const struct kernels cpu_kernels = {
     .lora_expand = cpu_lora_expand,
     .sample = cpu_sample,
     .logprobs = cpu_logprobs,
+    .replay = cpu_replay,
+    .record_end = cpu_record_end,
+    .serves_all_peft = true,
+    .lora_embed = cpu_lora_embed,
+    .lora_head = cpu_lora_head,
+    .lora_add_rms_norm = cpu_lora_add_rms_norm,
+    .lora_head_norm = cpu_lora_head_norm,
+    .lora_row_norms = cpu_lora_row_norms,
 };
 
 mlora_status cpu_device_open(struct device **out, int n_threads)

@@ -103,12 +103,20 @@ void cpu_embed(struct device *dev, void *y, const struct matrix *table, const in
                enum dtype dtype);
 void cpu_gather_rows(struct device *dev, void *y, const void *x, const int32_t *rows, int Q, int D,
                      enum dtype dtype);
+void cpu_lora_embed(struct device *dev, void *y, float *h, const int32_t *ids,
+                    const struct lora_view *lora, int D, enum dtype dtype);
 
 /* norm.c */
 void cpu_add_rms_norm(struct device *dev, void *y, void *x, const void *delta, const float *weight,
                       int T, int D, float eps, enum dtype dtype);
 void cpu_head_norm(struct device *dev, void *qkv, const float *q_weight, const float *k_weight,
                    const struct heads *heads, int T, float eps, enum dtype dtype);
+void cpu_lora_add_rms_norm(struct device *dev, void *y, void *x, const void *delta,
+                           const float *weight, const struct lora_view *lora, int layer,
+                           enum lora_norm norm, int T, int D, float eps, enum dtype dtype);
+void cpu_lora_head_norm(struct device *dev, void *qkv, const float *q_weight, const float *k_weight,
+                        const struct lora_view *lora, int layer, const struct heads *heads, int T,
+                        float eps, enum dtype dtype);
 
 /* matmul.c */
 void cpu_matmul(struct device *dev, void *y, enum dtype y_dtype, const void *x,
@@ -130,6 +138,12 @@ void cpu_lora_shrink(struct device *dev, float *h, const void *x, const struct l
                      const struct lora_site *site, int layer, enum dtype dtype);
 void cpu_lora_expand(struct device *dev, void *y, const float *h, const struct lora_view *lora,
                      const struct lora_site *site, int layer, enum dtype dtype);
+void cpu_lora_head(struct device *dev, float *logits, const void *x, const struct lora_view *lora,
+                   int V, int D, enum dtype dtype);
+
+/* dora.c */
+void cpu_lora_row_norms(struct device *dev, float *norm, const struct matrix *w, const float *a,
+                        const float *b, int R, float scale);
 
 /* sample.c */
 void cpu_sample(struct device *dev, int32_t *ids, const float *logits,

@@ -30,6 +30,21 @@ static void rms_norm_row(float *y, const float *x, const float *weight, int n, f
         for (int i = 0; i < n; i++) y[i] = weight[i] * rounded(x[i] * scale, dtype);
 }
 
+/* Whose norms may stand in the place of the base's. */
+struct own_norms {
+    const struct lora_view *lora; /* NULL: nobody's */
+    int layer;
+};
+
+static const float *weight_of(const struct own_norms *own, int t, enum lora_norm norm,
+                              const float *base)
+{
+    const int32_t slot = own->lora ? own->lora->slot[t] : -1;
+    if (slot < 0 || !own->lora->own[slot].norms) return base;
+    const float *weight = own->lora->own[slot].norms[own->layer * LORA_NORMS + (int)norm];
+    return weight ? weight : base;
+}
+
 struct add_rms_norm {
     const struct simd *simd;
     void *y, *x;         /* [T, D] dtype */
@@ -39,6 +54,8 @@ struct add_rms_norm {
     int D;
     float eps;
     enum dtype dtype;
+    struct own_norms own;
+    enum lora_norm norm;
 };
 
 static void norm_rows(void *context, int begin, int end, int thread)
@@ -59,21 +76,29 @@ static void norm_rows(void *context, int begin, int end, int thread)
             op->simd->narrow(x_row, op->dtype, x, D);
             op->simd->widen(x, x_row, op->dtype, D); /* as rounded */
         }
-        rms_norm_row(y, x, op->weight, op->D, op->eps, op->dtype);
+        rms_norm_row(y, x, weight_of(&op->own, t, op->norm, op->weight), op->D, op->eps, op->dtype);
         op->simd->narrow(element(op->y, op->dtype, first), op->dtype, y, D);
     }
 }
 
-void cpu_add_rms_norm(struct device *dev, void *y, void *x, const void *delta, const float *weight,
-                      int T, int D, float eps, enum dtype dtype)
+void cpu_lora_add_rms_norm(struct device *dev, void *y, void *x, const void *delta,
+                           const float *weight, const struct lora_view *lora, int layer,
+                           enum lora_norm norm, int T, int D, float eps, enum dtype dtype)
 {
     struct cpu_device *cpu = cpu_device(dev);
     const size_t n_floats = (size_t)threads_count(cpu->threads) * 2 * (size_t)D;
     float *scratch = cpu_scratch(dev, SCRATCH_OP, n_floats * sizeof *scratch, "add_rms_norm");
     if (!scratch) return;
 
-    struct add_rms_norm op = {cpu->simd, y, x, delta, weight, scratch, D, eps, dtype};
+    struct add_rms_norm op = {cpu->simd, y,   x,     delta,         weight, scratch,
+                              D,         eps, dtype, {lora, layer}, norm};
     cpu_parallel(dev, T, 4, norm_rows, &op);
+}
+
+void cpu_add_rms_norm(struct device *dev, void *y, void *x, const void *delta, const float *weight,
+                      int T, int D, float eps, enum dtype dtype)
+{
+    cpu_lora_add_rms_norm(dev, y, x, delta, weight, NULL, 0, NORM_ATTENTION, T, D, eps, dtype);
 }
 
 struct head_norm {
@@ -84,6 +109,7 @@ struct head_norm {
     const struct heads *heads;
     float eps;
     enum dtype dtype;
+    struct own_norms own;
 };
 
 static void norm_heads(void *context, int begin, int end, int thread)
@@ -95,26 +121,35 @@ static void norm_heads(void *context, int begin, int end, int thread)
     float *y = x + d;
 
     for (int t = begin; t < end; t++) {
+        const float *q_weight = weight_of(&op->own, t, NORM_Q, op->q_weight);
+        const float *k_weight = weight_of(&op->own, t, NORM_K, op->k_weight);
         for (int h = 0; h < heads->H + heads->G; h++) { /* queries, then keys */
             const size_t head = (size_t)t * (size_t)(heads->H + 2 * heads->G) + (size_t)h;
             void *row = element(op->qkv, op->dtype, head * d);
 
             op->simd->widen(x, row, op->dtype, d);
-            rms_norm_row(y, x, h < heads->H ? op->q_weight : op->k_weight, heads->d, op->eps,
-                         op->dtype);
+            rms_norm_row(y, x, h < heads->H ? q_weight : k_weight, heads->d, op->eps, op->dtype);
             op->simd->narrow(row, op->dtype, y, d);
         }
     }
 }
 
-void cpu_head_norm(struct device *dev, void *qkv, const float *q_weight, const float *k_weight,
-                   const struct heads *heads, int T, float eps, enum dtype dtype)
+void cpu_lora_head_norm(struct device *dev, void *qkv, const float *q_weight, const float *k_weight,
+                        const struct lora_view *lora, int layer, const struct heads *heads, int T,
+                        float eps, enum dtype dtype)
 {
     struct cpu_device *cpu = cpu_device(dev);
     const size_t n_floats = (size_t)threads_count(cpu->threads) * 2 * (size_t)heads->d;
     float *scratch = cpu_scratch(dev, SCRATCH_OP, n_floats * sizeof *scratch, "head_norm");
     if (!scratch) return;
 
-    struct head_norm op = {cpu->simd, qkv, q_weight, k_weight, scratch, heads, eps, dtype};
+    struct head_norm op = {cpu->simd, qkv, q_weight, k_weight,     scratch,
+                           heads,     eps, dtype,    {lora, layer}};
     cpu_parallel(dev, T, 4, norm_heads, &op);
+}
+
+void cpu_head_norm(struct device *dev, void *qkv, const float *q_weight, const float *k_weight,
+                   const struct heads *heads, int T, float eps, enum dtype dtype)
+{
+    cpu_lora_head_norm(dev, qkv, q_weight, k_weight, NULL, 0, heads, T, eps, dtype);
 }

@@ -103,6 +103,30 @@ Test(inspect, describes_a_tied_model_in_shards)
     json_decref(model);
 }
 
+/* A directory with one file of `text`; removed by remove_directory. */
+static char *directory_with(const char *name, const char *text)
+{
+    char *directory = strdup("/tmp/mlora-inspect-XXXXXX");
+    char path[512];
+
+    cr_assert_not_null(mkdtemp(directory));
+    snprintf(path, sizeof path, "%s/%s", directory, name);
+    FILE *file = fopen(path, "w");
+    cr_assert_not_null(file);
+    fputs(text, file);
+    fclose(file);
+    return directory;
+}
+
+static void remove_directory(char *directory, const char *name)
+{
+    char path[512];
+    snprintf(path, sizeof path, "%s/%s", directory, name);
+    cr_assert_eq(unlink(path), 0);
+    cr_assert_eq(rmdir(directory), 0);
+    free(directory);
+}
+
 /* ---- adapters ----------------------------------------------------------------------------- */
 
 Test(inspect, describes_an_adapter_by_itself)
@@ -168,13 +192,69 @@ Test(inspect, says_why_an_adapter_does_not_fit)
     json_decref(adapter);
 }
 
+Test(inspect, says_how_each_module_is_served)
+{
+    static const struct {
+        const char *adapter, *module, *as;
+        int layer; /* -1: none */
+    } rows[] = {
+        {"llama/adapters/plain", "self_attn.k_proj", "LoRA", 1},
+        {"llama/adapters/dora-head", "lm_head", "DoRA", -1},
+        {"llama/adapters/lora-bias", "mlp.up_proj", "LoRA with its bias", 0},
+        {"llama/adapters/bdlora", "self_attn.o_proj", "BD-LoRA, expanded", 0},
+        {"llama/adapters/qalora", "mlp.down_proj", "QA-LoRA, expanded", 1},
+        {"llama/adapters/alora", "self_attn.q_proj", "LoRA from the invocation tokens on", 0},
+        {"llama/adapters/saved-all", "lm_head", "whole, in place of the base's", -1},
+        {"llama/adapters/saved-all", "norm", "whole, in place of the base's", -1},
+        {"llama/adapters/tokens", "embed_tokens", "rows in place of the base's", -1},
+        {"llama-tied/adapters/tokens", "lm_head", "tied to embed_tokens", -1},
+        {"llama-tied/adapters/embed-tied-alone", "lm_head", "LoRA, tied to embed_tokens", -1},
+        {"llama-tied/adapters/embed-copied", "embed_tokens",
+         "whole, left out if it equals the base's", -1},
+        {"qwen2/adapters/bias-all", "self_attn.k_proj", "bias in place of the base's", 1},
+        {"qwen2/adapters/bias-all", "self_attn.q_proj", "LoRA, and bias in place of the base's", 1},
+    };
+
+    for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
+        char path[256], model[256];
+        const json_t *row;
+        size_t r;
+        bool found = false;
+
+        snprintf(path, sizeof path, "tests/fixtures/peft/%s", rows[i].adapter);
+        snprintf(model, sizeof model, "%.*s", (int)(strstr(path, "/adapters") - path), path);
+        json_t *adapter = inspect(path, model);
+        expect_json(adapter, "fits", "true");
+        json_array_foreach(json_object_get(adapter, "modules"), r, row)
+        {
+            const json_t *layer = json_object_get(row, "layer");
+            const int number = json_is_null(layer) ? -1 : (int)json_integer_value(layer);
+            if (number == rows[i].layer &&
+                strcmp(json_string_value(json_object_get(row, "module")), rows[i].module) == 0 &&
+                strcmp(json_string_value(json_object_get(row, "as")), rows[i].as) == 0)
+                found = true;
+        }
+        cr_expect(found, "%s: %s is not served as %s", path, rows[i].module, rows[i].as);
+        json_decref(adapter);
+    }
+}
+
+/* An adapter that no base can serve, by its own tensors. */
 Test(inspect, describes_an_adapter_that_is_refused)
 {
-    json_t *adapter = inspect(LLAMA2 "/adapters/mood-dora", LLAMA2);
+    char *directory = directory_with("adapter_config.json",
+                                     "{\"peft_type\": \"LORA\", \"r\": 8, \"use_dora\": true, "
+                                     "\"init_lora_weights\": \"pissa\"}");
+    char link[512], target[512], *here = realpath(LLAMA2 "/adapters/mood-dora", NULL);
+
+    snprintf(link, sizeof link, "%s/adapter_model.safetensors", directory);
+    snprintf(target, sizeof target, "%s/adapter_model.safetensors", here);
+    cr_assert_eq(symlink(target, link), 0);
+    json_t *adapter = inspect(directory, LLAMA2);
     const json_t *first = json_array_get(json_object_get(adapter, "modules"), 0);
 
     expect_json(adapter, "served", "false");
-    expect_part(adapter, "reason", "mood-dora/adapter_config.json: use_dora is true");
+    expect_part(adapter, "reason", "/adapter_config.json: init_lora_weights is \"pissa\"");
     expect_json(adapter, "fits", "null");
     expect_json(adapter, "fits_reason", "null");
     expect_json(adapter, "device_bytes", "null");
@@ -190,6 +270,9 @@ Test(inspect, describes_an_adapter_that_is_refused)
                 "[{\"engine\":\"LoRAX, TGI\",\"because\":\"use_dora\"},"
                 "{\"engine\":\"Ollama\",\"because\":\"use_dora\"}]");
     json_decref(adapter);
+    free(here);
+    cr_assert_eq(unlink(link), 0);
+    remove_directory(directory, "adapter_config.json");
 }
 
 Test(inspect, says_who_serves_an_adapter_wrongly)
@@ -217,30 +300,6 @@ Test(inspect, says_who_serves_an_adapter_wrongly)
 }
 
 /* ---- files -------------------------------------------------------------------------------- */
-
-/* A directory with one file of `text`; removed by remove_directory. */
-static char *directory_with(const char *name, const char *text)
-{
-    char *directory = strdup("/tmp/mlora-inspect-XXXXXX");
-    char path[512];
-
-    cr_assert_not_null(mkdtemp(directory));
-    snprintf(path, sizeof path, "%s/%s", directory, name);
-    FILE *file = fopen(path, "w");
-    cr_assert_not_null(file);
-    fputs(text, file);
-    fclose(file);
-    return directory;
-}
-
-static void remove_directory(char *directory, const char *name)
-{
-    char path[512];
-    snprintf(path, sizeof path, "%s/%s", directory, name);
-    cr_assert_eq(unlink(path), 0);
-    cr_assert_eq(rmdir(directory), 0);
-    free(directory);
-}
 
 static void expect_failure(const char *dir, const char *model, mlora_status status,
                            const char *says)

@@ -74,7 +74,7 @@ static struct lora_view view_of(const struct adapters *adapters, const struct lo
 Test(lora_shrink, gives_each_token_its_own_adapter)
 {
     const float x[3][2] = {{1, 2}, {3, 4}, {5, 6}};
-    const struct lora_site site = {LORA_O, 1, 2, 1, {0}, {1}};
+    const struct lora_site site = {LORA_O, 1, 2, 1, {0}, {1}, NULL};
     const int32_t slot[3] = {1, -1, 0};
     const float want[3][2] = {{3, 7}, {7, 7}, {5, 7}}; /* 7: as it was, nothing is written */
     struct adapters adapters = {.S = 2};
@@ -101,7 +101,7 @@ Test(lora_shrink, gives_each_token_its_own_adapter)
 
 Test(lora_expand, adds_the_scaled_product_to_its_slice)
 {
-    const struct lora_site site = {LORA_Q, 2, 1, 3, {0, 2}, {2, 1}};
+    const struct lora_site site = {LORA_Q, 2, 1, 3, {0, 2}, {2, 1}, NULL};
     const int32_t slot[2] = {-1, 0};
     const float y0[2][3] = {{1, 1, 1}, {1, 1, 1}};
     const float h0[2][2][1] = {{{9}, {9}}, {{2}, {3}}};
@@ -111,9 +111,9 @@ Test(lora_expand, adds_the_scaled_product_to_its_slice)
     struct lora_factors *k = &adapters.host[0][LAYER][LORA_K];
     float got[2][3];
 
-    *q = (struct lora_factors){zeros(1, 4), NULL, 1, DTYPE_BF16, 0.5f};
+    *q = (struct lora_factors){.a = zeros(1, 4), .R = 1, .dtype = DTYPE_BF16, .scale = 0.5f};
     q->b = memcpy(zeros(2, 4), (float[]){2, -1}, 8);
-    *k = (struct lora_factors){zeros(1, 4), NULL, 1, DTYPE_F16, 2};
+    *k = (struct lora_factors){.a = zeros(1, 4), .R = 1, .dtype = DTYPE_F16, .scale = 2};
     k->b = memcpy(zeros(1, 4), (float[]){2}, 4);
     adapters_upload(&adapters, &site);
     const struct lora_view view = view_of(&adapters, &site, slot, 2);
@@ -209,9 +209,9 @@ static void check_random(const struct lora_site *site, int T, int n_kinds, enum 
 
 Test(lora, is_right_for_mixed_adapters_ranks_and_types)
 {
-    const struct lora_site qkv = {LORA_Q, 3, 70, 85, {0, 50, 67}, {50, 17, 18}};
-    const struct lora_site down = {LORA_DOWN, 1, 200, 49, {0}, {49}};
-    const struct lora_site gate_up = {LORA_GATE, 2, 33, 2000, {0, 1000}, {1000, 1000}};
+    const struct lora_site qkv = {LORA_Q, 3, 70, 85, {0, 50, 67}, {50, 17, 18}, NULL};
+    const struct lora_site down = {LORA_DOWN, 1, 200, 49, {0}, {49}, NULL};
+    const struct lora_site gate_up = {LORA_GATE, 2, 33, 2000, {0, 1000}, {1000, 1000}, NULL};
 
     for (int bf16 = 0; bf16 < 2; bf16++) {
         const enum dtype dtype = bf16 ? DTYPE_BF16 : DTYPE_F32;
@@ -225,7 +225,7 @@ Test(lora, is_right_for_mixed_adapters_ranks_and_types)
 Test(lora, gives_a_token_the_same_bits_alone_and_in_a_mixed_batch)
 {
     enum { T = 90, K = 100, N = 85 };
-    const struct lora_site site = {LORA_Q, 3, K, N, {0, 50, 67}, {50, 17, 18}};
+    const struct lora_site site = {LORA_Q, 3, K, N, {0, 50, 67}, {50, 17, 18}, NULL};
     struct numbers numbers = {9};
     struct adapters adapters;
     int32_t slot[T];
@@ -254,7 +254,7 @@ Test(lora, gives_a_token_the_same_bits_alone_and_in_a_mixed_batch)
 
 Test(lora, leaves_tokens_of_the_base_model_alone)
 {
-    const struct lora_site site = {LORA_O, 1, 20, 30, {0}, {30}};
+    const struct lora_site site = {LORA_O, 1, 20, 30, {0}, {30}, NULL};
     struct numbers numbers = {11};
     struct adapters adapters;
     const int32_t slot[4] = {-1, 1, -1, 2};

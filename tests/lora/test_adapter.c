@@ -2,6 +2,7 @@
 #include "lora/adapter.h"
 
 #include <criterion/criterion.h>
+#include <limits.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -85,18 +86,17 @@ Test(adapter, fixtures_have_their_ranks_and_scales)
     }
 }
 
-Test(adapter, dora_is_refused_by_name)
+Test(adapter, dora_is_planned_with_its_magnitudes)
 {
-    struct model_config config;
     struct adapter_plan plan;
 
-    cr_assert_eq(model_config_read(&config, LLAMA2), MLORA_OK);
-    cr_expect_eq(adapter_plan_read(&plan, LLAMA2 "/adapters/mood-dora", &config, false),
-                 MLORA_EUNSUPPORTED);
-    cr_expect_null(plan.linears);
-    cr_expect_not_null(strstr(error_text(), LLAMA2 "/adapters/mood-dora/adapter_config.json: "
-                                                   "use_dora is true: DoRA"));
-    cr_expect_not_null(strstr(error_text(), "merge_and_unload"));
+    read_fixture(&plan, LLAMA2, "mood-dora");
+    cr_expect_not_null(plan.linears[LORA_Q].magnitude);
+    cr_expect_not_null(plan.linears[3 * LORA_LINEARS + LORA_DOWN].magnitude);
+    cr_expect_null(plan.linears[LORA_K].magnitude);
+    /* A and B of rank 8 in bf16, and 256 floats */
+    cr_expect_eq(adapter_linear_bytes(&plan, LORA_Q), 2 * 8 * (256 + 256) + 4 * 256);
+    adapter_plan_free(&plan);
 }
 
 /* The largest rank and the bytes of spanish: layer 0 without q_proj's 8 - 2 ranks. */
@@ -123,7 +123,7 @@ Test(adapter, fixtures_reach_the_device_as_they_are_stored)
         struct adapter adapter;
 
         read_fixture(&plan, fixtures[f].model, fixtures[f].name);
-        cr_assert_eq(adapter_load(&adapter, dev, &plan), MLORA_OK, "%s", error_text());
+        cr_assert_eq(adapter_load(&adapter, dev, &plan, NULL, NULL), MLORA_OK, "%s", error_text());
         cr_expect_eq(host_device_allocations(), 1);
         cr_expect_eq(adapter.bytes, plan.bytes);
         cr_expect_eq(adapter.max_rank, plan.max_rank);
@@ -289,18 +289,93 @@ Test(adapter, lenient_leaves_out_unknown_tensors)
     directory_remove(directory);
 }
 
-Test(adapter, lenient_takes_an_embedding_copy_of_the_bases_shape_for_the_bases)
+/* What PEFT writes into the base, and what it keeps beside it. */
+Test(adapter, tells_copies_of_embeddings_from_trained_ones)
 {
     struct adapter_plan plan;
     char *directory = plan_small(
-        &plan, "{}", "base_model.model.model.embed_tokens.base_layer.weight F32 10x8", true);
+        &plan, "{}", "base_model.model.model.embed_tokens.base_layer.weight F32 10x8", false);
 
-    cr_expect_not_null(strstr(buffer_text(&plan.warnings),
-                              "embed_tokens.base_layer.weight is a copy "
-                              "of a whole embedding: left out"),
-                       "%s", buffer_text(&plan.warnings));
+    cr_expect_not_null(plan.embedding);
+    cr_expect(plan.embedding_is_copy);
+    cr_expect_null(plan.head); /* the base is not tied */
     adapter_plan_free(&plan);
     directory_remove(directory);
+
+    directory = plan_small(&plan, "{\"modules_to_save\": [\"embed_tokens\", \"lm_head\"]}",
+                           "base_model.model.model.embed_tokens.weight F32 10x8;"
+                           "base_model.model.lm_head.modules_to_save.default.weight BF16 10x8",
+                           false);
+    cr_expect_not_null(plan.embedding);
+    cr_expect(!plan.embedding_is_copy);
+    cr_expect_not_null(plan.head);
+    cr_expect(!plan.head_is_copy);
+    adapter_plan_free(&plan);
+    directory_remove(directory);
+}
+
+Test(adapter, takes_norms_whether_modules_to_save_names_them_or_not)
+{
+    struct adapter_plan plan;
+    char *directory = plan_small(&plan, "{}",
+                                 "@1.input_layernorm.weight F32 8;"
+                                 "base_model.model.model.norm.weight BF16 8",
+                                 false);
+
+    cr_expect_not_null(plan.norms[LORA_NORMS + NORM_ATTENTION]);
+    cr_expect_not_null(plan.norms[2 * LORA_NORMS + NORM_FINAL]);
+    cr_expect_null(plan.norms[LORA_NORMS + NORM_MLP]);
+    adapter_plan_free(&plan);
+    directory_remove(directory);
+}
+
+Test(adapter, sorts_the_rows_of_trained_tokens)
+{
+    struct adapter_plan plan;
+    char *directory = plan_small(
+        &plan, "{\"trainable_token_indices\": [7, 2, 9]}",
+        "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta F32 3x8", false);
+    const int32_t ids[] = {2, 7, 9}, row[] = {1, 0, 2};
+
+    cr_assert_eq(plan.embedding_rows.n, 3);
+    cr_expect_arr_eq(plan.embedding_rows.ids, ids, sizeof ids);
+    cr_expect_arr_eq(plan.embedding_rows.row, row, sizeof row);
+    cr_expect(!plan.head_has_embedding_rows);
+    adapter_plan_free(&plan);
+    directory_remove(directory);
+}
+
+Test(adapter, accepts_every_shape_that_a_magnitude_is_written_in)
+{
+    static const char *const vectors[] = {"q_proj.lora_magnitude_vector F32 8",
+                                          "q_proj.lora_magnitude_vector.weight F32 8x1",
+                                          "q_proj.lora_magnitude_vector.default.weight BF16 1x8"};
+    for (size_t i = 0; i < sizeof vectors / sizeof vectors[0]; i++) {
+        struct adapter_plan plan;
+        char edits[512];
+        snprintf(edits, sizeof edits,
+                 NO_DEFAULTS "@0.self_attn.q_proj.lora_A.weight F32 2x8;"
+                             "@0.self_attn.q_proj.lora_B.weight F32 8x2; @0.self_attn.%s",
+                 vectors[i]);
+        char *directory = plan_small(&plan, "{\"use_dora\": true}", edits, false);
+        cr_expect_not_null(plan.linears[LORA_Q].magnitude);
+        adapter_plan_free(&plan);
+        directory_remove(directory);
+    }
+}
+
+Test(adapter, finds_where_an_invocation_begins)
+{
+    const int32_t prompt[] = {1, 5, 6, 2, 5, 6, 5};
+    int32_t invocation[] = {5, 6};
+    struct adapter adapter = {.invocation = invocation, .n_invocation = 2};
+
+    cr_expect_eq(adapter_first_position(&adapter, prompt, 7), 4); /* the last one */
+    cr_expect_eq(adapter_first_position(&adapter, prompt, 5), 1); /* the second is cut */
+    cr_expect_eq(adapter_first_position(&adapter, prompt, 2), INT_MAX);
+    cr_expect_eq(adapter_first_position(&adapter, prompt, 1), INT_MAX);
+    adapter.n_invocation = 0; /* a plain LoRA */
+    cr_expect_eq(adapter_first_position(&adapter, prompt, 7), 0);
 }
 
 Test(adapter, leaves_out_what_monteclora_trains_with)
@@ -314,6 +389,50 @@ Test(adapter, leaves_out_what_monteclora_trains_with)
     cr_expect_str_eq(buffer_text(&plan.warnings), "");
     adapter_plan_free(&plan);
     directory_remove(directory);
+}
+
+Test(adapter, leaves_out_what_velora_trains_with)
+{
+    struct adapter_plan plan;
+    char *directory = plan_small(&plan, "{\"velora_config\": {\"num_groups\": 8}}",
+                                 "@0.self_attn.q_proj.lora_velora_embed F32 2", false);
+
+    cr_expect_eq(plan.linears[LORA_Q].rank, 2);
+    adapter_plan_free(&plan);
+    directory_remove(directory);
+}
+
+/* The head's factors are the embedding's, the other way round: once in the file, or twice. */
+Test(adapter, ties_the_heads_factors_to_the_embeddings)
+{
+    static const char *const edits[] = {
+        "base_model.model.model.embed_tokens.lora_embedding_A F32 2x10;"
+        "base_model.model.model.embed_tokens.lora_embedding_B F32 8x2",
+        "base_model.model.lm_head.lora_A.weight F32 2x8;"
+        "base_model.model.lm_head.lora_B.weight F32 10x2",
+    };
+    struct model_config base = small_model();
+
+    base.tied = true;
+    for (int i = 0; i < 2; i++) {
+        struct adapter_plan plan;
+        char *directory = directory_make();
+        write_config(directory,
+                     "{\"target_modules\": [\"q_proj\", \"v_proj\", \"embed_tokens\"], "
+                     "\"ensure_weight_tying\": true, \"alpha_pattern\": {\"lm_head\": 1}}");
+        write_tensors(directory, edits[i]);
+        cr_assert_eq(adapter_plan_read(&plan, directory, &base, false), MLORA_OK, "%s",
+                     error_text());
+        const struct adapter_linear *outside = &plan.linears[2 * LORA_LINEARS];
+        cr_expect_eq(outside[LORA_EMBEDDING].rank, 2);
+        cr_expect_eq(outside[LORA_EMBEDDING].scale, 2);
+        cr_expect_eq(outside[LORA_HEAD].rank, 2);
+        cr_expect_eq(outside[LORA_HEAD].scale, 0.5f);
+        cr_expect_eq(outside[LORA_HEAD].a, outside[LORA_EMBEDDING].b);
+        cr_expect_eq(outside[LORA_HEAD].b, outside[LORA_EMBEDDING].a);
+        adapter_plan_free(&plan);
+        directory_remove(directory);
+    }
 }
 
 Test(adapter, prefers_safetensors_to_a_pickle_and_says_so)
@@ -341,7 +460,7 @@ Test(adapter, is_read_without_a_base_by_its_own_shapes)
                              "@6.self_attn.q_proj.lora_B.weight F32 50x2");
     cr_assert_eq(adapter_plan_read(&plan, directory, NULL, false), MLORA_OK, "%s", error_text());
     cr_expect_eq(plan.n_layers, 7);
-    cr_expect_eq(plan.linears[6 * LORA_LINEARS + LORA_Q].b_rows, 50);
+    cr_expect_eq(plan.linears[6 * LORA_LINEARS + LORA_Q].out, 50);
     adapter_plan_free(&plan);
     directory_remove(directory);
 }
@@ -358,7 +477,8 @@ static void load_small(struct adapter *adapter, const char *changes,
     write_config(directory, changes);
     write_tensor_data(directory, tensors, n);
     cr_assert_eq(adapter_plan_read(&plan, directory, &base, false), MLORA_OK, "%s", error_text());
-    cr_assert_eq(adapter_load(adapter, host_device(), &plan), MLORA_OK, "%s", error_text());
+    cr_assert_eq(adapter_load(adapter, host_device(), &plan, &base, NULL), MLORA_OK, "%s",
+                 error_text());
     adapter_plan_free(&plan);
     directory_remove(directory);
 }
@@ -380,6 +500,38 @@ Test(adapter, widens_factors_of_two_types_to_f32)
     cr_expect_arr_eq(adapter.factors[LORA_Q].b, wide_b, sizeof wide_b);
     adapter_free(&adapter, host_device());
     cr_expect_eq(host_device_allocations(), 0);
+}
+
+/* BD-LoRA: B [8, 1] of rank 2 in two blocks: rows 0 to 3 are of the first rank. */
+Test(adapter, spreads_blocks_over_the_diagonal)
+{
+    float a[16], b[8], want[16] = {0};
+    const struct tensor_data tensors[] = {{"@0.self_attn.q_proj.lora_A.weight", "F32", 2, 8, a},
+                                          {"@0.self_attn.q_proj.lora_B.weight", "F32", 8, 1, b}};
+    struct adapter adapter;
+
+    for (int i = 0; i < 16; i++) a[i] = (float)i;
+    for (int i = 0; i < 8; i++) want[i * 2 + i / 4] = b[i] = (float)i + 1;
+    load_small(&adapter,
+               "{\"use_bdlora\": {\"target_modules_bd_b\": [\"q_proj\"], \"nblocks\": 2}}", tensors,
+               2);
+    cr_expect_arr_eq(adapter.factors[LORA_Q].a, a, sizeof a);
+    cr_expect_arr_eq(adapter.factors[LORA_Q].b, want, sizeof want);
+    adapter_free(&adapter, host_device());
+}
+
+/* QA-LoRA: 8 inputs in 2 groups of 4: each column for 4 inputs, times 2 groups / 4. */
+Test(adapter, spreads_pooled_inputs_over_their_groups)
+{
+    const float a[2] = {3, -5}, want[8] = {1.5f, 1.5f, 1.5f, 1.5f, -2.5f, -2.5f, -2.5f, -2.5f};
+    float b[8] = {1};
+    const struct tensor_data tensors[] = {{"@0.self_attn.q_proj.lora_A.weight", "F32", 1, 2, a},
+                                          {"@0.self_attn.q_proj.lora_B.weight", "F32", 8, 1, b}};
+    struct adapter adapter;
+
+    load_small(&adapter, "{\"r\": 1, \"use_qalora\": true, \"qalora_group_size\": 4}", tensors, 2);
+    cr_expect_arr_eq(adapter.factors[LORA_Q].a, want, sizeof want);
+    adapter_free(&adapter, host_device());
 }
 
 Test(adapter, splits_a_fused_linear_and_shares_its_a)
@@ -415,7 +567,7 @@ Test(adapter, leaves_nothing_behind_when_the_device_is_full)
 
     read_fixture(&plan, LLAMA2, "mood");
     host_device_fail(true);
-    cr_expect_eq(adapter_load(&adapter, dev, &plan), MLORA_ENOMEM);
+    cr_expect_eq(adapter_load(&adapter, dev, &plan, NULL, NULL), MLORA_ENOMEM);
     cr_expect_not_null(strstr(error_text(),
                               "adapters/mood: 57344 bytes for the factors: the device "
                               "is full"),

@@ -37,19 +37,27 @@ static const struct refusal configs[] = {
     {"{\"task_type\": \"TOKEN_CLS\"}", "", MLORA_EUNSUPPORTED, CONFIG "task_type is \"TOKEN_CLS\"", "CAUSAL_LM", true},
     {"{\"task_type\": \"FEATURE_EXTRACTION\"}", "", MLORA_EUNSUPPORTED, CONFIG "task_type is \"FEATURE_EXTRACTION\"", "CAUSAL_LM", true},
     /* fields that change the result */
-    {"{\"use_dora\": true}", "", MLORA_EUNSUPPORTED, CONFIG "use_dora is true", MERGE, true},
-    {"{\"use_dora\": \"yes\"}", "", MLORA_EUNSUPPORTED, CONFIG "use_dora is \"yes\"", MERGE, true},
-    {"{\"lora_bias\": true}", "", MLORA_EUNSUPPORTED, CONFIG "lora_bias is true", MERGE, true},
-    {"{\"bias\": \"all\"}", "", MLORA_EUNSUPPORTED, CONFIG "bias is \"all\"", MERGE, true},
-    {"{\"bias\": \"lora_only\"}", "", MLORA_EUNSUPPORTED, CONFIG "bias is \"lora_only\"", MERGE, true},
-    {"{\"modules_to_save\": [\"lm_head\", \"embed_tokens\"]}", "", MLORA_EUNSUPPORTED, CONFIG "modules_to_save is [\"lm_head\",\"embed_tokens\"]", MERGE, true},
-    {"{\"trainable_token_indices\": [5, 6]}", "", MLORA_EUNSUPPORTED, CONFIG "trainable_token_indices is [5,6]", MERGE, true},
-    {"{\"trainable_token_indices\": {\"embed_tokens\": [5]}}", "", MLORA_EUNSUPPORTED, CONFIG "trainable_token_indices is {", MERGE, true},
+    {"{\"use_dora\": \"yes\"}", "", MLORA_EFORMAT, CONFIG "use_dora is a string", "needed", true},
+    {"{\"lora_bias\": 1}", "", MLORA_EFORMAT, CONFIG "lora_bias is an integer", "needed", true},
+    {"{\"ensure_weight_tying\": \"yes\"}", "", MLORA_EFORMAT, CONFIG "ensure_weight_tying is a string", "needed", true},
+    {"{\"use_qalora\": 4}", "", MLORA_EFORMAT, CONFIG "use_qalora is an integer", "needed", true},
+    {"{\"use_qalora\": true, \"qalora_group_size\": 0}", "", MLORA_EFORMAT, CONFIG "qalora_group_size is 0", "must be", true},
+    {"{\"bias\": \"some\"}", "", MLORA_EUNSUPPORTED, CONFIG "bias is \"some\"", "save the adapter with PEFT again", true},
+    {"{\"modules_to_save\": \"lm_head\"}", "", MLORA_EFORMAT, CONFIG "modules_to_save is a string", "save the adapter with PEFT again", true},
+    {"{\"modules_to_save\": [1]}", "", MLORA_EFORMAT, CONFIG "modules_to_save[0] is an integer", "save the adapter with PEFT again", true},
+    {"{\"trainable_token_indices\": [5, \"6\"]}", "", MLORA_EFORMAT, CONFIG "trainable_token_indices is not a list of token ids", "save the adapter with PEFT again", true},
+    {"{\"trainable_token_indices\": {\"lm_head\": 5}}", "", MLORA_EFORMAT, CONFIG "trainable_token_indices is not a list of token ids", "save the adapter with PEFT again", true},
+    {"{\"alora_invocation_tokens\": [1, -2]}", "", MLORA_EFORMAT, CONFIG "alora_invocation_tokens is not a list of token ids", "save the adapter with PEFT again", true},
+    {"{\"use_bdlora\": true}", "", MLORA_EFORMAT, CONFIG "use_bdlora is true", "save the adapter with PEFT again", true},
+    {"{\"use_bdlora\": {\"nblocks\": 0}}", "", MLORA_EFORMAT, CONFIG "nblocks is 0", "must be", true},
+    {"{\"use_bdlora\": {\"target_modules_bd_a\": \"q_proj\", \"nblocks\": 2}}", "", MLORA_EFORMAT, CONFIG "use_bdlora: target_modules_bd_a is a string", "save the adapter with PEFT again", true},
+    /* what does not go together */
+    {"{\"use_dora\": true, \"lora_bias\": true}", "", MLORA_EUNSUPPORTED, CONFIG "use_dora and lora_bias are both set", "one of them", true},
+    {"{\"use_dora\": true, \"alora_invocation_tokens\": [1]}", "", MLORA_EUNSUPPORTED, CONFIG "use_dora and alora_invocation_tokens are both set", "one of them", true},
+    {"{\"use_qalora\": true, \"use_bdlora\": {\"nblocks\": 2}}", "", MLORA_EUNSUPPORTED, CONFIG "use_bdlora and use_qalora are both set", "one of them", true},
+    {"{\"modules_to_save\": [\"norm\"], \"alora_invocation_tokens\": [1]}", "", MLORA_EUNSUPPORTED, CONFIG "alora_invocation_tokens and modules_to_save are both set", "train it without modules_to_save", true},
     {"{\"target_parameters\": [\"experts.gate_up_proj\"]}", "", MLORA_EUNSUPPORTED, CONFIG "target_parameters is [", "train with target_modules", true},
     {"{\"layer_replication\": [[0, 2], [1, 2]]}", "", MLORA_EUNSUPPORTED, CONFIG "layer_replication is [[0,2],[1,2]]", MERGE, true},
-    {"{\"alora_invocation_tokens\": [1, 2, 3]}", "", MLORA_EUNSUPPORTED, CONFIG "alora_invocation_tokens is [1,2,3]", "plain LoRA", true},
-    {"{\"use_qalora\": true}", "", MLORA_EUNSUPPORTED, CONFIG "use_qalora is true", "plain LoRA", true},
-    {"{\"use_bdlora\": {\"nblocks\": 4}}", "", MLORA_EUNSUPPORTED, CONFIG "use_bdlora is {\"nblocks\":4}", "plain LoRA", true},
     {"{\"kasa_config\": {\"beta\": 0.1}}", "", MLORA_EUNSUPPORTED, CONFIG "kasa_config is {", MERGE, true},
     {"{\"arrow_config\": {\"top_k\": 3}}", "", MLORA_EUNSUPPORTED, CONFIG "arrow_config is {\"top_k\":3}", "name one in each request", true},
     {"{\"megatron_config\": {\"x\": 1}}", "", MLORA_EUNSUPPORTED, CONFIG "megatron_config is {\"x\":1}", "Hugging Face layout", true},
@@ -100,22 +108,45 @@ static const struct refusal configs[] = {
 
 static const struct refusal tensors[] = {
     /* tensors of other methods, whatever the configuration says */
-    {"{}", L0 "q_proj.lora_B.bias F32 8", MLORA_EUNSUPPORTED, "q_proj.lora_B.bias is a bias of the factor B (lora_bias)", MERGE, true},
-    {"{}", L0 "q_proj.lora_magnitude_vector F32 8", MLORA_EUNSUPPORTED, "lora_magnitude_vector is a magnitude vector (use_dora)", MERGE, true},
-    {"{}", L0 "q_proj.lora_magnitude_vector.weight F32 8x1", MLORA_EUNSUPPORTED, "(use_dora)", MERGE, true},
     {"{}", L0 "q_proj.lora_diag F32 2", MLORA_EUNSUPPORTED, "q_proj.lora_diag is a diagonal between A and B (kasa_config)", MERGE, true},
-    {"{}", P "embed_tokens.lora_embedding_A F32 2x10", MLORA_EUNSUPPORTED, "embed_tokens.lora_embedding_A is LoRA on the embedding", MERGE, true},
-    {"{}", P "embed_tokens.lora_embedding_B F32 8x2", MLORA_EUNSUPPORTED, "embed_tokens.lora_embedding_B is LoRA on the embedding", MERGE, true},
-    {"{}", "base_model.model.lm_head.lora_A.weight F32 2x8", MLORA_EUNSUPPORTED, "lm_head.lora_A.weight is LoRA on the output layer", MERGE, true},
-    {"{}", P "embed_tokens.token_adapter.trainable_tokens_delta F32 1x8", MLORA_EUNSUPPORTED, "(trainable_token_indices)", MERGE, true},
-    {"{}", L0 "q_proj.base_layer.bias F32 8", MLORA_EUNSUPPORTED, "q_proj.base_layer.bias is a bias that replaces the base's (bias)", MERGE, true},
-    {"{}", P "norm.weight F32 8", MLORA_EUNSUPPORTED, "norm.weight is a whole weight that replaces the base's (modules_to_save)", MERGE, true},
-    {"{}", "@1.input_layernorm.weight F32 8", MLORA_EUNSUPPORTED, "(modules_to_save)", MERGE, true},
-    {"{}", "@1.mlp.up_proj.weight F32 12x8", MLORA_EUNSUPPORTED, "(modules_to_save)", MERGE, true},
-    {"{}", P "embed_tokens.base_layer.weight F32 10x8", MLORA_EUNSUPPORTED, "is a copy of a whole embedding", "save_embedding_layers=False", false},
-    {"{}", "base_model.model.lm_head.weight F32 10x8", MLORA_EUNSUPPORTED, "lm_head.weight is a copy of a whole embedding", "save_embedding_layers=False", false},
+    {"{}", "@1.mlp.up_proj.weight F32 12x8", MLORA_EUNSUPPORTED, "mlp.up_proj.weight is a whole weight that replaces the base's (modules_to_save)", MERGE, true},
+    {"{\"modules_to_save\": [\"up_proj\"]}", "@1.mlp.up_proj.weight F32 12x8", MLORA_EUNSUPPORTED, "(modules_to_save)", MERGE, true},
+    /* vectors and fields that do not belong together */
+    {"{}", L0 "q_proj.lora_B.bias F32 8", MLORA_EFORMAT, "q_proj.lora_B.bias is a bias of the factor B, but lora_bias of adapter_config.json is not true", "save the adapter again", true},
+    {"{}", L0 "q_proj.lora_magnitude_vector F32 8", MLORA_EFORMAT, "lora_magnitude_vector is a magnitude vector, but use_dora of adapter_config.json is not true", "save the adapter again", true},
+    {"{\"use_dora\": true}", "", MLORA_EFORMAT, "model.layers.0.self_attn.q_proj has no lora_magnitude_vector, but use_dora", "save the adapter again", true},
+    {"{\"lora_bias\": true}", "", MLORA_EFORMAT, "model.layers.0.self_attn.q_proj has no lora_B.bias, but lora_bias", "save the adapter again", true},
+    {"{\"use_dora\": true}", L0 "q_proj.lora_magnitude_vector F32 2x4", MLORA_EFORMAT, "q_proj.lora_magnitude_vector has not one value for each of the 8 outputs", "save the adapter again", true},
+    {"{\"use_bdlora\": {\"target_modules_bd_a\": [\"q_proj\"], \"target_modules_bd_b\": [\"q_proj\"], \"nblocks\": 2}}", "", MLORA_EFORMAT, "model.layers.0.self_attn.q_proj is of target_modules_bd_a and of target_modules_bd_b", "one of them", true},
+    {"{\"use_bdlora\": {\"target_modules_bd_a\": [\"q_proj\"], \"nblocks\": 3}}", "", MLORA_EFORMAT, "nblocks is 3, which does not divide the 2 rows", "save the adapter again", true},
+    {"{\"use_qalora\": true, \"qalora_group_size\": 4}", L0 "q_proj.lora_A.weight F32 2x3", MLORA_EFORMAT, "q_proj.lora_A.weight is [2, 3], the base needs [2, 2]", "load it with that one", true},
+    /* embeddings, heads and norms */
     {"{}", P "embed_tokens.weight F32 12x8", MLORA_EUNSUPPORTED, "has 12 rows, the base's vocabulary is 10: the adapter was trained with a resized embedding", MERGE, true},
-    {"{}", P "embed_tokens.weight F32 10x9", MLORA_EUNSUPPORTED, "resized embedding", MERGE, true},
+    {"{}", P "embed_tokens.weight F32 10x9", MLORA_EFORMAT, "embed_tokens.weight is [10, 9], the base needs [10, 8]", "load it with that one", true},
+    {"{}", P "embed_tokens.weight F32 80", MLORA_EFORMAT, "embed_tokens.weight has 1 dimensions and 320 bytes", "save the adapter again", true},
+    {"{}", P "embed_tokens.weight F32 10x8; " P "embed_tokens.base_layer.weight F32 10x8", MLORA_EFORMAT, "are both for embed_tokens", "keep one of them", true},
+    {"{\"modules_to_save\": [\"lm_head\"]}", "", MLORA_EFORMAT, "modules_to_save of adapter_config.json names lm_head, which is not there", "save the adapter again", true},
+    {"{\"modules_to_save\": [\"input_layernorm\"]}", "@0.input_layernorm.weight F32 8", MLORA_EFORMAT, "names model.layers.1.input_layernorm, which is not there", "save the adapter again", true},
+    {"{}", P "norm.weight F32 9", MLORA_EFORMAT, "norm.weight has 9 values, the base needs 8", "load it with that one", true},
+    {"{}", P "norm.weight I8 8", MLORA_EUNSUPPORTED, "norm.weight", "I8", true},
+    {"{}", "@1.pre_feedforward_layernorm.weight F32 8", MLORA_EUNSUPPORTED, "(modules_to_save)", MERGE, true},
+    {"{}", P "norm.weight F32 8; " P "norm.modules_to_save.weight F32 8", MLORA_EFORMAT, "are both for norm", "keep one of them", true},
+    {"{}", P "embed_tokens.lora_embedding_A F32 2x10; " P "embed_tokens.lora_embedding_B F32 8x2", MLORA_EFORMAT, "leave out (1): " P "embed_tokens.lora_embedding_A", "as lenient", false},
+    {"{\"target_modules\": [\"q_proj\", \"v_proj\", \"embed_tokens\"]}", P "embed_tokens.lora_embedding_A F32 2x11; " P "embed_tokens.lora_embedding_B F32 8x2", MLORA_EFORMAT, "embed_tokens.lora_embedding_A is [2, 11], the base needs [2, 10]", "load it with that one", true},
+    {"{\"target_modules\": [\"q_proj\", \"v_proj\", \"lm_head\"]}", "base_model.model.lm_head.lora_A.weight F32 2x8", MLORA_EFORMAT, "lm_head.lora_A.weight has no lora_B beside it", "save the adapter again", true},
+    /* tokens */
+    {"{}", P "embed_tokens.token_adapter.trainable_tokens_delta F32 1x8", MLORA_EFORMAT, "that trainable_token_indices of adapter_config.json does not name", "save the adapter again", true},
+    {"{\"trainable_token_indices\": [5]}", "", MLORA_EFORMAT, "tokens of embed_tokens, whose trainable_tokens_delta is not there", "save the adapter again", true},
+    {"{\"trainable_token_indices\": [5, 6]}", P "embed_tokens.token_adapter.trainable_tokens_delta F32 1x8", MLORA_EFORMAT, "for each of the 2 tokens in trainable_token_indices", "save the adapter again", true},
+    {"{\"trainable_token_indices\": [5, 5]}", P "embed_tokens.token_adapter.trainable_tokens_delta F32 2x8", MLORA_EFORMAT, CONFIG "trainable_token_indices has token 5 twice", "leave it in once", true},
+    {"{\"trainable_token_indices\": [10]}", P "embed_tokens.token_adapter.trainable_tokens_delta F32 1x8", MLORA_EUNSUPPORTED, CONFIG "trainable_token_indices has token 10, the base's vocabulary is 10", MERGE, true},
+    {"{\"trainable_token_indices\": {\"q_proj\": [1]}}", "", MLORA_EUNSUPPORTED, CONFIG "trainable_token_indices has tokens of q_proj, which is not served", "name embed_tokens and lm_head", true},
+    {"{\"trainable_token_indices\": [5], \"modules_to_save\": [\"embed_tokens\"]}", P "embed_tokens.token_adapter.trainable_tokens_delta F32 1x8; " P "embed_tokens.weight F32 10x8", MLORA_EUNSUPPORTED, CONFIG "trainable_token_indices replaces rows of embed_tokens, which the adapter changes as a whole too", "save it with one of them", true},
+    /* from a token on, and everywhere */
+    {"{\"alora_invocation_tokens\": [1]}", P "norm.weight F32 8", MLORA_EUNSUPPORTED, "norm.weight would count everywhere", "train it without", true},
+    {"{\"alora_invocation_tokens\": [1], \"target_modules\": [\"q_proj\", \"v_proj\", \"embed_tokens\"]}", P "embed_tokens.lora_embedding_A F32 2x10; " P "embed_tokens.lora_embedding_B F32 8x2", MLORA_EUNSUPPORTED, CONFIG "alora_invocation_tokens is set and model.embed_tokens is a target", "save the adapter without it", true},
+    {"{}", L0 "q_proj.base_layer.bias F32 8", MLORA_EUNSUPPORTED, "of no kind that is served (1): " P "layers.0.self_attn.q_proj.base_layer.bias", "as lenient", false},
+    {"{}", "base_model.model.lm_head.bias F32 10", MLORA_EUNSUPPORTED, "of no kind that is served (1): base_model.model.lm_head.bias", "as lenient", false},
     /* unknown ones, and linears that are no targets */
     {"{}", "whatever F32 1", MLORA_EUNSUPPORTED, "of no kind that is served (1): whatever;", "as lenient", false},
     {"{}", "a F32 1; b F32 1; c F32 1; d F32 1; e F32 1; f F32 1", MLORA_EUNSUPPORTED, "of no kind that is served (6): a, b, c, d, e, ...;", "as lenient", false},
@@ -302,12 +333,54 @@ Test(adapter_refusals, of_a_file_that_shrinks_while_it_is_loaded)
     cr_assert_eq(adapter_plan_read(&plan, directory, &base, false), MLORA_OK);
     snprintf(path, sizeof path, "%s/adapter_model.safetensors", directory);
     cr_assert_eq(truncate(path, 100), 0);
-    cr_expect_eq(adapter_load(&adapter, dev, &plan), MLORA_EIO);
+    cr_expect_eq(adapter_load(&adapter, dev, &plan, &base, NULL), MLORA_EIO);
     cr_expect_not_null(strstr(error_text(), "adapter_model.safetensors: ends at byte"), "%s",
                        error_text());
     cr_expect_null(adapter.memory);
     cr_expect_eq(host_device_allocations(), 0);
     adapter_plan_free(&plan);
+    directory_remove(directory);
+}
+
+/* A backend whose kernels know A, B and scale only. */
+Test(adapter_refusals, of_what_the_backends_kernels_do_not_serve)
+{
+    static const struct {
+        const char *changes, *edits, *says;
+    } cases[] = {
+        {"{\"lora_bias\": true}",
+         L0 "q_proj.lora_B.bias F32 8;" L0 "v_proj.lora_B.bias F32 4;"
+            "@1.self_attn.q_proj.lora_B.bias F32 8; @1.self_attn.v_proj.lora_B.bias F32 4",
+         "a bias of the factor B (lora_bias)"},
+        {"{}", P "norm.weight F32 8", "whole norms (modules_to_save)"},
+        {"{}", P "embed_tokens.weight F32 10x8", "a whole embedding or head (modules_to_save)"},
+        {"{\"trainable_token_indices\": [5]}",
+         P "embed_tokens.token_adapter.trainable_tokens_delta F32 1x8",
+         "replaced rows of the embedding (trainable_token_indices)"},
+        {"{\"target_modules\": [\"q_proj\", \"v_proj\", \"lm_head\"]}",
+         "base_model.model.lm_head.lora_A.weight F32 2x8;"
+         "base_model.model.lm_head.lora_B.weight F32 10x2",
+         "LoRA on embed_tokens or lm_head (target_modules)"},
+    };
+    const struct model_config base = small_model();
+    char *directory = directory_make();
+
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        struct adapter_plan plan;
+        struct adapter adapter;
+        char says[256];
+
+        write_config(directory, cases[i].changes);
+        write_tensors(directory, cases[i].edits);
+        cr_assert_eq(adapter_plan_read(&plan, directory, &base, false), MLORA_OK, "%s",
+                     error_text());
+        cr_expect_eq(adapter_load(&adapter, host_device(), &plan, &base, NULL), MLORA_EUNSUPPORTED);
+        snprintf(says, sizeof says,
+                 "%s: %s is not served on the host backend yet: use --backend cpu", directory,
+                 cases[i].says);
+        cr_expect_str_eq(error_text(), says);
+        adapter_plan_free(&plan);
+    }
     directory_remove(directory);
 }
 

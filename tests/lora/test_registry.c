@@ -35,7 +35,7 @@ static const struct kernels fake_ops = {
     .alloc = fake_alloc, .free = fake_free, .upload = fake_upload};
 static struct device fake = {.ops = &fake_ops, .backend = "fake"};
 
-enum { LAYERS = 2, FACTORS = LAYERS * LORA_LINEARS };
+enum { LAYERS = 2, FACTORS = (LAYERS + 1) * LORA_LINEARS };
 
 static struct registry registry;
 

@@ -36,6 +36,12 @@ static const struct name_case factors[] = {
     {LAYERS "3._checkpoint_wrapped_module._fsdp_wrapped_module.mlp.up_proj.lora_B.weight", TENSOR_B, 3, LORA_UP, 1, NULL},
     {LAYERS "3.self_attn.q_proj.lora_A.default.weight", TENSOR_A, 3, LORA_Q, 1, NULL},
     {LAYERS "3.self_attn.q_proj.lora_B.my-adapter.weight", TENSOR_B, 3, LORA_Q, 1, NULL},
+    {"base_model.model.lm_head.lora_A.weight", TENSOR_A, LAYER_OUTSIDE, LORA_HEAD, 1, NULL},
+    {"base_model.model.lm_head.lora_B.default.weight", TENSOR_B, LAYER_OUTSIDE, LORA_HEAD, 1, NULL},
+    {"base_model.model.model.embed_tokens.lora_embedding_A", TENSOR_A, LAYER_OUTSIDE, LORA_EMBEDDING, 1, NULL},
+    {"base_model.model.model.embed_tokens.lora_embedding_B.default", TENSOR_B, LAYER_OUTSIDE, LORA_EMBEDDING, 1, NULL},
+    {LAYERS "4.mlp.down_proj.lora_magnitude_vector", TENSOR_MAGNITUDE, 4, LORA_DOWN, 1, NULL},
+    {LAYERS "4.self_attn.k_proj.base_layer.bias", TENSOR_BIAS, 4, LORA_K, 1, NULL},
     {"base_model.model.language_model.model.layers.3.mlp.up_proj.lora_A.weight", TENSOR_A, 3, LORA_UP, 1, "language_model.model."},
     {"base_model.model.model.language_model.layers.3.mlp.up_proj.lora_A.weight", TENSOR_A, 3, LORA_UP, 1, "model.language_model."},
 };
@@ -51,22 +57,24 @@ static const struct {
     {LAYERS "0.self_attn.q_proj.lora_magnitude_vector.default.weight", TENSOR_MAGNITUDE},
     {LAYERS "0.self_attn.q_proj.lora_diag", TENSOR_DIAGONAL},
     {LAYERS "0.self_attn.q_proj.lora_monteclora_sampler.std_prior", TENSOR_SAMPLER},
+    {LAYERS "0.self_attn.q_proj.lora_velora_embed", TENSOR_SAMPLER},
     {LAYERS "0.self_attn.q_proj.base_layer.bias", TENSOR_BIAS},
     {LAYERS "0.self_attn.q_proj.bias", TENSOR_BIAS},
     {LAYERS "0.self_attn.q_proj.base_layer.weight", TENSOR_FULL_WEIGHT},
-    {LAYERS "0.input_layernorm.weight", TENSOR_FULL_WEIGHT},
-    {LAYERS "0.post_attention_layernorm.weight", TENSOR_FULL_WEIGHT},
-    {"base_model.model.model.norm.weight", TENSOR_FULL_WEIGHT},
-    {"base_model.model.model.norm.modules_to_save.default.weight", TENSOR_FULL_WEIGHT},
-    {"base_model.model.lm_head.weight", TENSOR_EMBEDDING_COPY},
-    {"base_model.model.lm_head.base_layer.weight", TENSOR_EMBEDDING_COPY},
-    {"base_model.model.model.embed_tokens.weight", TENSOR_EMBEDDING_COPY},
-    {"base_model.model.model.embed_tokens.base_layer.weight", TENSOR_EMBEDDING_COPY},
-    {"base_model.model.lm_head.modules_to_save.weight", TENSOR_FULL_WEIGHT},
-    {"base_model.model.lm_head.lora_A.weight", TENSOR_HEAD_LORA},
-    {"base_model.model.lm_head.lora_B.default.weight", TENSOR_HEAD_LORA},
-    {"base_model.model.model.embed_tokens.lora_embedding_A", TENSOR_EMBEDDING_LORA},
-    {"base_model.model.model.embed_tokens.lora_embedding_B", TENSOR_EMBEDDING_LORA},
+    {LAYERS "0.input_layernorm.weight", TENSOR_NORM},
+    {LAYERS "0.post_attention_layernorm.weight", TENSOR_NORM},
+    {LAYERS "0.self_attn.q_norm.modules_to_save.default.weight", TENSOR_NORM},
+    {LAYERS "0.pre_feedforward_layernorm.weight", TENSOR_FULL_WEIGHT},
+    {"base_model.model.model.norm.weight", TENSOR_NORM},
+    {"base_model.model.model.norm.modules_to_save.default.weight", TENSOR_NORM},
+    {"base_model.model.model.norm.original_module.weight", TENSOR_UNKNOWN},
+    {"base_model.model.lm_head.weight", TENSOR_WHOLE},
+    {"base_model.model.lm_head.base_layer.weight", TENSOR_COPY},
+    {"base_model.model.lm_head.original_module.weight", TENSOR_UNKNOWN},
+    {"base_model.model.lm_head.bias", TENSOR_BIAS},
+    {"base_model.model.model.embed_tokens.weight", TENSOR_WHOLE},
+    {"base_model.model.model.embed_tokens.base_layer.weight", TENSOR_COPY},
+    {"base_model.model.lm_head.modules_to_save.weight", TENSOR_WHOLE},
     {"base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta", TENSOR_TOKENS},
     {"base_model.model.model.embed_tokens.lora_magnitude_vector", TENSOR_MAGNITUDE},
     {"", TENSOR_UNKNOWN},
@@ -136,4 +144,8 @@ Test(tensor_name, makes_the_name_of_a_module)
     cr_expect_str_eq(name, "model.layers.3.self_attn.q_proj");
     module_name(name, "model.language_model.", 511, "mlp.gate_up_proj");
     cr_expect_str_eq(name, "model.language_model.layers.511.mlp.gate_up_proj");
+    module_name(name, "model.", LAYER_OUTSIDE, "embed_tokens");
+    cr_expect_str_eq(name, "model.embed_tokens");
+    module_name(name, "model.", LAYER_OUTSIDE, "lm_head");
+    cr_expect_str_eq(name, "lm_head");
 }

@@ -277,6 +277,16 @@ Test(safetensors, every_broken_file_is_refused_with_its_reason)
     }
 }
 
+/* 640 is 0x0280, and a pickle begins with 0x80 0x02. */
+Test(safetensors, are_no_pickles_for_a_header_of_640_bytes)
+{
+    char bytes[8 + 640] = "\x80\x02\0\0\0\0\0\0{}";
+
+    memset(bytes + 10, ' ', sizeof bytes - 10);
+    cr_expect_eq(open_and_close(write_file("640.safetensors", bytes, sizeof bytes)), MLORA_OK, "%s",
+                 error_text());
+}
+
 Test(safetensors, a_file_cut_at_any_byte_is_refused)
 {
     const float values[] = {1, 2, 3, 4};

@@ -281,15 +281,15 @@ Test(generate, compares_all_adapters_side_by_side_or_one_under_another)
 
 Test(generate, leaves_out_a_refused_adapter_of_a_folder_only)
 {
-    struct outcome folder = run(NULL, "generate -m " LLAMA2 " --adapters " LLAMA2 "/adapters "
+    struct outcome folder = run(NULL, "generate -m " LLAMA2 " --adapters tests/fixtures/refused "
                                       "-n 1 -p x");
     cr_expect_eq(folder.status, 0);
-    cr_expect(strstr(folder.err, "mlora: warning: left out: adapter mood-dora: "));
-    cr_expect(strstr(folder.err, "use_dora"));
+    cr_expect(strstr(folder.err, "mlora: warning: left out: adapter pissa: "));
+    cr_expect(strstr(folder.err, "init_lora_weights"));
     outcome_free(&folder);
     struct outcome named =
-        run(NULL, "generate -m " LLAMA2 " --adapters d=" LLAMA2 "/adapters/mood-dora -n 1 -p x");
-    expect_refusal_with(&named, "use_dora");
+        run(NULL, "generate -m " LLAMA2 " --adapters d=tests/fixtures/refused/pissa -n 1 -p x");
+    expect_refusal_with(&named, "init_lora_weights");
 }
 
 /* ---- refusals ----------------------------------------------------------------------------- */

@@ -28,12 +28,12 @@ Test(inspect, describes_an_adapter_with_one_row_for_equal_layers)
 
 Test(inspect, says_why_an_adapter_is_not_served_or_does_not_fit)
 {
-    struct outcome dora = run(NULL, "inspect " LLAMA2 "/adapters/mood-dora --json");
-    json_t *object = output_json(&dora);
+    struct outcome refused = run(NULL, "inspect tests/fixtures/refused/pissa --json");
+    json_t *object = output_json(&refused);
     cr_expect(json_is_false(json_object_get(object, "served")));
-    cr_expect(strstr(json_string_value(json_object_get(object, "reason")), "use_dora"));
+    cr_expect(strstr(json_string_value(json_object_get(object, "reason")), "init_lora_weights"));
     json_decref(object);
-    outcome_free(&dora);
+    outcome_free(&refused);
 
     struct outcome other = run(NULL, "inspect " LLAMA2 "/adapters/mood --model " LLAMA3);
     cr_expect_eq(other.status, 0, "%s", other.err);
