@@ -10,9 +10,9 @@ enum { SILU_BLOCK = 256 };
  *   y [T, F] X    gate_up [T, 2 F] X
  *   grid T F / (GROUP SILU_BLOCK)    block SILU_BLOCK */
 template <typename X>
-static __global__ void silu_mul_kernel(X *__restrict__ y, const X *__restrict__ gate_up, int T,
-                                       int F, bool aligned)
+static __global__ void silu_mul_kernel(X *y, const X *gate_up, int T, int F, bool aligned)
 {
+    grid_begin();
     const int groups = ceil_div(F, GROUP); /* of a row */
     const long long item = (long long)blockIdx.x * SILU_BLOCK + threadIdx.x;
     if (item >= (long long)T * groups) return;
@@ -39,8 +39,7 @@ void cuda_silu_mul(struct device *dev, void *y, const void *gate_up, int T, int 
     const bool aligned = F % GROUP == 0 && is_aligned(y) && is_aligned(gate_up);
     with_activation(dtype, [&](auto type) {
         using X = decltype(type);
-        silu_mul_kernel<<<grid, SILU_BLOCK, 0, cuda->stream>>>((X *)y, (const X *)gate_up, T, F,
-                                                               aligned);
+        cuda_launch(cuda, "silu_mul", silu_mul_kernel<X>, grid, SILU_BLOCK, 0, 1, (X *)y,
+                    (const X *)gate_up, T, F, aligned);
     });
-    cuda_check(cuda, cudaGetLastError(), "silu_mul");
 }

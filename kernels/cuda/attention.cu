@@ -15,12 +15,12 @@ enum { ANY_BLOCK = 128, ANY_WARPS = ANY_BLOCK / WARP };
  *   grid (H, T)    block ANY_BLOCK    shared (ANY_WARPS d + 2 ANY_WARPS) floats
  *   ELEMENTS of a head in each lane: d <= 32 ELEMENTS */
 template <typename X, typename C, int ELEMENTS>
-static __global__ void
-attention_kernel(X *__restrict__ y, const X *__restrict__ qkv, const C *__restrict__ k,
-                 const C *__restrict__ v, const int32_t *__restrict__ position_of,
-                 const int32_t *__restrict__ row_of, const struct attention_args args)
+static __global__ void attention_kernel(X *y, const X *qkv, const C *k, const C *v,
+                                        const int32_t *position_of, const int32_t *row_of,
+                                        const struct attention_args args)
 {
     extern __shared__ float shared[];
+    grid_begin();
     float *sums = shared, *maxima = shared + ANY_WARPS * args.d, *totals = maxima + ANY_WARPS;
     const int H = args.H, G = args.G, d = args.d;
     const int h = blockIdx.x, t = blockIdx.y, g = h / (H / G);
@@ -81,9 +81,9 @@ static void attention_any(struct cuda_device *cuda, void *y, const void *qkv,
 {
     const dim3 grid(args->H, batch->T);
     const size_t bytes = (size_t)ANY_WARPS * (args->d + 2) * sizeof(float);
-    attention_kernel<X, C, ELEMENTS><<<grid, ANY_BLOCK, bytes, cuda->stream>>>(
-        (X *)y, (const X *)qkv, (const C *)kv->k, (const C *)kv->v, batch->position, batch->row,
-        *args);
+    cuda_launch(cuda, "attention", attention_kernel<X, C, ELEMENTS>, grid, ANY_BLOCK, bytes, 1,
+                (X *)y, (const X *)qkv, (const C *)kv->k, (const C *)kv->v, batch->position,
+                batch->row, *args);
 }
 
 static bool has_kernel(int d)
@@ -125,5 +125,4 @@ void cuda_attention(struct device *dev, void *y, const void *qkv, const struct k
             });
         });
     }
-    cuda_check(cuda, cudaGetLastError(), "attention");
 }

@@ -76,8 +76,8 @@ template <int D> struct page_reader {
 
 /* Add up the parts of a row's heads in the order of the splits. */
 template <int D>
-static __device__ void combine(bf16 *__restrict__ y, const struct decode_parts &parts, size_t head0,
-                               int n_heads, int splits)
+static __device__ void combine(bf16 *y, const struct decode_parts &parts, size_t head0, int n_heads,
+                               int splits)
 {
     __shared__ float weight[DECODE_HEADS][SPLITS_MAX];
 
@@ -91,7 +91,7 @@ static __device__ void combine(bf16 *__restrict__ y, const struct decode_parts &
             max = fmaxf(max, __shfl_xor_sync(~0u, max, step));
         for (int s = lane; s < splits; s += WARP) {
             const float2 part = __ldcg(&stats[s]);
-            weight[head][s] = exp2f(part.x - max);
+            weight[head][s] = fast_exp2(part.x - max);
             total += weight[head][s] * part.y;
         }
         total = warp_sum(total);
@@ -120,10 +120,9 @@ static __device__ void combine(bf16 *__restrict__ y, const struct decode_parts &
  *   grid (splits, G * heads / 8, Q)    block DECODE_BLOCK    shared decode_shared<D>() */
 template <int D>
 static __global__ void __launch_bounds__(DECODE_BLOCK)
-    attention_decode_kernel(bf16 *__restrict__ y, const bf16 *__restrict__ qkv,
-                            const bf16 *__restrict__ k, const bf16 *__restrict__ v,
+    attention_decode_kernel(bf16 *y, const bf16 *qkv, const bf16 *k, const bf16 *v,
                             const struct attention_args args, const struct decode_parts parts,
-                            int *__restrict__ counters)
+                            int *counters)
 {
     extern __shared__ __align__(16) unsigned char shared[];
     const int row = blockIdx.z, H = args.H, G = args.G, group = H / G;
@@ -132,13 +131,13 @@ static __global__ void __launch_bounds__(DECODE_BLOCK)
     const int n_heads = min_int(DECODE_HEADS, group - in_group);
     const int h0 = g * group + in_group;
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    grid_release();
     const int t = args.row_start[row];
-    if (args.row_start[row + 1] - t != 1) return; /* the whole block: see attention_prefill */
+    const int n_tokens = args.row_start[row + 1] - t;
 
     const int end = args.kv_len[row], begin = first_seen(args, end - 1);
     const int page0 = begin / KV_BLOCK, n_pages = ceil_div(end, KV_BLOCK) - page0;
     const int splits = decode_splits(n_pages);
-    if ((int)blockIdx.x >= splits) return; /* the whole block */
     const int pages = ceil_div(n_pages, splits);
     const int split_begin = page0 + blockIdx.x * pages;
     const int split_end = min_int(split_begin + pages, page0 + n_pages);
@@ -153,6 +152,9 @@ static __global__ void __launch_bounds__(DECODE_BLOCK)
     reader.n = ceil_div(max_int(0, split_end - reader.first), DECODE_WARPS);
     reader.end = end;
     reader.ids = 0;
+    grid_wait();
+    /* The whole block: a longer row is attention_prefill's. */
+    if (n_tokens != 1 || (int)blockIdx.x >= splits) return;
     for (int unit = 0; unit < QUEUE - 1; unit++) reader.start(unit);
 
     /* Q^T: column lane / 4 is head h0 + lane / 4. */
@@ -197,10 +199,10 @@ static __global__ void __launch_bounds__(DECODE_BLOCK)
             for (int step = 4; step < WARP; step *= 2)
                 new_max = fmaxf(new_max, __shfl_xor_sync(~0u, new_max, step));
             new_max = fmaxf(new_max, max[c]); /* a page has a token that is seen: finite */
-            const float keep = exp2f(max[c] - new_max);
+            const float keep = fast_exp2(max[c] - new_max);
             max[c] = new_max;
-            weight[c] = exp2f(weight[c] - new_max);
-            weight[c + 2] = exp2f(weight[c + 2] - new_max);
+            weight[c] = fast_exp2(weight[c] - new_max);
+            weight[c + 2] = fast_exp2(weight[c + 2] - new_max);
             total[c] = total[c] * keep + weight[c] + weight[c + 2];
 #pragma unroll
             for (int s = 0; s < D / 16; s++) out[s][c] *= keep, out[s][c + 2] *= keep;
@@ -250,7 +252,7 @@ static __global__ void __launch_bounds__(DECODE_BLOCK)
 #pragma unroll
         for (int w = 0; w < DECODE_WARPS; w++) {
             const int from = w * DECODE_HEADS + head;
-            const float weight = exp2f(stats[from * 2] - largest); /* 0 for an idle warp */
+            const float weight = fast_exp2(stats[from * 2] - largest); /* 0 for an idle warp */
             sum += weight * merge[from * D + column];
             weights += weight * stats[from * 2 + 1];
         }
@@ -289,8 +291,8 @@ static void launch(struct cuda_device *cuda, bf16 *y, const bf16 *qkv, const bf1
         parts.stats = parts.sums + n * D;
     }
     cuda_allow_shared(cuda, attention_decode_kernel<D>, decode_shared<D>(), "attention");
-    attention_decode_kernel<D><<<grid, DECODE_BLOCK, decode_shared<D>(), cuda->stream>>>(
-        y, qkv, k, v, *args, parts, cuda->counters);
+    cuda_launch(cuda, "attention", attention_decode_kernel<D>, grid, DECODE_BLOCK,
+                decode_shared<D>(), 1, y, qkv, k, v, *args, parts, cuda->counters);
 }
 
 void attention_decode(struct cuda_device *cuda, bf16 *y, const bf16 *qkv, const bf16 *k,

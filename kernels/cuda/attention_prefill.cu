@@ -59,20 +59,34 @@ static __device__ bool find_tile(int *row, int *tile_of_row, int tile,
     return false;
 }
 
-/* Begin to copy positions [first, first + POSITIONS) of a head; zeros from `end` on. */
+/* Begin to copy positions [first, first + POSITIONS) of a head; zeros from `end` on. Where a pass
+ * of the block's threads is a whole number of rows, a block of the cache is looked up once. */
 template <int D>
 static __device__ void copy_positions(uint32_t to, const bf16 *from, const int32_t *table,
                                       size_t block_stride, int first, int end)
 {
-    static_assert(POSITIONS * D / 8 % PREFILL_BLOCK == 0);
+    constexpr int UNITS = D / 8, ROWS = PREFILL_BLOCK / UNITS; /* 16 bytes of a row; rows a pass */
+    if constexpr (ROWS * UNITS == PREFILL_BLOCK && KV_BLOCK % ROWS == 0) {
+        const int row = threadIdx.x / UNITS, column = threadIdx.x % UNITS * 8;
 #pragma unroll
-    for (int j = 0; j < POSITIONS * D / 8 / PREFILL_BLOCK; j++) {
-        const int part = j * PREFILL_BLOCK + threadIdx.x;
-        const int row = part / (D / 8), column = part % (D / 8) * 8;
-        const int p = first + row;
-        const size_t block = p < end ? table[p / KV_BLOCK] : 0;
-        copy_async(to + (row * pitch<D>() + column) * 2,
-                   from + block * block_stride + p % KV_BLOCK * D + column, p < end);
+        for (int i = 0; i < POSITIONS / KV_BLOCK; i++) {
+            const int p = first + i * KV_BLOCK;
+            const size_t block = p < end ? table[p / KV_BLOCK] : 0;
+            const bf16 *page = from + block * block_stride + row * D + column;
+#pragma unroll
+            for (int j = 0; j < KV_BLOCK; j += ROWS)
+                copy_async(to + ((i * KV_BLOCK + j + row) * pitch<D>() + column) * 2, page + j * D,
+                           p + j + row < end);
+        }
+    } else {
+#pragma unroll
+        for (int j = 0; j < POSITIONS * UNITS / PREFILL_BLOCK; j++) {
+            const int unit = j * PREFILL_BLOCK + threadIdx.x;
+            const int row = unit / UNITS, column = unit % UNITS * 8, p = first + row;
+            const size_t block = p < end ? table[p / KV_BLOCK] : 0;
+            copy_async(to + (row * pitch<D>() + column) * 2,
+                       from + block * block_stride + p % KV_BLOCK * D + column, p < end);
+        }
     }
 }
 
@@ -80,22 +94,24 @@ static __device__ void copy_positions(uint32_t to, const bf16 *from, const int32
  *   y[t, h, :] = sum_p softmax_p(scale q . K[p, g, :]) V[p, g, :]
  *
  *   y [T, H, D]    qkv [T, H + 2 G, D]    k, v [., G, KV_BLOCK, D]
- *   grid (tiles, G)    block PREFILL_BLOCK, a warp for 16 MT queries
+ *   grid (G, tiles)    block PREFILL_BLOCK, a warp for 16 MT queries
  *   shared prefill_shared<D, MT>(): queries, a tile of keys, a tile of values */
 template <int D, int MT>
 static __global__ void __launch_bounds__(PREFILL_BLOCK)
-    attention_prefill_kernel(bf16 *__restrict__ y, const bf16 *__restrict__ qkv,
-                             const bf16 *__restrict__ k, const bf16 *__restrict__ v,
+    attention_prefill_kernel(bf16 *y, const bf16 *qkv, const bf16 *k, const bf16 *v,
                              const struct attention_args args)
 {
     extern __shared__ __align__(16) unsigned char shared[];
     const uint32_t queries_tile = shared_address(shared);
     const uint32_t keys = queries_tile + queries<MT>() * pitch<D>() * 2;
     const uint32_t values = keys + POSITIONS * pitch<D>() * 2;
-    const int H = args.H, G = args.G, group = H / G, g = blockIdx.y;
+    const int H = args.H, G = args.G, group = H / G, g = blockIdx.x;
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     int row, tile;
-    if (!find_tile(&row, &tile, blockIdx.x, args, queries<MT>())) return; /* the whole block */
+    grid_release();
+    const bool found = find_tile(&row, &tile, blockIdx.y, args, queries<MT>());
+    grid_wait();
+    if (!found) return; /* the whole block */
 
     const int t0 = args.row_start[row], n = args.row_start[row + 1] - t0;
     const int kv_len = args.kv_len[row], before = kv_len - n; /* positions before the row's */
@@ -183,14 +199,14 @@ static __global__ void __launch_bounds__(PREFILL_BLOCK)
                 largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
                 /* Nothing seen so far: any finite number keeps the weights at 0. */
                 const float top = largest == -INFINITY ? 0.0f : largest * args.scale;
-                const float keep = exp2f(max[i][c] * args.scale - top);
+                const float keep = fast_exp2(max[i][c] * args.scale - top);
                 max[i][c] = largest;
                 float sum = 0.0f;
 #pragma unroll
                 for (int j = 0; j < POSITIONS / 8; j++)
 #pragma unroll
                     for (int e = 0; e < 2; e++) {
-                        const float weight = exp2f(score[i][j][2 * c + e] * args.scale - top);
+                        const float weight = fast_exp2(score[i][j][2 * c + e] * args.scale - top);
                         score[i][j][2 * c + e] = weight;
                         sum += weight;
                     }
@@ -258,10 +274,11 @@ static void launch(struct cuda_device *cuda, bf16 *y, const bf16 *qkv, const bf1
      * more. */
     const long long packed = (long long)T * (args->H / args->G);
     const int tiles = (int)(packed / queries<MT>()) + min_int(args->Q, max_int(1, T / 2));
-    const dim3 grid(tiles, args->G);
+    const dim3 grid(args->G, tiles); /* heavy tiles of all heads first */
+    assert(tiles <= 65535);
     cuda_allow_shared(cuda, attention_prefill_kernel<D, MT>, prefill_shared<D, MT>(), "attention");
-    attention_prefill_kernel<D, MT>
-        <<<grid, PREFILL_BLOCK, prefill_shared<D, MT>(), cuda->stream>>>(y, qkv, k, v, *args);
+    cuda_launch(cuda, "attention", attention_prefill_kernel<D, MT>, grid, PREFILL_BLOCK,
+                prefill_shared<D, MT>(), 1, y, qkv, k, v, *args);
 }
 
 void attention_prefill(struct cuda_device *cuda, bf16 *y, const bf16 *qkv, const bf16 *k,

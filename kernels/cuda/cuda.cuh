@@ -31,15 +31,18 @@ enum {
 };
 
 struct matmul_plans;
+struct recordings;
 
 struct cuda_device {
     struct device base; /* first: a struct device * is one of these */
     int ordinal;
-    int n_sms; /* multiprocessors */
+    int n_sms;      /* multiprocessors */
+    bool is_hopper; /* or newer: kernels overlap, and blocks of a cluster share their memory */
     cudaStream_t stream;
     cublasLtHandle_t blas;
     void *blas_workspace;
     struct matmul_plans *plans;
+    struct recordings *recordings;
     /* [COUNTERS] zero between ops: blocks count here who of them is the last to finish a common
      * sum; that one adds the parts up in their order and sets the counter back. */
     int *counters;
@@ -74,6 +77,39 @@ static inline void cuda_allow_shared(struct cuda_device *cuda, Kernel *kernel, s
             cuda,
             cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes),
             op);
+}
+
+/* Launch with, on Hopper, leave to begin while the kernel before is still running: what a kernel
+ * does before grid_wait() may touch only what no kernel writes (weights, and what was uploaded).
+ * __restrict__ stands at such pointers only: it lets the compiler move their loads before the
+ * wait.
+ * `cluster` neighbouring blocks along z run at the same time (Hopper only; 1: no cluster). */
+template <typename... Parameters, typename... Arguments>
+static inline void cuda_launch(struct cuda_device *cuda, const char *op,
+                               void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared,
+                               unsigned cluster, Arguments... arguments)
+{
+    cudaLaunchConfig_t config = {};
+    cudaLaunchAttribute attributes[2] = {};
+    config.gridDim = grid;
+    config.blockDim = block;
+    config.dynamicSmemBytes = shared;
+    config.stream = cuda->stream;
+    config.attrs = attributes;
+    if (cuda->is_hopper) {
+        attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attributes[0].val.programmaticStreamSerializationAllowed = 1;
+        config.numAttrs = 1;
+    }
+    if (cluster > 1) {
+        attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+        attributes[config.numAttrs].val.clusterDim.x = 1;
+        attributes[config.numAttrs].val.clusterDim.y = 1;
+        attributes[config.numAttrs].val.clusterDim.z = cluster;
+        config.numAttrs++;
+    }
+    cuda_check(cuda, cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...),
+               op);
 }
 
 /* Call f with a value of the C++ type of `dtype`. */
@@ -145,6 +181,10 @@ void cuda_sample(struct device *dev, int32_t *ids, const float *logits,
 void cuda_logprobs(struct device *dev, float *logprob, int32_t *top_ids, float *top_logprobs,
                    const float *logits, const int32_t *target, int Q, int V, int n);
 
+bool cuda_replay(struct device *dev, const void *key, size_t bytes);
+void cuda_record_end(struct device *dev);
+mlora_status recordings_open(struct recordings **out);
+void recordings_close(struct recordings *recordings); /* accepts NULL */
 mlora_status matmul_plans_open(struct matmul_plans **out);
 void matmul_plans_close(struct matmul_plans *plans); /* accepts NULL */
 
@@ -177,6 +217,14 @@ template <> inline __device__ bf16 narrow<bf16>(float x)
 template <typename T> static inline __device__ float rounded(float x)
 {
     return widen(narrow<T>(x));
+}
+
+/* 2^x in one instruction, to two units; 0 for -infinity. */
+static inline __device__ float fast_exp2(float x)
+{
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
 }
 
 /* Two bf16 in a register, `low` first in memory. */
@@ -349,6 +397,55 @@ static inline __device__ void mma_bf16(float c[4], const uint32_t a[4], uint32_t
                  "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+/* Let the next kernel begin, as far as it can before its own grid_wait(). */
+static inline __device__ void grid_release()
+{
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+/* Wait until the kernels before this one have ended and what they wrote can be read. Every kernel
+ * calls it in every block, so that its own end means that those before it have ended too. */
+static inline __device__ void grid_wait()
+{
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+/* The first statement of a kernel that has nothing to do before the wait. */
+static inline __device__ void grid_begin()
+{
+    grid_release();
+    grid_wait();
+}
+
+/* A barrier for all threads of the cluster's blocks: what one wrote before, the others see after.
+ * Before Hopper a cluster is one block. */
+static inline __device__ void cluster_sync()
+{
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.release;\n"
+                 "barrier.cluster.wait.acquire;" ::
+                     : "memory");
+#else
+    __syncthreads();
+#endif
+}
+
+/* The same place in the shared memory of block `rank` of the cluster. */
+template <typename T> static inline __device__ T *cluster_block(T *memory, int rank)
+{
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    T *there;
+    asm volatile("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(memory), "r"(rank));
+    return there;
+#else
+    return memory;
+#endif
 }
 
 /* Count this block in at counter; true in all threads of the last of n blocks, which then sees

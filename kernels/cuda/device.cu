@@ -114,6 +114,7 @@ static void device_close(struct device *dev)
     cudaFree(cuda->counters);
     cudaFree(cuda->blas_workspace);
     matmul_plans_close(cuda->plans);
+    recordings_close(cuda->recordings);
     if (cuda->blas) cublasLtDestroy(cuda->blas);
     if (cuda->stream) cudaStreamDestroy(cuda->stream);
     free(cuda);
@@ -121,10 +122,34 @@ static void device_close(struct device *dev)
 
 /* In the order of struct kernels. */
 static const struct kernels cuda_kernels = {
-    device_close,     device_alloc,     device_free,      device_upload,  device_download,
-    device_sync,      device_memory,    cuda_metadata,    cuda_embed,     cuda_add_rms_norm,
-    cuda_matmul,      cuda_head_norm,   cuda_rope,        cuda_attention, cuda_silu_mul,
-    cuda_gather_rows, cuda_lora_shrink, cuda_lora_expand, cuda_sample,    cuda_logprobs,
+    device_close,
+    device_alloc,
+    device_free,
+    device_upload,
+    device_download,
+    device_sync,
+    device_memory,
+    cuda_metadata,
+    cuda_embed,
+    cuda_add_rms_norm,
+    cuda_matmul,
+    cuda_head_norm,
+    cuda_rope,
+    cuda_attention,
+    cuda_silu_mul,
+    cuda_gather_rows,
+    cuda_lora_shrink,
+    cuda_lora_expand,
+    cuda_sample,
+    cuda_logprobs,
+    cuda_replay,
+    cuda_record_end,
+    false /* plain LoRA only */,
+    NULL,
+    NULL,
+    NULL,
+    NULL,
+    NULL,
 };
 
 /* The parts that need the device to be current. */
@@ -167,10 +192,11 @@ extern "C" mlora_status cuda_device_open(struct device **out, int ordinal)
     if (!cuda) return error_set(MLORA_ENOMEM, "out of memory for the CUDA device");
     cuda->base.ops = &cuda_kernels;
     cuda->base.backend = "cuda";
-    snprintf(cuda->base.description, sizeof cuda->base.description, "%.64s, %.0f GB",
-             properties.name, (double)properties.totalGlobalMem / 1e9);
+    snprintf(cuda->base.description, sizeof cuda->base.description, "%.64s, %.0f GiB",
+             properties.name, (double)properties.totalGlobalMem / (1 << 30));
     cuda->ordinal = ordinal;
     cuda->n_sms = properties.multiProcessorCount;
+    cuda->is_hopper = properties.major >= 9;
 
     error = open_parts(cuda);
     mlora_status status = MLORA_OK;
@@ -180,6 +206,7 @@ extern "C" mlora_status cuda_device_open(struct device **out, int ordinal)
         status = refuse(ordinal, "cuBLAS does not start on it");
     else
         status = matmul_plans_open(&cuda->plans);
+    if (status == MLORA_OK) status = recordings_open(&cuda->recordings);
     if (status != MLORA_OK) {
         device_close(&cuda->base);
         return status;

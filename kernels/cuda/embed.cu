@@ -11,9 +11,10 @@ enum { EMBED_BLOCK = 128 };
  *   y [T, D] Y    table [., D] X    ids [T]
  *   grid (D / (GROUP EMBED_BLOCK), T)    block EMBED_BLOCK */
 template <typename Y, typename X>
-static __global__ void pick_rows_kernel(Y *__restrict__ y, const X *__restrict__ table,
-                                        const int32_t *__restrict__ ids, int D, bool aligned)
+static __global__ void pick_rows_kernel(Y *y, const X *table, const int32_t *ids, int D,
+                                        bool aligned)
 {
+    grid_begin();
     const int i = (blockIdx.x * EMBED_BLOCK + threadIdx.x) * GROUP;
     if (i >= D) return;
     float x[GROUP];
@@ -38,11 +39,10 @@ static void pick_rows(struct device *dev, void *y, const void *table, enum dtype
         with_type(from, [&](auto x_type) {
             using Y = decltype(y_type);
             using X = decltype(x_type);
-            pick_rows_kernel<<<grid, EMBED_BLOCK, 0, cuda->stream>>>((Y *)y, (const X *)table, ids,
-                                                                     D, aligned);
+            cuda_launch(cuda, op, pick_rows_kernel<Y, X>, grid, EMBED_BLOCK, 0, 1, (Y *)y,
+                        (const X *)table, ids, D, aligned);
         });
     });
-    cuda_check(cuda, cudaGetLastError(), op);
 }
 
 void cuda_embed(struct device *dev, void *y, const struct matrix *table, const int32_t *ids, int T,

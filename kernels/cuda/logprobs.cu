@@ -48,20 +48,21 @@ static __device__ int collect_top(int32_t *ids, float *values, const float *row,
  *   logprob [Q]    top_ids, top_logprobs [Q, n]    logits [Q, V]    target [Q]
  *   grid Q    block ROW_BLOCK */
 static __global__ void __launch_bounds__(ROW_BLOCK, 1)
-    logprobs_kernel(float *__restrict__ logprob, int32_t *__restrict__ top_ids,
-                    float *__restrict__ top_logprobs, const float *__restrict__ logits,
-                    const int32_t *__restrict__ target, int V, int n, bool whole)
+    logprobs_kernel(float *logprob, int32_t *top_ids, float *top_logprobs, const float *logits,
+                    const int32_t *target, int V, int n, bool whole)
 {
     __shared__ struct select_memory memory;
     __shared__ float shared[WARP];
     __shared__ double sums[WARP];
     __shared__ int32_t ids[TOP_MAX];
     __shared__ float values[TOP_MAX];
+    grid_begin();
     const int q = blockIdx.x, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     const float *row = logits + (size_t)q * V;
 
+    const struct row_part part = {row, V, whole, 0, 1};
     float max = -INFINITY, min = INFINITY;
-    for_fours(row, V, whole, [&](int, const float(&four)[4]) {
+    for_fours(part, [&](int, const float(&four)[4]) {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             max = fmaxf(max, four[i]);
@@ -80,7 +81,7 @@ static __global__ void __launch_bounds__(ROW_BLOCK, 1)
     }
 
     double sum = 0;
-    for_fours(row, V, whole, [&](int v, const float(&four)[4]) {
+    for_fours(part, [&](int v, const float(&four)[4]) {
         float part = 0.0f;
 #pragma unroll
         for (int i = 0; i < 4; i++)
@@ -100,12 +101,14 @@ static __global__ void __launch_bounds__(ROW_BLOCK, 1)
     if (n == 0) return; /* the whole block */
 
     float floor = -INFINITY;
-    if (n < V)
+    if (n < V) {
+        unsigned long long n_reached = 0;
         floor = smallest_kept(
-            &memory, row, V, whole, floor, min, max, (unsigned long long)n, 0.0,
-            [](int, float logit) { return logit; }, [](float) { return 1ull; });
-    /* Fewer than n are above -infinity: the rest is -infinity. */
-    if (n < V && memory.above + memory.n_list < (unsigned long long)n) floor = -INFINITY;
+            &memory, part, floor, min, max, (unsigned)n, 0.0, &n_reached,
+            [](int, float logit) { return logit; }, [](float) { return 1u; });
+        /* Fewer than n are above -infinity: the rest is -infinity. */
+        if (n_reached < (unsigned long long)n) floor = -INFINITY;
+    }
     __syncthreads();
     const int found = collect_top(ids, values, row, V, floor, n);
     for (int i = threadIdx.x; i < n; i += ROW_BLOCK) {
@@ -132,7 +135,6 @@ void cuda_logprobs(struct device *dev, float *logprob, int32_t *top_ids, float *
     if (!cuda || Q == 0) return;
     assert(V > 0 && n >= 0 && n <= TOP_MAX);
 
-    logprobs_kernel<<<Q, ROW_BLOCK, 0, cuda->stream>>>(
-        logprob, top_ids, top_logprobs, logits, target, V, n, V % 4 == 0 && is_aligned(logits));
-    cuda_check(cuda, cudaGetLastError(), "logprobs");
+    cuda_launch(cuda, "logprobs", logprobs_kernel, Q, ROW_BLOCK, 0, 1, logprob, top_ids,
+                top_logprobs, logits, target, V, n, V % 4 == 0 && is_aligned(logits));
 }

@@ -113,10 +113,21 @@ static inline __device__ void split_pair(uint32_t part[PARTS], float low, float 
     }
 }
 
-/* `n` elements from index i on of a factor, zeros past `end`. */
+/* N elements from index i on of a factor of any type; the first n of them, then zeros, where it
+ * is not `whole`. */
 template <int N>
-static inline __device__ void load_factor(float to[N], const void *from, int dtype, size_t i, int n)
+static inline __device__ void load_factor(float (&to)[N], const void *from, int dtype, size_t i,
+                                          int n, bool whole)
 {
+    static_assert(N == 4 || N == 8);
+    if (whole && dtype == DTYPE_F32) {
+#pragma unroll
+        for (int e = 0; e < N; e += 4) {
+            const float4 four = *(const float4 *)((const float *)from + i + e);
+            to[e] = four.x, to[e + 1] = four.y, to[e + 2] = four.z, to[e + 3] = four.w;
+        }
+        return;
+    }
 #pragma unroll
     for (int e = 0; e < N; e++) {
         to[e] = 0.0f;

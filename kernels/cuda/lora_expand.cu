@@ -1,5 +1,6 @@
 /* The second half of LoRA: the rank to y, added with one rounding. Bound by reading B once for
- * each adapter in use and by y, read and written (from L2 at decode). */
+ * each adapter in use and by y, read and written (from L2 at decode); at few adapters by latency,
+ * so B is on its way before h and y are waited for. */
 #include "kernels/cuda/lora.cuh"
 
 /* ---- kernels ------------------------------------------------------------------------------ */
@@ -9,8 +10,9 @@
 static __device__ bool find_chunk(int *slice, int *first, int index, const struct lora_args &args,
                                   int size)
 {
-    for (int i = 0; i < args.n_slices; i++) {
-        const int chunks = ceil_div(args.width[i], size);
+#pragma unroll
+    for (int i = 0; i < LORA_SLICES_MAX; i++) {
+        const int chunks = i < args.n_slices ? ceil_div(args.width[i], size) : 0;
         if (index < chunks) {
             *slice = i;
             *first = index * size;
@@ -38,23 +40,61 @@ static inline __host__ __device__ int lanes_a_row(int R)
     return lanes;
 }
 
-/* sum[j] += this lane's part of dot(B[n + j, :], h), rows clamped to the last one */
-template <bool WHOLE, typename B>
-static __device__ void expand_rows(float (&sum)[GROUP], const float *h, const B *b, int n, int N,
-                                   int R, int r0, int lanes)
+/* Eight rows of B from n on, eight elements from r on of each (bf16, aligned); the last row again
+ * where there are no more, zeros past R. */
+static __device__ void load_rows(uint4 (&bits)[GROUP], const bf16 *b, int n, int N, int R, int r)
 {
-    for (int r = r0; r < R; r += lanes * GROUP) {
-        float x[GROUP];
 #pragma unroll
-        for (int e = 0; e < GROUP; e++) x[e] = r + e < R ? h[r + e] : 0.0f;
+    for (int j = 0; j < GROUP; j++)
+        bits[j] = r < R ? *(const uint4 *)(b + (size_t)min_int(n + j, N - 1) * R + r)
+                        : make_uint4(0, 0, 0, 0);
+}
+
+static __device__ void add_rows(float (&sum)[GROUP], const uint4 (&bits)[GROUP],
+                                const float (&x)[GROUP])
+{
+#pragma unroll
+    for (int j = 0; j < GROUP; j++) {
+        bf16 w[GROUP];
+        memcpy(w, &bits[j], sizeof w);
+#pragma unroll
+        for (int e = 0; e < GROUP; e++) sum[j] += widen(w[e]) * x[e];
+    }
+}
+
+/* The same for any type and rank, all of the row: lanes step by `lanes` groups. */
+static __device__ void add_rows_any(float (&sum)[GROUP], const float *h,
+                                    const struct lora_factors &f, int n, int N, int r0, int lanes,
+                                    bool whole)
+{
+    for (int r = r0; r < f.R; r += lanes * GROUP) {
+        float x[GROUP];
+        load_some(x, h + r, f.R - r, false);
 #pragma unroll
         for (int j = 0; j < GROUP; j++) {
             float w[GROUP];
-            load_some(w, b + (size_t)min_int(n + j, N - 1) * R + r, R - r, WHOLE);
+            load_factor(w, f.b, f.dtype, (size_t)min_int(n + j, N - 1) * f.R + r, f.R - r, whole);
 #pragma unroll
             for (int e = 0; e < GROUP; e++) sum[j] += w[e] * x[e];
         }
     }
+}
+
+/* y[n + j] += scale * the lanes' sums, by the first lane of the row's. All lanes call it. */
+template <typename X>
+static __device__ void add_to_row(X *y, float (&sum)[GROUP], int n, int end, int lanes, float scale,
+                                  bool whole)
+{
+    const bool writes = threadIdx.x % lanes == 0 && n < end;
+    float old[GROUP];
+    if (writes) load_some(old, y + n, end - n, whole && n + GROUP <= end);
+    for (int step = lanes / 2; step > 0; step /= 2)
+#pragma unroll
+        for (int j = 0; j < GROUP; j++) sum[j] += __shfl_xor_sync(~0u, sum[j], step);
+    if (!writes) return;
+#pragma unroll
+    for (int j = 0; j < GROUP; j++) old[j] += scale * sum[j];
+    store_some(y + n, old, end - n, whole && n + GROUP <= end);
 }
 
 /* Tokens one by one, for any types and sizes:
@@ -63,45 +103,52 @@ static __device__ void expand_rows(float (&sum)[GROUP], const float *h, const B 
  *   y [T, N] X, in and out    h [T, n_slices, max_rank]
  *   grid (chunks, n_tokens)    block ROW_BLOCK: lanes_a_row(R) lanes for eight outputs */
 template <typename X>
-static __global__ void __launch_bounds__(ROW_BLOCK)
-    lora_expand_row_kernel(X *__restrict__ y, const float *__restrict__ h,
-                           const __grid_constant__ struct lora_args args, int chunk)
+static __global__ void __launch_bounds__(ROW_BLOCK, 5)
+    lora_expand_row_kernel(X *y, const float *h, const __grid_constant__ struct lora_args args,
+                           int chunk)
 {
+    grid_release();
     const int t = args.order[blockIdx.y];
     int slice, first;
-    if (!find_chunk(&slice, &first, blockIdx.x, args, chunk)) return;
-    const struct lora_factors f = *lora_factors_of(args, args.slot[t], slice);
-    if (!f.a) return;
+    struct lora_factors f = {};
+    if (find_chunk(&slice, &first, blockIdx.x, args, chunk))
+        f = *lora_factors_of(args, args.slot[t], slice);
+    if (!f.a) { /* the whole block */
+        grid_wait();
+        return;
+    }
 
-    const int lanes = lanes_a_row(f.R), lane = threadIdx.x % WARP, in_row = lane % lanes;
+    const int lanes = lanes_a_row(f.R), lane = threadIdx.x % WARP, r0 = lane % lanes * GROUP;
     const int outputs = WARP / lanes * GROUP; /* of a warp */
     const int N = args.width[slice], end = min_int(N, first + chunk);
     const float *h_row = h + lora_h_row(args, t, slice);
     const bool whole = f.R % GROUP == 0 && is_aligned_on_device(f.b);
+    const bool ahead = whole && f.dtype == DTYPE_BF16 && f.R <= WARP * GROUP;
     X *y_row = y + (size_t)t * args.N + args.offset[slice];
     const bool y_whole = is_aligned_on_device(y_row) && args.N % GROUP == 0;
 
-    for (int n0 = first + threadIdx.x / WARP * outputs; n0 < end; n0 += ROW_WARPS * outputs) {
-        const int n = n0 + lane / lanes * GROUP;
-        float sum[GROUP] = {}, old[GROUP];
-        if (in_row == 0 && n < end) load_some(old, y_row + n, end - n, y_whole && n + GROUP <= end);
-        if (f.dtype == DTYPE_BF16 && whole)
-            expand_rows<true>(sum, h_row, (const bf16 *)f.b, n, N, f.R, in_row * GROUP, lanes);
-        else if (f.dtype == DTYPE_BF16)
-            expand_rows<false>(sum, h_row, (const bf16 *)f.b, n, N, f.R, in_row * GROUP, lanes);
-        else if (f.dtype == DTYPE_F16)
-            expand_rows<false>(sum, h_row, (const f16 *)f.b, n, N, f.R, in_row * GROUP, lanes);
-        else if (whole)
-            expand_rows<true>(sum, h_row, (const float *)f.b, n, N, f.R, in_row * GROUP, lanes);
-        else
-            expand_rows<false>(sum, h_row, (const float *)f.b, n, N, f.R, in_row * GROUP, lanes);
-        for (int step = lanes / 2; step > 0; step /= 2)
-#pragma unroll
-            for (int j = 0; j < GROUP; j++) sum[j] += __shfl_xor_sync(~0u, sum[j], step);
-        if (in_row != 0 || n >= end) continue;
-#pragma unroll
-        for (int j = 0; j < GROUP; j++) old[j] += f.scale * sum[j];
-        store_some(y_row + n, old, end - n, y_whole && n + GROUP <= end);
+    const int n0 = first + threadIdx.x / WARP * outputs, in_warp = lane / lanes * GROUP;
+    const int step = ROW_WARPS * outputs;
+    if (ahead) {
+        uint4 bits[GROUP];
+        load_rows(bits, (const bf16 *)f.b, n0 + in_warp, N, f.R, r0);
+        grid_wait();
+        float x[GROUP];
+        load_some(x, h_row + r0, f.R - r0, r0 < f.R && args.max_rank % 4 == 0);
+        for (int n = n0; n < end; n += step) {
+            float sum[GROUP] = {};
+            add_rows(sum, bits, x);
+            if (n + step < end) load_rows(bits, (const bf16 *)f.b, n + step + in_warp, N, f.R, r0);
+            add_to_row(y_row, sum, n + in_warp, end, lanes, f.scale, y_whole);
+        }
+    } else {
+        grid_wait();
+#pragma unroll 1
+        for (int n = n0; n < end; n += step) {
+            float sum[GROUP] = {};
+            add_rows_any(sum, h_row, f, n + in_warp, N, r0, lanes, whole);
+            add_to_row(y_row, sum, n + in_warp, end, lanes, f.scale, y_whole);
+        }
     }
 }
 
@@ -109,64 +156,200 @@ enum {
     TILE_BLOCK = 128,
     TILE_WARPS = TILE_BLOCK / WARP,
     WARP_N = 64,
-    TILE_N = TILE_WARPS * WARP_N
+    TILE_N = TILE_WARPS * WARP_N,
 };
 
-/* Of 64 rows of B from `b` on, this lane's four elements from r on of rows 8 (lane / 4) + j:
- * operands a of four products of 16 x 16. Zeros past R and N. PARTS of bf16 each. */
-template <int PARTS, bool WHOLE>
-static __device__ void load_b(uint32_t (&a)[PARTS][4][4], const struct lora_factors &f, int n,
-                              int N, int r)
+/* Of eight rows of B from n on, this lane's four elements from r on (bf16, R a multiple of 4):
+ * operands of four products of 16 x 16. Zeros past R, the last row again past N. */
+static __device__ void load_b(uint32_t (&a)[4][4], const bf16 *b, int n, int N, int R, int r)
 {
 #pragma unroll
     for (int j = 0; j < 8; j++) {
-        const size_t at = (size_t)min_int(n + j, N - 1) * f.R + r;
-        if (WHOLE) { /* bf16, R a multiple of 4 */
-            const uint2 bits =
-                r < f.R ? *(const uint2 *)((const bf16 *)f.b + at) : make_uint2(0, 0);
-            a[0][j / 2][j % 2] = bits.x;
-            a[0][j / 2][j % 2 + 2] = bits.y;
-        } else {
-            float w[4];
-            uint32_t part[PARTS];
-            load_factor<4>(w, f.b, f.dtype, at, f.R - r);
-            split_pair<PARTS>(part, w[0], w[1]);
+        const uint2 bits =
+            r < R ? *(const uint2 *)(b + (size_t)min_int(n + j, N - 1) * R + r) : make_uint2(0, 0);
+        a[j / 2][j % 2] = bits.x;
+        a[j / 2][j % 2 + 2] = bits.y;
+    }
+}
+
+/* Of a row of h, four elements from r on. Zeros past R. */
+static __device__ float4 load_h(const float *h, int r, int R, bool whole)
+{
+    if (whole && r < R) return *(const float4 *)(h + r);
+    return make_float4(r < R ? h[r] : 0.0f, r + 1 < R ? h[r + 1] : 0.0f,
+                       r + 2 < R ? h[r + 2] : 0.0f, r + 3 < R ? h[r + 3] : 0.0f);
+}
+
+/* As two parts of bf16: 16 bits. */
+static __device__ void split_h(uint32_t (&b)[2][2], const float4 &h)
+{
+    uint32_t part[2];
+    split_pair<2>(part, h.x, h.y);
+    b[0][0] = part[0], b[1][0] = part[1];
+    split_pair<2>(part, h.z, h.w);
+    b[0][1] = part[0], b[1][1] = part[1];
+}
+
+/* sum[i] += rows a[i] of B times h */
+static __device__ void multiply(float (&sum)[4][4], const uint32_t (&a)[4][4],
+                                const uint32_t (&x)[2][2])
+{
 #pragma unroll
-            for (int p = 0; p < PARTS; p++) a[p][j / 2][j % 2] = part[p];
-            split_pair<PARTS>(part, w[2], w[3]);
+    for (int m = 0; m < 4; m++) {
+        mma_bf16(sum[m], a[m], x[0][0], x[0][1]);
+        mma_bf16(sum[m], a[m], x[1][0], x[1][1]);
+    }
+}
+
+/* What a warp of the tile kernel works on. */
+struct expand_tile {
+    bf16 *y;              /* this lane's first output of token 0 of the step */
+    const float *h;       /* the slice of token 0 */
+    const int32_t *order; /* of the tile's tokens */
+    const void *b;
+    float scale;
+    int dtype, R;
+    int y_pitch, h_pitch;           /* of tokens */
+    int n_tokens, n, N;             /* this lane's eight outputs, of N in the slice */
+    bool whole_y, whole_h, whole_b; /* aligned */
+};
+
+/* Of rows n + first and the next of B, four elements from r on, of any type and rank, as two
+ * parts of bf16. */
+static __device__ void load_b_any(uint32_t (&a)[2][4], const struct expand_tile &tile, int first,
+                                  int r)
+{
 #pragma unroll
-            for (int p = 0; p < PARTS; p++) a[p][j / 2][j % 2 + 2] = part[p];
+    for (int j = 0; j < 2; j++) {
+        const size_t at = (size_t)min_int(tile.n + first + j, tile.N - 1) * tile.R + r;
+        float w[4];
+        load_factor(w, tile.b, tile.dtype, at, tile.R - r, tile.whole_b && r < tile.R);
+#pragma unroll
+        for (int pair = 0; pair < 2; pair++) {
+            uint32_t part[2];
+            split_pair<2>(part, w[2 * pair], w[2 * pair + 1]);
+            a[0][j + 2 * pair] = part[0];
+            a[1][j + 2 * pair] = part[1];
         }
     }
 }
 
-/* Of a row of h, four elements from r on as two parts of bf16: 16 bits. Zeros past R. */
-static __device__ void load_h(uint32_t (&b)[2][2], const float *h, int r, int R)
+/* y of this lane's eight outputs and token i + 2 (lane % 4) + c, or the last. */
+static __device__ bf16 *y_of(const struct expand_tile &tile, int i, int c)
 {
-    float x[4];
+    const int token = min_int(i + threadIdx.x % 4 * 2 + c, tile.n_tokens - 1);
+    return tile.y + (size_t)tile.order[token] * tile.y_pitch;
+}
+
+static __device__ void load_y(uint4 (&old)[2], const struct expand_tile &tile, int i)
+{
 #pragma unroll
-    for (int e = 0; e < 4; e++) x[e] = r + e < R ? h[r + e] : 0.0f;
-#pragma unroll
-    for (int pair = 0; pair < 2; pair++) {
-        uint32_t part[2];
-        split_pair<2>(part, x[2 * pair], x[2 * pair + 1]);
-        b[0][pair] = part[0], b[1][pair] = part[1];
+    for (int c = 0; c < 2; c++) {
+        const bf16 *y = y_of(tile, i, c);
+        if (tile.whole_y) {
+            old[c] = *(const uint4 *)y;
+            continue;
+        }
+        const int n = tile.N - tile.n;
+        const auto pair = [&](int e) {
+            return pack_bf16(e < n ? widen(y[e]) : 0.0f, e + 1 < n ? widen(y[e + 1]) : 0.0f);
+        };
+        old[c] = make_uint4(pair(0), pair(2), pair(4), pair(6));
     }
 }
 
-/* Add this lane's outputs: sum[i][0], sum[i][2] are outputs n + 2 i and the next of one token,
- * sum[i][1] and sum[i][3] those of the next token. */
-static __device__ void add_outputs(bf16 *y, size_t at, const float (&sum)[4][4], int second,
-                                   float scale, int n, bool whole)
+/* sum[j][c] and sum[j][c + 2] are outputs n + 2 j and the next of token c. */
+static __device__ void add_to_y(const struct expand_tile &tile, const uint4 (&old)[2],
+                                const float (&sum)[4][4], int i)
 {
-    float old[GROUP];
-    load_some(old, y + at, n, whole);
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        old[2 * i] += scale * (second ? sum[i][1] : sum[i][0]);
-        old[2 * i + 1] += scale * (second ? sum[i][3] : sum[i][2]);
+    for (int c = 0; c < 2; c++) {
+        if (i + (int)threadIdx.x % 4 * 2 + c >= tile.n_tokens || tile.n >= tile.N) continue;
+        const uint32_t pairs[4] = {old[c].x, old[c].y, old[c].z, old[c].w};
+        float value[GROUP];
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            value[2 * j] = bf16_low(pairs[j]) + tile.scale * sum[j][c];
+            value[2 * j + 1] = bf16_high(pairs[j]) + tile.scale * sum[j][c + 2];
+        }
+        store_some(y_of(tile, i, c), value, tile.N - tile.n, tile.whole_y);
     }
-    store_some(y + at, old, n, whole);
+    __syncwarp(); /* products take the whole warp */
+}
+
+/* The row of h of token i + lane / 4, or of the last. */
+static __device__ const float *h_of(const struct expand_tile &tile, int i)
+{
+    const int token = min_int(i + threadIdx.x % WARP / 4, tile.n_tokens - 1);
+    return tile.h + (size_t)tile.order[token] * tile.h_pitch;
+}
+
+/* B, of STEPS 16 of the rank at most, in registers: asked for before h and y are waited for. The
+ * next eight tokens' h and y are on their way while these are worked on. */
+template <int STEPS> static __device__ void expand_kept(const struct expand_tile &tile)
+{
+    const int r0 = threadIdx.x % 4 * 4;
+    uint32_t b[STEPS][4][4];
+    uint4 old[2];
+    float4 h[STEPS];
+#pragma unroll
+    for (int s = 0; s < STEPS; s++)
+        load_b(b[s], (const bf16 *)tile.b, tile.n, tile.N, tile.R, s * 16 + r0);
+    grid_wait();
+    load_y(old, tile, 0);
+#pragma unroll
+    for (int s = 0; s < STEPS; s++) h[s] = load_h(h_of(tile, 0), s * 16 + r0, tile.R, tile.whole_h);
+    for (int i = 0; i < tile.n_tokens; i += 8) {
+        float sum[4][4] = {};
+        const uint4 y[2] = {old[0], old[1]};
+#pragma unroll
+        for (int s = 0; s < STEPS; s++) {
+            uint32_t x[2][2];
+            split_h(x, h[s]);
+            multiply(sum, b[s], x);
+        }
+        if (i + 8 < tile.n_tokens) {
+            load_y(old, tile, i + 8);
+#pragma unroll
+            for (int s = 0; s < STEPS; s++)
+                h[s] = load_h(h_of(tile, i + 8), s * 16 + r0, tile.R, tile.whole_h);
+        }
+        add_to_y(tile, y, sum, i);
+    }
+}
+
+/* Any rank and type: B is read again for each eight tokens. */
+static __device__ void expand_any(const struct expand_tile &tile)
+{
+    const int r0 = threadIdx.x % 4 * 4;
+    grid_wait();
+#pragma unroll 1
+    for (int i = 0; i < tile.n_tokens; i += 8) {
+        const float *h = h_of(tile, i);
+        float sum[4][4] = {};
+#pragma unroll 1
+        for (int r = r0; r - r0 < tile.R; r += 16) {
+            uint32_t x[2][2];
+            split_h(x, load_h(h, r, tile.R, tile.whole_h));
+            if (tile.whole_b && tile.dtype == DTYPE_BF16) {
+                uint32_t b[4][4];
+                load_b(b, (const bf16 *)tile.b, tile.n, tile.N, tile.R, r);
+                multiply(sum, b, x);
+                continue;
+            }
+#pragma unroll
+            for (int m = 0; m < 4; m++) {
+                uint32_t b[2][4];
+                load_b_any(b, tile, 2 * m, r);
+                mma_bf16(sum[m], b[0], x[0][0], x[0][1]);
+                mma_bf16(sum[m], b[0], x[1][0], x[1][1]);
+                mma_bf16(sum[m], b[1], x[0][0], x[0][1]);
+            }
+        }
+        uint4 old[2];
+        load_y(old, tile, i);
+        add_to_y(tile, old, sum, i);
+    }
 }
 
 /* The same for segments of several tokens on tensor cores: a block does TILE_N outputs of a slice
@@ -175,106 +358,83 @@ static __device__ void add_outputs(bf16 *y, size_t at, const float (&sum)[4][4],
  *
  *   y [T, N], in and out    h [T, n_slices, max_rank]
  *   grid (chunks, tiles)    block TILE_BLOCK, a warp for WARP_N outputs
- *   STEPS of 16 of the rank whose B stays in registers; 0: any rank and type, B is read again */
+ *   STEPS of 16 of the rank whose B stays in registers; 0: none */
 template <int STEPS>
-static __global__ void __launch_bounds__(TILE_BLOCK)
-    lora_expand_tile_kernel(bf16 *__restrict__ y, const float *__restrict__ h,
-                            const __grid_constant__ struct lora_args args, int eights)
+static __global__ void __launch_bounds__(TILE_BLOCK, STEPS == 1 ? 5 : 4)
+    lora_expand_tile_kernel(bf16 *y, const float *h, const __grid_constant__ struct lora_args args,
+                            int eights)
 {
+    grid_release();
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     int slice, first;
     struct lora_tile tokens;
-    if (!lora_find_tile(&tokens, blockIdx.y, args, 8 * eights)) return;
-    if (!find_chunk(&slice, &first, blockIdx.x, args, TILE_N)) return;
-    const struct lora_factors f = *lora_factors_of(args, tokens.slot, slice);
-    const int N = args.width[slice];
-    if (!f.a || first + warp * WARP_N >= N) return; /* no barrier follows */
-
-    const int n = first + warp * WARP_N + lane / 4 * GROUP; /* of this lane's eight outputs */
-    const int n_left = N - n, r0 = lane % 4 * 4;
-    const bool whole_b = f.dtype == DTYPE_BF16 && f.R % 4 == 0 && is_aligned_on_device(f.b);
-    const bool in_registers = STEPS > 0 && whole_b && f.R <= STEPS * 16;
-    const bool whole_y = args.N % GROUP == 0 && args.offset[slice] % GROUP == 0 &&
-                         n_left >= GROUP && is_aligned_on_device(y);
-    uint32_t b_kept[STEPS > 0 ? STEPS : 1][1][4][4];
-    if (in_registers)
-#pragma unroll
-        for (int s = 0; s < STEPS; s++) load_b<1, true>(b_kept[s], f, n, N, s * 16 + r0);
-
-    for (int i = 0; i < tokens.n; i += 8) {
-        const int last = tokens.n - 1;
-        const int t = args.order[tokens.first + min_int(i + lane / 4, last)];
-        const float *h_row = h + lora_h_row(args, t, slice);
-        float sum[4][4] = {};
-        if (in_registers) {
-#pragma unroll
-            for (int s = 0; s < STEPS; s++) {
-                uint32_t x[2][2];
-                load_h(x, h_row, s * 16 + r0, f.R);
-#pragma unroll
-                for (int m = 0; m < 4; m++) {
-                    mma_bf16(sum[m], b_kept[s][0][m], x[0][0], x[0][1]);
-                    mma_bf16(sum[m], b_kept[s][0][m], x[1][0], x[1][1]);
-                }
-            }
-        } else {
-            for (int r = r0; r - r0 < f.R; r += 16) {
-                uint32_t b[2][4][4], x[2][2];
-                load_h(x, h_row, r, f.R);
-                if (whole_b) {
-                    uint32_t only[1][4][4];
-                    load_b<1, true>(only, f, n, N, r);
-                    memcpy(b[0], only[0], sizeof b[0]);
-                } else {
-                    load_b<2, false>(b, f, n, N, r);
-                }
-#pragma unroll
-                for (int m = 0; m < 4; m++) {
-                    mma_bf16(sum[m], b[0][m], x[0][0], x[0][1]);
-                    mma_bf16(sum[m], b[0][m], x[1][0], x[1][1]);
-                    if (!whole_b) mma_bf16(sum[m], b[1][m], x[0][0], x[0][1]);
-                }
-            }
-        }
-#pragma unroll
-        for (int second = 0; second < 2; second++) {
-            const int index = i + lane % 4 * 2 + second;
-            if (index > last || n_left <= 0) continue;
-            const size_t at =
-                (size_t)args.order[tokens.first + index] * args.N + args.offset[slice] + n;
-            add_outputs(y, at, sum, second, f.scale, n_left, whole_y);
-        }
-        __syncwarp(); /* products take the whole warp */
+    struct lora_factors f = {};
+    const bool found = lora_find_tile(&tokens, blockIdx.y, args, 8 * eights);
+    if (find_chunk(&slice, &first, blockIdx.x, args, TILE_N) && found)
+        f = *lora_factors_of(args, tokens.slot, slice);
+    if (!f.a) { /* the whole block */
+        grid_wait();
+        return;
     }
+
+    struct expand_tile tile;
+    tile.n = first + warp * WARP_N + lane / 4 * GROUP;
+    tile.N = args.width[slice];
+    tile.y = y + args.offset[slice] + tile.n;
+    tile.h = h + slice * args.max_rank;
+    tile.order = args.order + tokens.first;
+    tile.b = f.b;
+    tile.scale = f.scale;
+    tile.dtype = f.dtype;
+    tile.R = f.R;
+    tile.y_pitch = args.N;
+    tile.h_pitch = args.n_slices * args.max_rank;
+    tile.n_tokens = tokens.n;
+    tile.whole_b = f.R % 4 == 0 && is_aligned_on_device(f.b);
+    tile.whole_h = args.max_rank % 4 == 0 && f.R % 4 == 0;
+    tile.whole_y = args.N % GROUP == 0 && tile.n + GROUP <= tile.N && is_aligned_on_device(tile.y);
+    if constexpr (STEPS > 0)
+        if (tile.whole_b && tile.dtype == DTYPE_BF16 && tile.R <= STEPS * 16) {
+            expand_kept<STEPS>(tile);
+            return;
+        }
+    expand_any(tile);
 }
 
 /* ---- launchers ---------------------------------------------------------------------------- */
 
+enum { WAVE = 6 }; /* blocks a multiprocessor holds, about */
+
+/* Chunks of several rounds where blocks are many: each round's B is asked for during the one
+ * before. */
 template <typename X>
 static void expand_by_row(struct cuda_device *cuda, X *y, const float *h,
                           const struct lora_view *lora, const struct lora_args *args)
 {
-    const int chunk = ROW_WARPS * (WARP / lanes_a_row(args->max_rank)) * GROUP;
+    const int round = ROW_WARPS * (WARP / lanes_a_row(args->max_rank)) * GROUP;
+    const long long blocks = (long long)count_chunks(args, round) * lora->n_tokens;
+    const int rounds = (int)(blocks / (WAVE * cuda->n_sms)) + 1;
+    const int chunk = round * min_int(rounds, 16);
     const dim3 grid(count_chunks(args, chunk), lora->n_tokens);
-    lora_expand_row_kernel<<<grid, ROW_BLOCK, 0, cuda->stream>>>(y, h, *args, chunk);
+    cuda_launch(cuda, "lora_expand", lora_expand_row_kernel<X>, grid, ROW_BLOCK, 0, 1, y, h, *args,
+                chunk);
 }
 
-/* Longer tiles where segments are long: B is read once for each. */
+/* Tiles of as many tokens as leave a wave of blocks: B is read once for each. */
 static void expand_by_tile(struct cuda_device *cuda, bf16 *y, const float *h,
                            const struct lora_view *lora, const struct lora_args *args)
 {
-    const int eights = lora->max_segment < 128 ? 1 : 4;
-    const int tiles = lora_tiles(lora, 8 * eights);
-    const dim3 grid(count_chunks(args, TILE_N), tiles);
-    assert(tiles <= 65535);
-    if (args->max_rank <= 16)
-        lora_expand_tile_kernel<1><<<grid, TILE_BLOCK, 0, cuda->stream>>>(y, h, *args, eights);
-    else if (args->max_rank <= 32)
-        lora_expand_tile_kernel<2><<<grid, TILE_BLOCK, 0, cuda->stream>>>(y, h, *args, eights);
-    else if (args->max_rank <= 64)
-        lora_expand_tile_kernel<4><<<grid, TILE_BLOCK, 0, cuda->stream>>>(y, h, *args, eights);
-    else
-        lora_expand_tile_kernel<0><<<grid, TILE_BLOCK, 0, cuda->stream>>>(y, h, *args, eights);
+    const int chunks = count_chunks(args, TILE_N);
+    int eights = min_int(16, ceil_div(lora->max_segment, 8));
+    while (eights > 1 && lora_tiles(lora, 8 * eights) * chunks < WAVE / 2 * cuda->n_sms)
+        eights /= 2;
+    const dim3 grid(chunks, lora_tiles(lora, 8 * eights));
+    assert(grid.y <= 65535);
+    const auto kernel = args->max_rank <= 16   ? lora_expand_tile_kernel<1>
+                        : args->max_rank <= 32 ? lora_expand_tile_kernel<2>
+                        : args->max_rank <= 64 ? lora_expand_tile_kernel<4>
+                                               : lora_expand_tile_kernel<0>;
+    cuda_launch(cuda, "lora_expand", kernel, grid, TILE_BLOCK, 0, 1, y, h, *args, eights);
 }
 
 void cuda_lora_expand(struct device *dev, void *y, const float *h, const struct lora_view *lora,
@@ -293,5 +453,4 @@ void cuda_lora_expand(struct device *dev, void *y, const float *h, const struct 
             using X = decltype(type);
             expand_by_row(cuda, (X *)y, h, lora, &args);
         });
-    cuda_check(cuda, cudaGetLastError(), "lora_expand");
 }

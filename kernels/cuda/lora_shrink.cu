@@ -1,25 +1,51 @@
 /* The first half of LoRA: x to the rank. Bound by reading A once for each adapter in use, and at
- * few adapters by latency: the sum over K is shared out over the warps of a block and, where
- * blocks are few, over several blocks, whose parts are added in their order by the last one. */
+ * few adapters by latency: the first rows of A are on their way before x is waited for, and the
+ * sum over K is shared out over the warps of a block and, where blocks are few, over several
+ * blocks, whose parts are added in their order. */
 #include "kernels/cuda/lora.cuh"
 
 /* ---- kernels ------------------------------------------------------------------------------ */
 
-enum { ROW_BLOCK = 256, ROW_WARPS = ROW_BLOCK / WARP };
+enum { ROW_BLOCK = 256, ROW_WARPS = ROW_BLOCK / WARP, ROW_STEP = ROW_BLOCK * GROUP };
 
-/* sum[r] += this thread's part of dot(A[first + r, :], x), rows clamped to the last one */
-template <int ROWS, bool WHOLE, typename X, typename A>
-static __device__ void shrink_rows(float (&sum)[ROWS], const X *x, const A *a, int first, int R,
-                                   int K)
+/* sum[r] += this thread's part of dot(A[first + r, :], x), rows clamped to the last one. Waits
+ * for x after it asked for the first ROWS groups of A. */
+template <int ROWS, typename X>
+static __device__ void shrink_rows_bf16(float (&sum)[ROWS], const X *x, const bf16 *a, int first,
+                                        int R, int K)
 {
-#pragma unroll 2
-    for (int k = threadIdx.x * GROUP; k < K; k += ROW_BLOCK * GROUP) {
+    for (int k = threadIdx.x * GROUP; k - (int)threadIdx.x * GROUP < K; k += ROW_STEP) {
+        uint4 bits[ROWS];
+#pragma unroll
+        for (int r = 0; r < ROWS; r++)
+            bits[r] = k < K ? *(const uint4 *)(a + (size_t)min_int(first + r, R - 1) * K + k)
+                            : make_uint4(0, 0, 0, 0);
+        if (k < ROW_STEP) grid_wait();
+        if (k >= K) break;
         float b[GROUP];
-        load_some(b, x + k, K - k, WHOLE);
+        load_group(b, x + k);
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) {
+            bf16 w[GROUP];
+            memcpy(w, &bits[r], sizeof w);
+#pragma unroll
+            for (int e = 0; e < GROUP; e++) sum[r] += widen(w[e]) * b[e];
+        }
+    }
+}
+
+/* The same for any type and size. */
+template <int ROWS, typename X>
+static __device__ void shrink_rows_any(float (&sum)[ROWS], const X *x, const void *a, int dtype,
+                                       int first, int R, int K, bool whole)
+{
+    for (int k = threadIdx.x * GROUP; k < K; k += ROW_STEP) {
+        float b[GROUP];
+        load_some(b, x + k, K - k, whole);
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
             float w[GROUP];
-            load_some(w, a + (size_t)min_int(first + r, R - 1) * K + k, K - k, WHOLE);
+            load_factor(w, a, dtype, (size_t)min_int(first + r, R - 1) * K + k, K - k, whole);
 #pragma unroll
             for (int e = 0; e < GROUP; e++) sum[r] += w[e] * b[e];
         }
@@ -31,31 +57,27 @@ static __device__ void shrink_rows(float (&sum)[ROWS], const X *x, const A *a, i
  *   h [T, n_slices, max_rank]    x [T, K] X
  *   grid (max_rank / ROWS, n_slices, n_tokens)    block ROW_BLOCK, all of it on ROWS rows of A */
 template <typename X, int ROWS>
-static __global__ void __launch_bounds__(ROW_BLOCK)
-    lora_shrink_row_kernel(float *__restrict__ h, const X *__restrict__ x,
-                           const __grid_constant__ struct lora_args args)
+static __global__ void __launch_bounds__(ROW_BLOCK, 3)
+    lora_shrink_row_kernel(float *h, const X *x, const __grid_constant__ struct lora_args args)
 {
     __shared__ float shared[ROW_WARPS][ROWS];
+    grid_release();
     const int t = args.order[blockIdx.z], slice = blockIdx.y, first = blockIdx.x * ROWS;
     const struct lora_factors f = *lora_factors_of(args, args.slot[t], slice);
-    if (!f.a || first >= f.R) return; /* the whole block */
+    if (!f.a || first >= f.R) { /* the whole block */
+        grid_wait();
+        return;
+    }
 
     const X *row = x + (size_t)t * args.K;
     const bool whole = args.K % GROUP == 0 && is_aligned_on_device(f.a) && is_aligned_on_device(x);
     float sum[ROWS] = {};
-    if (f.dtype == DTYPE_BF16 && whole)
-        shrink_rows<ROWS, true>(sum, row, (const bf16 *)f.a, first, f.R, args.K);
-    else if (f.dtype == DTYPE_BF16)
-        shrink_rows<ROWS, false>(sum, row, (const bf16 *)f.a, first, f.R, args.K);
-    else if (f.dtype == DTYPE_F16 && whole)
-        shrink_rows<ROWS, true>(sum, row, (const f16 *)f.a, first, f.R, args.K);
-    else if (f.dtype == DTYPE_F16)
-        shrink_rows<ROWS, false>(sum, row, (const f16 *)f.a, first, f.R, args.K);
-    else if (whole)
-        shrink_rows<ROWS, true>(sum, row, (const float *)f.a, first, f.R, args.K);
-    else
-        shrink_rows<ROWS, false>(sum, row, (const float *)f.a, first, f.R, args.K);
-
+    if (f.dtype == DTYPE_BF16 && whole) {
+        shrink_rows_bf16(sum, row, (const bf16 *)f.a, first, f.R, args.K);
+    } else {
+        grid_wait();
+        shrink_rows_any(sum, row, f.a, f.dtype, first, f.R, args.K, whole);
+    }
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
         sum[r] = warp_sum(sum[r]);
@@ -70,49 +92,79 @@ static __global__ void __launch_bounds__(ROW_BLOCK)
     h[lora_h_row(args, t, slice) + first + r] = total;
 }
 
-enum { TILE_BLOCK = 256, TILE_WARPS = TILE_BLOCK / WARP, STEP_K = 32, PARTS_MAX = 16 };
+enum { TILE_BLOCK = 256, TILE_WARPS = TILE_BLOCK / WARP, STEP_K = 32, CLUSTER_MAX = 8 };
 
 /* The 16 rows of A of one slice that are the rows of a small product. */
 struct row_tile {
     const void *a; /* NULL: nothing to do */
     int dtype, slice, first, R;
+    bool whole; /* aligned */
 };
 
 /* Of two rows of A, this lane's 8 elements from k on: its part of a 16 x 32 operand. Which k a
  * lane holds does not matter as long as x is held the same way. */
-template <bool BF16>
-static __device__ void load_rows(uint32_t (&part)[3][2][4], const struct row_tile &tile, int K,
-                                 int k, int lane)
+static __device__ void load_rows_bf16(uint4 (&bits)[2], const struct row_tile &tile, int K, int k)
 {
+    const int lane = threadIdx.x % WARP;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         const int r = min_int(tile.first + lane / 4 + half * 8, tile.R - 1);
-        const size_t at = (size_t)r * K + k;
-        if (BF16) {
-            const uint4 bits = *(const uint4 *)((const bf16 *)tile.a + at);
-            part[0][0][half] = bits.x, part[0][0][half + 2] = bits.y;
-            part[0][1][half] = bits.z, part[0][1][half + 2] = bits.w;
-        } else {
-            float w[GROUP];
-            load_factor<GROUP>(w, tile.a, tile.dtype, at, GROUP);
+        bits[half] = *(const uint4 *)((const bf16 *)tile.a + (size_t)r * K + k);
+    }
+}
+
+static __device__ void multiply(float (&sum)[4], const uint4 (&a)[2], const uint4 &b)
+{
+    const uint32_t a0[4] = {a[0].x, a[1].x, a[0].y, a[1].y};
+    const uint32_t a1[4] = {a[0].z, a[1].z, a[0].w, a[1].w};
+    mma_bf16(sum, a0, b.x, b.y);
+    mma_bf16(sum, a1, b.z, b.w);
+}
+
+/* sum[m][n] += A of tile m times x of tokens 8 n to 8 n + 7, over steps begin, begin + 8, ... of
+ * 32 k. Waits for x after it asked for the rows of the first AHEAD steps. */
+template <int MT, int NT, int AHEAD>
+static __device__ void shrink_steps_bf16(float (&sum)[MT][NT][4],
+                                         const struct row_tile (&tiles)[MT],
+                                         const bf16 *const (&x)[NT], int K, int begin, int end)
+{
+    const int column = threadIdx.x % 4 * GROUP;
+    for (int first = begin; first < end || first == begin; first += AHEAD * TILE_WARPS) {
+        uint4 a[AHEAD][MT][2];
 #pragma unroll
-            for (int pair = 0; pair < 4; pair++) {
-                uint32_t split[3];
-                split_pair<3>(split, w[2 * pair], w[2 * pair + 1]);
+        for (int i = 0; i < AHEAD; i++)
 #pragma unroll
-                for (int i = 0; i < 3; i++) part[i][pair / 2][half + pair % 2 * 2] = split[i];
-            }
+            for (int m = 0; m < MT; m++)
+                if (first + i * TILE_WARPS < end && tiles[m].a)
+                    load_rows_bf16(a[i][m], tiles[m], K,
+                                   (first + i * TILE_WARPS) * STEP_K + column);
+        if (first == begin) grid_wait();
+        uint4 b[AHEAD][NT];
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++)
+#pragma unroll
+            for (int n = 0; n < NT; n++)
+                if (first + i * TILE_WARPS < end)
+                    b[i][n] = *(const uint4 *)(x[n] + (first + i * TILE_WARPS) * STEP_K + column);
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++) {
+            if (first + i * TILE_WARPS >= end) continue;
+#pragma unroll
+            for (int m = 0; m < MT; m++)
+                if (tiles[m].a)
+#pragma unroll
+                    for (int n = 0; n < NT; n++) multiply(sum[m][n], a[i][m], b[i][n]);
         }
     }
 }
 
-/* sum[m][n] += A of tile m times x of tokens 8 n to 8 n + 7, over steps [begin, end) of 32 k */
-template <int MT, int NT, bool BF16>
-static __device__ void shrink_steps(float (&sum)[MT][NT][4], const struct row_tile (&tiles)[MT],
-                                    const bf16 *const (&x)[NT], int K, int begin, int end)
+/* The same for factors of any type, as sums of three bf16. */
+template <int MT, int NT>
+static __device__ void shrink_steps_any(float (&sum)[MT][NT][4], const struct row_tile (&tiles)[MT],
+                                        const bf16 *const (&x)[NT], int K, int begin, int end)
 {
     const int lane = threadIdx.x % WARP;
-#pragma unroll 4
+#pragma unroll 1
     for (int step = begin; step < end; step += TILE_WARPS) {
         const int k = step * STEP_K + lane % 4 * GROUP;
         uint4 b[NT];
@@ -121,55 +173,76 @@ static __device__ void shrink_steps(float (&sum)[MT][NT][4], const struct row_ti
 #pragma unroll
         for (int m = 0; m < MT; m++) {
             if (!tiles[m].a) continue;
-            uint32_t a[3][2][4];
-            load_rows<BF16>(a, tiles[m], K, k, lane);
+            uint32_t part[3][2][4]; /* [which][half][pair] */
 #pragma unroll
-            for (int i = 0; i < (BF16 ? 1 : 3); i++)
+            for (int half = 0; half < 2; half++) {
+                const int r = min_int(tiles[m].first + lane / 4 + half * 8, tiles[m].R - 1);
+                float w[GROUP];
+                load_factor(w, tiles[m].a, tiles[m].dtype, (size_t)r * K + k, GROUP,
+                            tiles[m].whole);
 #pragma unroll
-                for (int n = 0; n < NT; n++) {
-                    mma_bf16(sum[m][n], a[i][0], b[n].x, b[n].y);
-                    mma_bf16(sum[m][n], a[i][1], b[n].z, b[n].w);
+                for (int pair = 0; pair < 4; pair++) {
+                    uint32_t split[3];
+                    split_pair<3>(split, w[2 * pair], w[2 * pair + 1]);
+#pragma unroll
+                    for (int i = 0; i < 3; i++) part[i][half][pair] = split[i];
                 }
+            }
+#pragma unroll
+            for (int i = 0; i < 3; i++) {
+                uint4 a[2];
+#pragma unroll
+                for (int half = 0; half < 2; half++)
+                    a[half] = make_uint4(part[i][half][0], part[i][half][1], part[i][half][2],
+                                         part[i][half][3]);
+#pragma unroll
+                for (int n = 0; n < NT; n++) multiply(sum[m][n], a, b[n]);
+            }
         }
     }
 }
 
 /* Segments of several tokens on tensor cores: h[t, i, r] = dot(A[r, :], x[t, :]) for a tile of
- * 8 NT tokens of one adapter, MT tiles of 16 rows of A, and one of `splits` parts of K.
+ * 8 NT tokens of one adapter, MT tiles of 16 rows of A, and one of `splits` parts of K. The parts
+ * are added up by the blocks of a cluster, or (before Hopper) by the last block.
  *
  *   h [T, n_slices, max_rank]    x [T, K], K a multiple of 32
- *   parts [grid.x, grid.y, splits, MT NT 128], used where splits > 1
+ *   parts [grid.x, grid.y, splits, MT NT 128], used where splits > 1 and there are no clusters
  *   grid (tiles, row tiles / MT, splits)    block TILE_BLOCK: its warps share out its k */
-template <int MT, int NT>
-static __global__ void __launch_bounds__(TILE_BLOCK)
-    lora_shrink_tile_kernel(float *__restrict__ h, const bf16 *__restrict__ x,
-                            float *__restrict__ parts, int *__restrict__ counters,
+template <int MT, int NT, int AHEAD>
+static __global__ void __launch_bounds__(TILE_BLOCK, 2)
+    lora_shrink_tile_kernel(float *h, const bf16 *x, float *parts, int *counters, bool has_clusters,
                             const __grid_constant__ struct lora_args args)
 {
-    __shared__ float shared[TILE_WARPS][NT * 128];
+    enum { SUMS = NT * 128 }; /* of a row tile */
+    __shared__ float of_warp[TILE_WARPS][SUMS], of_block[MT * SUMS];
+    grid_release();
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     const int splits = gridDim.z, tiles_a_slice = ceil_div(args.max_rank, 16);
     struct lora_tile tokens;
-    if (!lora_find_tile(&tokens, blockIdx.x, args, 8 * NT)) return; /* the whole block */
-
     struct row_tile tiles[MT];
     bool any = false, all_bf16 = true;
+    const bool found = lora_find_tile(&tokens, blockIdx.x, args, 8 * NT);
 #pragma unroll
     for (int m = 0; m < MT; m++) {
         const int index = blockIdx.y * MT + m;
         tiles[m].a = NULL;
         tiles[m].slice = index / tiles_a_slice;
         tiles[m].first = index % tiles_a_slice * 16;
-        if (tiles[m].slice >= args.n_slices) continue;
+        if (!found || tiles[m].slice >= args.n_slices) continue;
         const struct lora_factors f = *lora_factors_of(args, tokens.slot, tiles[m].slice);
         if (!f.a || tiles[m].first >= f.R) continue;
         tiles[m].a = f.a;
         tiles[m].R = f.R;
         tiles[m].dtype = f.dtype;
-        all_bf16 &= f.dtype == DTYPE_BF16 && is_aligned_on_device(f.a);
+        tiles[m].whole = is_aligned_on_device(f.a);
+        all_bf16 &= f.dtype == DTYPE_BF16 && tiles[m].whole;
         any = true;
     }
-    if (!any) return; /* the whole block, and all splits of its sum */
+    if (!any) { /* the whole cluster */
+        grid_wait();
+        return;
+    }
 
     const bf16 *rows[NT]; /* of x: token 8 n + lane / 4, the last one where there is none */
 #pragma unroll
@@ -180,61 +253,58 @@ static __global__ void __launch_bounds__(TILE_BLOCK)
     const int steps = args.K / STEP_K, a_split = ceil_div(steps, splits);
     const int begin = blockIdx.z * a_split, end = min_int(steps, begin + a_split);
     float sum[MT][NT][4] = {};
-    if (all_bf16)
-        shrink_steps<MT, NT, true>(sum, tiles, rows, args.K, begin + warp, end);
-    else
-        shrink_steps<MT, NT, false>(sum, tiles, rows, args.K, begin + warp, end);
+    if (all_bf16) {
+        shrink_steps_bf16<MT, NT, AHEAD>(sum, tiles, rows, args.K, begin + warp, end);
+    } else {
+        grid_wait();
+        shrink_steps_any<MT, NT>(sum, tiles, rows, args.K, begin + warp, end);
+    }
 
-    const size_t item = (size_t)blockIdx.y * gridDim.x + blockIdx.x;
+#pragma unroll
     for (int m = 0; m < MT; m++) {
 #pragma unroll
         for (int n = 0; n < NT; n++)
 #pragma unroll
-            for (int e = 0; e < 4; e++) {
-                float value = 0.0f; /* sum[m][n][e], without an index that moves it to memory */
-#pragma unroll
-                for (int i = 0; i < MT; i++) value = i == m ? sum[i][n][e] : value;
-                shared[warp][n * 128 + e * WARP + lane] = value;
-            }
+            for (int e = 0; e < 4; e++) of_warp[warp][n * 128 + e * WARP + lane] = sum[m][n][e];
         __syncthreads();
-        for (int i = threadIdx.x; i < NT * 128; i += TILE_BLOCK) {
+        for (int i = threadIdx.x; i < SUMS; i += TILE_BLOCK) {
             float total = 0.0f;
 #pragma unroll
-            for (int w = 0; w < TILE_WARPS; w++) total += shared[w][i];
-            if (splits > 1)
-                parts[((item * splits + blockIdx.z) * MT + m) * (NT * 128) + i] = total;
-            else
-                shared[0][i] = total; /* read and written by this thread only */
-        }
-        __syncthreads();
-        if (splits > 1) continue;
-        for (int i = threadIdx.x; i < NT * 128; i += TILE_BLOCK) {
-            const int e = i / WARP % 4, from = i % WARP;
-            const int r = from / 4 + e / 2 * 8, n = i / 128 * 8 + from % 4 * 2 + e % 2;
-            struct row_tile tile = tiles[0];
-#pragma unroll
-            for (int j = 1; j < MT; j++)
-                if (j == m) tile = tiles[j];
-            if (!tile.a || n >= tokens.n || tile.first + r >= tile.R) continue;
-            h[lora_h_row(args, args.order[tokens.first + n], tile.slice) + tile.first + r] =
-                shared[0][i];
+            for (int w = 0; w < TILE_WARPS; w++) total += of_warp[w][i];
+            of_block[m * SUMS + i] = total;
         }
         __syncthreads();
     }
-    if (splits == 1 || !arrives_last(&counters[item], splits)) return;
-    for (int i = threadIdx.x; i < MT * NT * 128; i += TILE_BLOCK) {
-        const int m = i / (NT * 128), e = i / WARP % 4, from = i % WARP;
-        const int r = from / 4 + e / 2 * 8, n = i % (NT * 128) / 128 * 8 + from % 4 * 2 + e % 2;
+
+    const size_t item = (size_t)blockIdx.y * gridDim.x + blockIdx.x;
+    int first = threadIdx.x, step = TILE_BLOCK; /* of the sums that this thread finishes */
+    if (splits > 1 && has_clusters) {
+        cluster_sync();
+        first += blockIdx.z * TILE_BLOCK;
+        step *= splits;
+    } else if (splits > 1) {
+        for (int i = threadIdx.x; i < MT * SUMS; i += TILE_BLOCK)
+            parts[(item * splits + blockIdx.z) * (MT * SUMS) + i] = of_block[i];
+        if (!arrives_last(&counters[item], splits)) return;
+    }
+    for (int i = first; i < MT * SUMS; i += step) {
+        float total = of_block[i];
+        if (splits > 1) {
+            total = 0.0f;
+            for (int s = 0; s < splits; s++)
+                total += has_clusters ? *cluster_block(&of_block[i], s)
+                                      : __ldcg(&parts[(item * splits + s) * (MT * SUMS) + i]);
+        }
+        const int m = i / SUMS, e = i / WARP % 4, from = i % WARP;
+        const int r = from / 4 + e / 2 * 8, n = i % SUMS / 128 * 8 + from % 4 * 2 + e % 2;
         struct row_tile tile = tiles[0];
 #pragma unroll
         for (int j = 1; j < MT; j++)
             if (j == m) tile = tiles[j];
         if (!tile.a || n >= tokens.n || tile.first + r >= tile.R) continue;
-        float total = 0.0f;
-        for (int s = 0; s < splits; s++)
-            total += __ldcg(&parts[(item * splits + s) * (MT * NT * 128) + i]);
         h[lora_h_row(args, args.order[tokens.first + n], tile.slice) + tile.first + r] = total;
     }
+    if (splits > 1 && has_clusters) cluster_sync(); /* the others may still read this block */
 }
 
 /* ---- launchers ---------------------------------------------------------------------------- */
@@ -244,7 +314,8 @@ static void launch_rows(struct cuda_device *cuda, float *h, const X *x,
                         const struct lora_view *lora, const struct lora_args *args)
 {
     const dim3 grid(ceil_div(args->max_rank, ROWS), args->n_slices, lora->n_tokens);
-    lora_shrink_row_kernel<X, ROWS><<<grid, ROW_BLOCK, 0, cuda->stream>>>(h, x, *args);
+    cuda_launch(cuda, "lora_shrink", lora_shrink_row_kernel<X, ROWS>, grid, ROW_BLOCK, 0, 1, h, x,
+                *args);
 }
 
 /* As many rows of A a block as leave two blocks for each multiprocessor. */
@@ -255,52 +326,53 @@ static void shrink_by_row(struct cuda_device *cuda, float *h, const X *x,
     const long long rows = (long long)lora->n_tokens * args->n_slices * args->max_rank;
     if (rows >= 16LL * cuda->n_sms)
         launch_rows<X, 8>(cuda, h, x, lora, args);
-    else if (rows >= 8LL * cuda->n_sms)
-        launch_rows<X, 4>(cuda, h, x, lora, args);
     else if (rows >= 4LL * cuda->n_sms)
         launch_rows<X, 2>(cuda, h, x, lora, args);
     else
         launch_rows<X, 1>(cuda, h, x, lora, args);
 }
 
-template <int MT, int NT>
+template <int MT, int NT, int AHEAD>
 static void launch_tiles(struct cuda_device *cuda, float *h, const bf16 *x,
                          const struct lora_view *lora, const struct lora_args *args)
 {
     const int tiles = lora_tiles(lora, 8 * NT);
     const int row_tiles = args->n_slices * ceil_div(args->max_rank, 16);
     const int groups = ceil_div(row_tiles, MT), steps = args->K / STEP_K;
-    /* About two blocks for each multiprocessor, of four steps for each warp or more. */
-    int splits = min_int(2 * cuda->n_sms / (tiles * groups), steps / (4 * TILE_WARPS));
-    splits = min_int(PARTS_MAX, max_int(1, splits));
-    if ((long long)tiles * groups > COUNTERS) splits = 1;
+    /* A block for each multiprocessor, which leaves room for the next kernel's to begin, of two
+     * steps for each warp or more. */
+    int splits = min_int(cuda->n_sms / (tiles * groups), steps / (2 * TILE_WARPS));
+    splits = min_int(CLUSTER_MAX, max_int(1, splits));
+    if (!cuda->is_hopper && (long long)tiles * groups > COUNTERS) splits = 1;
     splits = ceil_div(steps, ceil_div(steps, splits)); /* none is empty */
     float *parts = NULL;
-    if (splits > 1) {
+    if (splits > 1 && !cuda->is_hopper) {
         const size_t n = (size_t)tiles * groups * splits * MT * NT * 128;
         parts = (float *)cuda_scratch(cuda, n * sizeof *parts, "lora_shrink");
         if (!parts) return;
     }
-    const dim3 grid(tiles, groups, splits);
-    lora_shrink_tile_kernel<MT, NT>
-        <<<grid, TILE_BLOCK, 0, cuda->stream>>>(h, x, parts, cuda->counters, *args);
+    cuda_launch(cuda, "lora_shrink", lora_shrink_tile_kernel<MT, NT, AHEAD>,
+                dim3(tiles, groups, splits), TILE_BLOCK, 0, cuda->is_hopper ? splits : 1, h, x,
+                parts, cuda->counters, cuda->is_hopper, *args);
 }
 
-/* Small tiles while they are few; large ones read x once for several row tiles. */
+/* The smallest tiles that are no more than the chip does at once, each a whole cluster; else as
+ * large as the longest segment, and for long ones x is read once for several row tiles. */
 static void shrink_by_tile(struct cuda_device *cuda, float *h, const bf16 *x,
                            const struct lora_view *lora, const struct lora_args *args)
 {
     const int row_tiles = args->n_slices * ceil_div(args->max_rank, 16);
-    if (lora->max_segment <= 8)
-        launch_tiles<1, 1>(cuda, h, x, lora, args);
-    else if (lora->max_segment <= 16)
-        launch_tiles<1, 2>(cuda, h, x, lora, args);
+    const int at_once = cuda->n_sms / CLUSTER_MAX / row_tiles;
+    if (lora->max_segment <= 8 || lora_tiles(lora, 8) <= at_once)
+        launch_tiles<1, 1, 4>(cuda, h, x, lora, args);
+    else if (lora->max_segment <= 16 || lora_tiles(lora, 16) <= at_once)
+        launch_tiles<1, 2, 4>(cuda, h, x, lora, args);
     else if (lora->max_segment < 256 || row_tiles == 1)
-        launch_tiles<1, 4>(cuda, h, x, lora, args);
+        launch_tiles<1, 4, 2>(cuda, h, x, lora, args);
     else if (row_tiles % 3 == 0)
-        launch_tiles<3, 4>(cuda, h, x, lora, args);
+        launch_tiles<3, 4, 1>(cuda, h, x, lora, args);
     else
-        launch_tiles<2, 4>(cuda, h, x, lora, args);
+        launch_tiles<2, 4, 1>(cuda, h, x, lora, args);
 }
 
 void cuda_lora_shrink(struct device *dev, float *h, const void *x, const struct lora_view *lora,
@@ -319,5 +391,4 @@ void cuda_lora_shrink(struct device *dev, float *h, const void *x, const struct 
             using X = decltype(type);
             shrink_by_row<X>(cuda, h, (const X *)x, lora, &args);
         });
-    cuda_check(cuda, cudaGetLastError(), "lora_shrink");
 }

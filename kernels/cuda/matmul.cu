@@ -21,9 +21,10 @@ static __device__ void store_as(void *y, enum dtype dtype, size_t i, float value
         ((bf16 *)y)[i] = narrow<bf16>(value);
 }
 
-enum { MATVEC_BLOCK = 256 };
+/* Longer rows are cublasLt's: a warp takes too long over one. */
+enum { MATVEC_BLOCK = 256, MATVEC_K = 8192 };
 
-/* sum += this lane's part of dot(row, x); WHOLE: rows are 16-byte aligned */
+/* This lane's part of dot(row, x); WHOLE: rows are 16-byte aligned */
 template <typename X, typename W, bool WHOLE>
 static __device__ float matvec_sum(const W *row, const X *x, int K, int lane)
 {
@@ -45,10 +46,10 @@ static __device__ float matvec_sum(const W *row, const X *x, int K, int lane)
  *   grid N / 8    block MATVEC_BLOCK, a warp for a row of w */
 template <typename X, typename W>
 static __global__ void __launch_bounds__(MATVEC_BLOCK)
-    matvec_kernel(void *__restrict__ y, enum dtype y_dtype, const X *__restrict__ x,
-                  const W *__restrict__ w, const float *__restrict__ bias, int N, int K,
-                  bool aligned)
+    matvec_kernel(void *y, enum dtype y_dtype, const X *x, const W *__restrict__ w,
+                  const float *__restrict__ bias, int N, int K, bool aligned)
 {
+    grid_begin();
     const int lane = threadIdx.x % WARP;
     const int n = blockIdx.x * (MATVEC_BLOCK / WARP) + threadIdx.x / WARP;
     if (n >= N) return;
@@ -67,9 +68,10 @@ enum { TILE = 64, TILE_K = 16, TILE_BLOCK = 256, TILE_PAD = 4 };
  *   grid (N / TILE, T / TILE)    block TILE_BLOCK    shared two tiles of TILE x TILE_K */
 template <typename X, typename W>
 static __global__ void __launch_bounds__(TILE_BLOCK)
-    matmul_tile_kernel(void *__restrict__ y, enum dtype y_dtype, const X *__restrict__ x,
-                       const W *__restrict__ w, const float *__restrict__ bias, int T, int N, int K)
+    matmul_tile_kernel(void *y, enum dtype y_dtype, const X *x, const W *__restrict__ w,
+                       const float *__restrict__ bias, int T, int N, int K)
 {
+    grid_begin();
     __shared__ float x_tile[TILE_K][TILE + TILE_PAD], w_tile[TILE_K][TILE + TILE_PAD];
     const int t0 = blockIdx.y * TILE, n0 = blockIdx.x * TILE;
     const int i = threadIdx.x / 16 * 4, j = threadIdx.x % 16 * 4; /* this thread's corner */
@@ -107,9 +109,9 @@ enum { FINISH_BLOCK = 256 };
  *   y [T, N] y_dtype, may be `sum`    sum [T, N]    scale [T] or NULL    bias [N] or NULL
  *   grid (N / FINISH_BLOCK, T)    block FINISH_BLOCK */
 static __global__ void finish_kernel(void *y, enum dtype y_dtype, const float *sum,
-                                     const float *__restrict__ scale,
-                                     const float *__restrict__ bias, int N)
+                                     const float *scale, const float *__restrict__ bias, int N)
 {
+    grid_begin();
     const int t = blockIdx.y, n = blockIdx.x * FINISH_BLOCK + threadIdx.x;
     if (n >= N) return;
     const float value = sum[(size_t)t * N + n] * (scale ? scale[t] : 1.0f);
@@ -119,10 +121,10 @@ static __global__ void finish_kernel(void *y, enum dtype y_dtype, const float *s
 /* to[t, :] = from[t, :] / scale[t], scale[t] a power of two
  *
  *   to, from [T, K]    scale [T]    grid T    block FINISH_BLOCK */
-static __global__ void to_f16_kernel(f16 *__restrict__ to, float *__restrict__ scale,
-                                     const bf16 *__restrict__ from, int K)
+static __global__ void to_f16_kernel(f16 *to, float *scale, const bf16 *from, int K)
 {
     __shared__ float shared[FINISH_BLOCK / WARP];
+    grid_begin();
     const size_t row = (size_t)blockIdx.x * K;
     float max = 0.0f;
 
@@ -293,7 +295,8 @@ static void finish(struct cuda_device *cuda, void *y, enum dtype y_dtype, const 
                    const float *scale, const float *bias, int T, int N)
 {
     const dim3 grid(ceil_div(N, FINISH_BLOCK), T);
-    finish_kernel<<<grid, FINISH_BLOCK, 0, cuda->stream>>>(y, y_dtype, sum, scale, bias, N);
+    cuda_launch(cuda, "matmul", finish_kernel, grid, FINISH_BLOCK, 0, 1, y, y_dtype, sum, scale,
+                bias, N);
 }
 
 /* Both of one type, on tensor cores (f32: without). With a bias the sum stays f32 until it is
@@ -321,7 +324,7 @@ static bool matmul_f16(struct cuda_device *cuda, void *y, enum dtype y_dtype, co
     float *scale = sum + (sums + 3) / 4 * 4;
     f16 *x16 = (f16 *)(scale + scales);
 
-    to_f16_kernel<<<T, FINISH_BLOCK, 0, cuda->stream>>>(x16, scale, x, w->K);
+    cuda_launch(cuda, "matmul", to_f16_kernel, T, FINISH_BLOCK, 0, 1, x16, scale, x, w->K);
     if (!blas_matmul(cuda, sum, DTYPE_F32, x16, w->data, T, w->N, w->K, DTYPE_F16)) return false;
     finish(cuda, y, y_dtype, sum, scale, bias, T, w->N);
     return true;
@@ -336,7 +339,7 @@ void cuda_matmul(struct device *dev, void *y, enum dtype y_dtype, const void *x,
 
     const bool aligned = w->K % GROUP == 0 && is_aligned(x) && is_aligned(w->data);
     bool done = false;
-    if (T > 1 && aligned && w->dtype == dtype)
+    if ((T > 1 || w->K > MATVEC_K) && aligned && w->dtype == dtype)
         done = matmul_same(cuda, y, y_dtype, x, w, bias, T);
     else if (T > 1 && aligned && w->dtype == DTYPE_F16 && dtype == DTYPE_BF16)
         done = matmul_f16(cuda, y, y_dtype, (const bf16 *)x, w, bias, T);
@@ -347,14 +350,12 @@ void cuda_matmul(struct device *dev, void *y, enum dtype y_dtype, const void *x,
                 using W = decltype(w_type);
                 const dim3 grid(ceil_div(w->N, TILE), ceil_div(T, TILE));
                 if (T == 1)
-                    matvec_kernel<X, W>
-                        <<<ceil_div(w->N, MATVEC_BLOCK / WARP), MATVEC_BLOCK, 0, cuda->stream>>>(
-                            y, y_dtype, (const X *)x, (const W *)w->data, bias, w->N, w->K,
-                            aligned);
+                    cuda_launch(cuda, "matmul", matvec_kernel<X, W>,
+                                ceil_div(w->N, MATVEC_BLOCK / WARP), MATVEC_BLOCK, 0, 1, y, y_dtype,
+                                (const X *)x, (const W *)w->data, bias, w->N, w->K, aligned);
                 else
-                    matmul_tile_kernel<X, W><<<grid, TILE_BLOCK, 0, cuda->stream>>>(
-                        y, y_dtype, (const X *)x, (const W *)w->data, bias, T, w->N, w->K);
+                    cuda_launch(cuda, "matmul", matmul_tile_kernel<X, W>, grid, TILE_BLOCK, 0, 1, y,
+                                y_dtype, (const X *)x, (const W *)w->data, bias, T, w->N, w->K);
             });
         });
-    cuda_check(cuda, cudaGetLastError(), "matmul");
 }

@@ -10,10 +10,10 @@ enum { METADATA_BLOCK = 128, LINEAR_ROWS = 16 };
  *
  *   row, position [T]    row_start [Q + 1]    kv_len [Q]
  *   grid T / METADATA_BLOCK    block METADATA_BLOCK, a thread a token */
-static __global__ void metadata_kernel(int32_t *__restrict__ position, int32_t *__restrict__ row,
-                                       const int32_t *__restrict__ row_start,
-                                       const int32_t *__restrict__ kv_len, int T, int Q)
+static __global__ void metadata_kernel(int32_t *position, int32_t *row, const int32_t *row_start,
+                                       const int32_t *kv_len, int T, int Q)
 {
+    grid_begin();
     const int t = blockIdx.x * METADATA_BLOCK + threadIdx.x;
     if (t >= T) return;
 
@@ -41,7 +41,7 @@ void cuda_metadata(struct device *dev, const struct batch_view *batch)
     struct cuda_device *cuda = cuda_begin(dev);
     if (!cuda || batch->T == 0) return;
 
-    metadata_kernel<<<ceil_div(batch->T, METADATA_BLOCK), METADATA_BLOCK, 0, cuda->stream>>>(
-        batch->position, batch->row, batch->row_start, batch->kv_len, batch->T, batch->Q);
-    cuda_check(cuda, cudaGetLastError(), "metadata");
+    cuda_launch(cuda, "metadata", metadata_kernel, ceil_div(batch->T, METADATA_BLOCK),
+                METADATA_BLOCK, 0, 1, batch->position, batch->row, batch->row_start, batch->kv_len,
+                batch->T, batch->Q);
 }

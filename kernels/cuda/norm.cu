@@ -12,10 +12,11 @@ enum { NORM_BLOCK_MAX = 1024, NORM_GROUPS_MAX = 4 };
  *   grid T    block D / GROUP / GROUPS threads, GROUPS groups of eight elements each */
 template <typename X, int GROUPS>
 static __global__ void __launch_bounds__(NORM_BLOCK_MAX)
-    add_rms_norm_kernel(X *__restrict__ y, X *__restrict__ x, const X *__restrict__ delta,
-                        const float *__restrict__ weight, int D, float eps, bool aligned)
+    add_rms_norm_kernel(X *y, X *x, const X *delta, const float *__restrict__ weight, int D,
+                        float eps, bool aligned)
 {
     __shared__ float shared[WARP];
+    grid_begin();
     const size_t row = (size_t)blockIdx.x * D;
     float value[GROUPS][GROUP];
     float sum = 0.0f;
@@ -55,10 +56,11 @@ enum { HEAD_BLOCK = 128, HEAD_ELEMENTS = 16 }; /* of a lane: d <= 512 */
  *   qkv [T, H + 2 G, d] X, in and out    q_weight, k_weight [d]
  *   grid T (H + G) / 4    block HEAD_BLOCK, a warp a head */
 template <typename X>
-static __global__ void head_norm_kernel(X *__restrict__ qkv, const float *__restrict__ q_weight,
+static __global__ void head_norm_kernel(X *qkv, const float *__restrict__ q_weight,
                                         const float *__restrict__ k_weight, int T, int H, int G,
                                         int d, float eps)
 {
+    grid_begin();
     const int item = (blockIdx.x * HEAD_BLOCK + threadIdx.x) / WARP, lane = threadIdx.x % WARP;
     if (item >= T * (H + G)) return;
     const int t = item / (H + G), h = item % (H + G);
@@ -98,13 +100,12 @@ void cuda_add_rms_norm(struct device *dev, void *y, void *x, const void *delta, 
     with_activation(dtype, [&](auto type) {
         using X = decltype(type);
         if (a_thread == 1)
-            add_rms_norm_kernel<X, 1><<<T, block, 0, cuda->stream>>>(
-                (X *)y, (X *)x, (const X *)delta, weight, D, eps, aligned);
+            cuda_launch(cuda, "add_rms_norm", add_rms_norm_kernel<X, 1>, T, block, 0, 1, (X *)y,
+                        (X *)x, (const X *)delta, weight, D, eps, aligned);
         else
-            add_rms_norm_kernel<X, NORM_GROUPS_MAX><<<T, block, 0, cuda->stream>>>(
-                (X *)y, (X *)x, (const X *)delta, weight, D, eps, aligned);
+            cuda_launch(cuda, "add_rms_norm", add_rms_norm_kernel<X, NORM_GROUPS_MAX>, T, block, 0,
+                        1, (X *)y, (X *)x, (const X *)delta, weight, D, eps, aligned);
     });
-    cuda_check(cuda, cudaGetLastError(), "add_rms_norm");
 }
 
 void cuda_head_norm(struct device *dev, void *qkv, const float *q_weight, const float *k_weight,
@@ -117,8 +118,7 @@ void cuda_head_norm(struct device *dev, void *qkv, const float *q_weight, const 
     const int grid = ceil_div(T * (heads->H + heads->G), HEAD_BLOCK / WARP);
     with_activation(dtype, [&](auto type) {
         using X = decltype(type);
-        head_norm_kernel<<<grid, HEAD_BLOCK, 0, cuda->stream>>>((X *)qkv, q_weight, k_weight, T,
-                                                                heads->H, heads->G, heads->d, eps);
+        cuda_launch(cuda, "head_norm", head_norm_kernel<X>, grid, HEAD_BLOCK, 0, 1, (X *)qkv,
+                    q_weight, k_weight, T, heads->H, heads->G, heads->d, eps);
     });
-    cuda_check(cuda, cudaGetLastError(), "head_norm");
 }

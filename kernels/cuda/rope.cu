@@ -23,10 +23,10 @@ struct rope_args {
  *   qkv [T, H + 2 G, d] X    k, v [., G, KV_BLOCK, d] C
  *   grid (heads / heads_a_block, T)    block ROPE_BLOCK    shared d floats */
 template <typename X, typename C, int WIDTH>
-static __global__ void rope_kernel(X *__restrict__ qkv, C *__restrict__ k, C *__restrict__ v,
-                                   const struct rope_args args)
+static __global__ void rope_kernel(X *qkv, C *k, C *v, const struct rope_args args)
 {
     extern __shared__ float shared[];
+    grid_begin();
     const int H = args.H, G = args.G, d = args.d, half = d / 2;
     float *cosine = shared, *sine = shared + half; /* [d / 2] each */
     const int t = blockIdx.y;
@@ -112,12 +112,11 @@ void cuda_rope(struct device *dev, void *qkv, const struct rope_view *rope,
             using X = decltype(x_type);
             using C = decltype(c_type);
             if (aligned)
-                rope_kernel<X, C, GROUP><<<grid, ROPE_BLOCK, d * sizeof(float), cuda->stream>>>(
-                    (X *)qkv, (C *)kv->k, (C *)kv->v, args);
+                cuda_launch(cuda, "rope", rope_kernel<X, C, GROUP>, grid, ROPE_BLOCK,
+                            d * sizeof(float), 1, (X *)qkv, (C *)kv->k, (C *)kv->v, args);
             else
-                rope_kernel<X, C, 1><<<grid, ROPE_BLOCK, d * sizeof(float), cuda->stream>>>(
-                    (X *)qkv, (C *)kv->k, (C *)kv->v, args);
+                cuda_launch(cuda, "rope", rope_kernel<X, C, 1>, grid, ROPE_BLOCK, d * sizeof(float),
+                            1, (X *)qkv, (C *)kv->k, (C *)kv->v, args);
         });
     });
-    cuda_check(cuda, cudaGetLastError(), "rope");
 }

@@ -1,7 +1,7 @@
 /* The smallest of a row's values that is among the largest, by number or by weight, without
  * sorting: values are counted into bins, the bin in which the number is reached is looked at
- * alone. One block works on one row. Weights are added as whole numbers, so the order in which
- * threads come makes no difference. */
+ * alone. A cluster of blocks works on a row. Weights are added as whole numbers, so neither the
+ * number of blocks nor the order in which threads come makes a difference. */
 #ifndef MLORA_KERNELS_CUDA_SELECT_CUH
 #define MLORA_KERNELS_CUDA_SELECT_CUH
 
@@ -11,12 +11,14 @@
 
 enum {
     ROW_BLOCK = 1024,
+    AHEAD = 4, /* groups of four numbers that a thread asks for at once */
     BINS = 2048,
     LIST = 512, /* values of one bin that are compared with each other */
 };
 
+/* Of the cluster's first block, but for the bins, which each block has. */
 struct select_memory {
-    unsigned long long bins[BINS];
+    unsigned low[BINS], high[BINS]; /* 64-bit sums in two words, which shared memory can add */
     float list[LIST];
     unsigned n_list;
     unsigned smallest, largest; /* sort keys, of the values in the bin */
@@ -25,10 +27,10 @@ struct select_memory {
     unsigned long long above, wanted;
 };
 
-/* Orders as the float does, as an unsigned number. */
+/* Orders as the float does, as an unsigned number; both zeros are one. */
 static inline __device__ unsigned sort_key(float value)
 {
-    const unsigned bits = __float_as_uint(value);
+    const unsigned bits = __float_as_uint(value + 0.0f);
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
@@ -37,28 +39,65 @@ static inline __device__ float from_sort_key(unsigned key)
     return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
 }
 
-/* Call f(v, row[v]) for all v < V, spread over the block, in groups of four neighbours:
- * f4(v, four values), of which those past V are -infinity. `whole`: V is a multiple of four and
- * the row is aligned. */
-template <typename F>
-static inline __device__ void for_fours(const float *row, int V, bool whole, F &&f4)
+/* A row of numbers, `part` of `parts` of which is this block's. */
+struct row_part {
+    const float *row; /* [V] */
+    int V;
+    bool whole; /* V is a multiple of four and the row is aligned */
+    int part, parts;
+};
+
+/* Call f4(v, values of v to v + 3) for this block's part of the row, spread over its threads;
+ * values past V are -infinity. */
+template <typename F> static inline __device__ void for_fours(const struct row_part &part, F &&f4)
 {
-#pragma unroll 4
-    for (int v = threadIdx.x * 4; v < V; v += ROW_BLOCK * 4) {
-        float four[4];
-        if (whole) {
-            const float4 bits = *(const float4 *)(row + v);
-            four[0] = bits.x, four[1] = bits.y, four[2] = bits.z, four[3] = bits.w;
-        } else {
+    const int step = part.parts * ROW_BLOCK * 4;
+    for (int v0 = (part.part * ROW_BLOCK + threadIdx.x) * 4; v0 < part.V; v0 += AHEAD * step) {
+        float fours[AHEAD][4]; /* all asked for before the first is used */
 #pragma unroll
-            for (int i = 0; i < 4; i++) four[i] = v + i < V ? row[v + i] : -INFINITY;
+        for (int j = 0; j < AHEAD; j++) {
+            const int v = v0 + j * step;
+            if (part.whole) {
+                float4 bits = make_float4(0, 0, 0, 0);
+                if (v < part.V) bits = *(const float4 *)(part.row + v);
+                fours[j][0] = bits.x, fours[j][1] = bits.y;
+                fours[j][2] = bits.z, fours[j][3] = bits.w;
+            } else {
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+                    fours[j][i] = v + i < part.V ? part.row[v + i] : -INFINITY;
+            }
         }
-        f4(v, four);
+#pragma unroll
+        for (int j = 0; j < AHEAD; j++)
+            if (v0 + j * step < part.V) f4(v0 + j * step, fours[j]);
+    }
+}
+
+static inline __device__ unsigned long long bin_sum(const struct select_memory *memory, int bin)
+{
+    return (unsigned long long)memory->high[bin] << 32 | memory->low[bin];
+}
+
+static inline __device__ void bin_add(struct select_memory *memory, int bin, unsigned weight)
+{
+    const unsigned old = atomicAdd(&memory->low[bin], weight);
+    if (old + weight < old) atomicAdd(&memory->high[bin], 1u);
+}
+
+/* Add the other blocks' bins to the first block's, which calls it. */
+static __device__ void bins_join(struct select_memory *memory, int parts)
+{
+    for (int i = threadIdx.x; i < BINS; i += ROW_BLOCK) {
+        unsigned long long sum = bin_sum(memory, i);
+        for (int p = 1; p < parts; p++) sum += bin_sum(cluster_block(memory, p), i);
+        memory->low[i] = (unsigned)sum;
+        memory->high[i] = (unsigned)(sum >> 32);
     }
 }
 
 /* Where the running sum of the bins reaches memory->wanted: memory->bin, and memory->above, the
- * sum before it. Where it does not, the last bin that is not empty. Done by the first warp. */
+ * sum before it. Where it does not, the last bin that is not empty. Done by one warp. */
 static __device__ void find_bin(struct select_memory *memory)
 {
     enum { EACH = BINS / WARP };
@@ -66,43 +105,81 @@ static __device__ void find_bin(struct select_memory *memory)
     const unsigned long long before = memory->above, wanted = memory->wanted;
     unsigned long long sum = 0;
 
-    for (int i = 0; i < EACH; i++) sum += memory->bins[lane * EACH + i];
+    for (int i = 0; i < EACH; i++) sum += bin_sum(memory, lane * EACH + i);
     unsigned long long upto = sum;
     for (int step = 1; step < WARP; step *= 2) {
         const unsigned long long other = __shfl_up_sync(~0u, upto, step);
         if (lane >= step) upto += other;
     }
-    unsigned reach = __ballot_sync(~0u, sum > 0 && before + upto >= wanted);
+    const unsigned reach = __ballot_sync(~0u, sum > 0 && before + upto >= wanted);
     const unsigned filled = __ballot_sync(~0u, sum > 0);
     const int found = reach ? __ffs(reach) - 1 : 31 - __clz(filled | 1);
-    if (lane == found) {
-        unsigned long long running = before + upto - sum, above = running;
-        int bin = lane * EACH;
-        for (int i = 0; i < EACH; i++) {
-            const unsigned long long here = memory->bins[lane * EACH + i];
-            if (here == 0) continue;
-            bin = lane * EACH + i;
-            above = running;
-            running += here;
-            if (running >= wanted) break;
-        }
-        memory->bin = bin;
-        memory->above = above;
+    __syncwarp(); /* all have read what the one found sets */
+    if (lane != found) return;
+
+    unsigned long long running = before + upto - sum, above = running;
+    int bin = lane * EACH;
+    for (int i = 0; i < EACH; i++) {
+        const unsigned long long here = bin_sum(memory, lane * EACH + i);
+        if (here == 0) continue;
+        bin = lane * EACH + i;
+        above = running;
+        running += here;
+        if (running >= wanted) break;
     }
+    memory->bin = bin;
+    memory->above = above;
+}
+
+/* Half of the work of smallest_kept(): the bins, and the bin that is looked at alone. */
+template <typename Counts, typename BinOf, typename Value, typename Weight>
+static __device__ void select_bin(struct select_memory *memory, const struct row_part &part,
+                                  double share, Counts &&counts, BinOf &&bin_of, Value &&value,
+                                  Weight &&weight)
+{
+    for (int i = threadIdx.x; i < BINS; i += ROW_BLOCK) memory->low[i] = memory->high[i] = 0;
+    if (threadIdx.x == 0) memory->n_list = 0, memory->smallest = ~0u, memory->largest = 0;
+    __syncthreads();
+    for_fours(part, [&](int v, const float(&four)[4]) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const float z = value(v + i, four[i]);
+            if (counts(z)) bin_add(memory, bin_of(z), weight(z));
+        }
+    });
+    cluster_sync();
+    if (part.part == 0) {
+        bins_join(memory, part.parts);
+        __syncthreads();
+        if (threadIdx.x < WARP) {
+            if (share > 0) {
+                unsigned long long all = 0;
+                for (int i = threadIdx.x; i < BINS; i += WARP) all += bin_sum(memory, i);
+                for (int step = WARP / 2; step > 0; step /= 2)
+                    all += __shfl_xor_sync(~0u, all, step);
+                const unsigned long long wanted = (unsigned long long)(share * (double)all);
+                if (threadIdx.x == 0) memory->wanted = wanted > 0 ? wanted : 1;
+                __syncwarp();
+            }
+            find_bin(memory);
+        }
+    }
+    cluster_sync();
 }
 
 /* The smallest value of the shortest list of largest values (and equals of its last) whose
- * weights reach `wanted`, or `share` of all weights where `wanted` is 0. Values below `floor` and
+ * weights reach `wanted`, or `share` of all weights where share > 0. Values below `floor` and
  * -infinity do not count; `low` and `high` are the least and the greatest of the rest, or wider.
- * value(v, row[v]) and weight(value) are the caller's. All threads of the block call it and get
- * the same answer. */
+ * value(v, row[v]) and weight(value) are the caller's. All threads of the cluster call it and get
+ * the same answer; *n_reached is how many values there are down to it, or more. */
 template <typename Value, typename Weight>
-static __device__ float smallest_kept(struct select_memory *memory, const float *row, int V,
-                                      bool whole, float floor, float low, float high,
-                                      unsigned long long wanted, double share, Value &&value,
+static __device__ float smallest_kept(struct select_memory *memory, const struct row_part &part,
+                                      float floor, float low, float high, unsigned wanted,
+                                      double share, unsigned long long *n_reached, Value &&value,
                                       Weight &&weight)
 {
-    if (threadIdx.x == 0) memory->above = 0, memory->wanted = wanted;
+    struct select_memory *shared = cluster_block(memory, 0);
+    if (threadIdx.x == 0) memory->above = 0, memory->wanted = wanted, memory->kept = ~0u;
     for (bool first = true;; first = false) {
         /* Bin 0 holds the greatest. What lies far below shares the last bin at first. */
         const float bottom = first ? fmaxf(low, high - 64.0f) : low;
@@ -113,47 +190,24 @@ static __device__ float smallest_kept(struct select_memory *memory, const float 
         const auto counts = [&](float z) {
             return z >= floor && z > -INFINITY && z <= high && (first || z >= low);
         };
+        select_bin(memory, part, first ? share : 0.0, counts, bin_of, value, weight);
 
-        for (int i = threadIdx.x; i < BINS; i += ROW_BLOCK) memory->bins[i] = 0;
-        if (threadIdx.x == 0) memory->n_list = 0, memory->smallest = ~0u, memory->largest = 0;
-        __syncthreads();
-        for_fours(row, V, whole, [&](int v, const float(&four)[4]) {
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const float z = value(v + i, four[i]);
-                if (counts(z)) atomicAdd(&memory->bins[bin_of(z)], weight(z));
-            }
-        });
-        __syncthreads();
-        if (threadIdx.x < WARP) {
-            if (first && wanted == 0) {
-                unsigned long long all = 0;
-                for (int i = threadIdx.x; i < BINS; i += WARP) all += memory->bins[i];
-                for (int step = WARP / 2; step > 0; step /= 2)
-                    all += __shfl_xor_sync(~0u, all, step);
-                const unsigned long long part = (unsigned long long)(share * (double)all);
-                if (threadIdx.x == 0) memory->wanted = part > 0 ? part : 1;
-                __syncwarp();
-            }
-            find_bin(memory);
-        }
-        __syncthreads();
-
-        const int bin = memory->bin;
-        for_fours(row, V, whole, [&](int v, const float(&four)[4]) {
+        const int bin = shared->bin;
+        for_fours(part, [&](int v, const float(&four)[4]) {
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 const float z = value(v + i, four[i]);
                 if (!counts(z) || bin_of(z) != bin) continue;
-                const unsigned at = atomicAdd(&memory->n_list, 1u);
-                if (at < LIST) memory->list[at] = z;
-                atomicMin(&memory->smallest, sort_key(z));
-                atomicMax(&memory->largest, sort_key(z));
+                const unsigned at = atomicAdd(&shared->n_list, 1u);
+                if (at < LIST) shared->list[at] = z;
+                atomicMin(&shared->smallest, sort_key(z));
+                atomicMax(&shared->largest, sort_key(z));
             }
         });
-        __syncthreads();
-        const unsigned n = memory->n_list, smallest = memory->smallest, largest = memory->largest;
-        __syncthreads();          /* all have read what the next turn, or the next call, sets */
+        cluster_sync();
+        const unsigned n = shared->n_list, smallest = shared->smallest, largest = shared->largest;
+        *n_reached = shared->above + n;
+        cluster_sync();           /* all have read what the next turn, or the next call, sets */
         if (n == 0) return floor; /* no value counts */
         if (smallest == largest) return from_sort_key(smallest);
         if (n <= LIST) break;
@@ -162,18 +216,16 @@ static __device__ float smallest_kept(struct select_memory *memory, const float 
     }
 
     /* Those that are kept have less than what is wanted before them. */
-    if (threadIdx.x == 0) memory->kept = ~0u;
-    __syncthreads();
-    if (threadIdx.x < memory->n_list) {
+    if (part.part == 0 && threadIdx.x < memory->n_list) {
         const float z = memory->list[threadIdx.x];
         unsigned long long before = memory->above;
         for (unsigned i = 0; i < memory->n_list; i++)
             if (memory->list[i] > z) before += weight(memory->list[i]);
         if (before < memory->wanted) atomicMin(&memory->kept, sort_key(z));
     }
-    __syncthreads();
-    const float kept = from_sort_key(memory->kept);
-    __syncthreads(); /* the memory may be used again */
+    cluster_sync();
+    const float kept = from_sort_key(shared->kept);
+    cluster_sync(); /* the memory may be used again, and the first block may end */
     return kept;
 }
 
