@@ -61,7 +61,7 @@ typedef enum mlora_status {
 } mlora_status;
 
 /* What failed last on this thread, in one line without a newline, for example
- * "adapters/sql/adapter_config.json: use_dora is true: ...". Never NULL. The library owns the
+ * "adapters/sql/adapter_config.json: layer_replication is set: ...". Never NULL. The library owns the
  * text; it is valid until the next mlora_ call on the same thread. Thread: any. */
 MLORA_API const char *mlora_error(void);
 

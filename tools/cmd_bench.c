@@ -174,7 +174,7 @@ static mlora_status run_case(json_t *rows, mlora_engine *engine, const struct be
     qsort(runs, n, sizeof *runs, by_speed);
     const struct measure *median = &runs[n / 2];
     if (n_adapters == 0) *base = median->tokens_per_second;
-    json_t *share = *base > 0 ? json_real(100 * median->tokens_per_second / *base) : json_null();
+    json_t *share = *base > 0 ? json_real(100 * (median->tokens_per_second / *base)) : json_null();
     json_t *row = json_pack("{s:I, s:I, s:I, s:f, s:f, s:f, s:f, s:f, s:o}", "batch",
                             (json_int_t)batch_size, "adapters", (json_int_t)n_adapters, "tokens",
                             (json_int_t)(batch_size * bench->max_tokens), "tokens/s",
