@@ -1,7 +1,7 @@
 /* A vec is one register of AVX-512. */
 #include "kernels/cpu/simd.h"
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) /* GCC's target pragma */
 
 #include <immintrin.h>
 
