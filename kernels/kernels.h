@@ -167,6 +167,15 @@ struct kernels {
      *   norm [N] f32    w [N, K]    A [R, K], B [N, R] f32 */
     void (*lora_row_norms)(struct device *dev, float *norm, const struct matrix *w, const float *a,
                            const float *b, int R, float scale);
+
+    /* ---- draft and extend ----------------------------------------------------------------- */
+
+    /* With start[b] the sum of extend_len before b, for each request b and j < extend_len[b],
+     * t = start[b] + j < capacity:
+     *   token_kv_len[t] = kv_len[b] - extend_len[b] + 1 + j    clamped: min(that, topk)
+     *   token_position[t] = token_kv_len[t] - 1, token_request[t] = b, token_adapter[t] = adapter[b]
+     * Lengths and totals stay on the device: nothing waits. */
+    void (*extend_metadata)(struct device *dev, const struct extend_view *extend);
 };
 
 struct device {

@@ -158,4 +158,38 @@ struct sample_view {
     const int32_t *n_prompt;      /* [Q] how many of the row's history are prompt */
 };
 
+/* ---- draft and extend --------------------------------------------------------------------- */
+
+/* How a token finds its request. By request: each request writes its own run of tokens. */
+enum extend_search {
+    EXTEND_ADAPTIVE, /* linear for up to EXTEND_LINEAR_MAX requests, binary above */
+    EXTEND_LINEAR,
+    EXTEND_BINARY,
+    EXTEND_BY_REQUEST
+};
+
+enum { EXTEND_LINEAR_MAX = 16 };
+
+/* A batch in which request b extends its sequence by extend_len[b] tokens, whose number the host
+ * need not know: drafted tokens, or those that a verification has accepted. */
+struct extend_view {
+    int bs;       /* requests, 0 or more                           */
+    int capacity; /* tokens that each output below has room for    */
+    int topk;     /* upper bound of clamped_kv_len                 */
+    enum extend_search search;
+    bool has_int64_lengths; /* extend_len and kv_len are int64, else int32             */
+    bool fills_tail;        /* entries from `total` to capacity become `tail`          */
+    int32_t tail;           /* else they are left as they are                          */
+    const void *extend_len; /* [bs] 0 or more; their sum fits int32                    */
+    const void *kv_len;     /* [bs] tokens of the sequence, those of extend_len included */
+    const int32_t *adapter; /* [bs] or NULL where token_adapter is                     */
+    int32_t *total;         /* [1] the sum of extend_len, also where it exceeds capacity */
+    int32_t *request_start; /* [bs + 1] first token of each request, and the total     */
+    int32_t *token_kv_len;  /* [capacity] each may be NULL: not wanted                 */
+    int32_t *clamped_kv_len;
+    int32_t *token_position;
+    int32_t *token_request;
+    int32_t *token_adapter;
+};
+
 #endif

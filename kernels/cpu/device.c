@@ -202,6 +202,7 @@ static const struct kernels cpu_kernels = {
     .lora_add_rms_norm = cpu_lora_add_rms_norm,
     .lora_head_norm = cpu_lora_head_norm,
     .lora_row_norms = cpu_lora_row_norms,
+    .extend_metadata = cpu_extend_metadata,
 };
 
 mlora_status cpu_device_open(struct device **out, int n_threads)

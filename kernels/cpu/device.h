@@ -96,6 +96,7 @@ void cpu_parallel(struct device *dev, int n_items, int grain, threads_fn fn, voi
 /* The ops, each defined in the file that the comment names; the formulas are in kernels.h. */
 
 /* metadata.c */
+void cpu_extend_metadata(struct device *dev, const struct extend_view *extend);
 void cpu_metadata(struct device *dev, const struct batch_view *batch);
 
 /* embed.c */

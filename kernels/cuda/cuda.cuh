@@ -155,6 +155,7 @@ static inline __host__ __device__ int max_int(int a, int b)
 
 /* The ops, as in kernels.h. */
 void cuda_metadata(struct device *dev, const struct batch_view *batch);
+void cuda_extend_metadata(struct device *dev, const struct extend_view *extend);
 void cuda_embed(struct device *dev, void *y, const struct matrix *table, const int32_t *ids, int T,
                 enum dtype dtype);
 void cuda_add_rms_norm(struct device *dev, void *y, void *x, const void *delta, const float *weight,

@@ -150,6 +150,7 @@ static const struct kernels cuda_kernels = {
     NULL,
     NULL,
     NULL,
+    cuda_extend_metadata,
 };
 
 /* The parts that need the device to be current. */

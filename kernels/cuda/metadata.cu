@@ -34,6 +34,158 @@ static __global__ void metadata_kernel(int32_t *position, int32_t *row, const in
     position[t] = kv_len[q] - row_start[q + 1] + t;
 }
 
+/* ---- draft and extend ---------------------------------------------------------------------- */
+
+enum {
+    EXTEND_BLOCK = 1024,                 /* threads, and tokens of a block */
+    OWN_REQUESTS = 4,                    /* of a thread in a round of the scan */
+    ROUND = EXTEND_BLOCK * OWN_REQUESTS, /* requests of a round */
+    OWN_RUN = 8,                         /* tokens that a thread writes alone */
+};
+
+template <typename Length> static __device__ int length_at(const void *lengths, int b)
+{
+    return (int)((const Length *)lengths)[b];
+}
+
+/* Exclusive sum of `own` over the block's threads; `sum` receives the whole. */
+static __device__ int block_scan(int own, int *sum)
+{
+    __shared__ int of_warp[EXTEND_BLOCK / WARP];
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+
+    int through = own; /* the sum up to and with this lane */
+    for (int step = 1; step < WARP; step *= 2) {
+        const int before = __shfl_up_sync(~0u, through, step);
+        if (lane >= step) through += before;
+    }
+    if (lane == WARP - 1) of_warp[warp] = through;
+    __syncthreads();
+    int warps = of_warp[lane]; /* each warp scans all of them: it saves a barrier */
+    for (int step = 1; step < WARP; step *= 2) {
+        const int before = __shfl_up_sync(~0u, warps, step);
+        if (lane >= step) warps += before;
+    }
+    *sum = __shfl_sync(~0u, warps, WARP - 1);
+    const int before = __shfl_sync(~0u, warps, warp == 0 ? 0 : warp - 1);
+    return (warp == 0 ? 0 : before) + through - own;
+}
+
+/* Token t is token j of request b, which begins `before` tokens into its sequence. */
+static __device__ void write_token(const struct extend_view &view, int t, int b, int before, int j)
+{
+    const int kv_len = before + 1 + j;
+    if (view.token_kv_len) view.token_kv_len[t] = kv_len;
+    if (view.clamped_kv_len) view.clamped_kv_len[t] = min_int(kv_len, view.topk);
+    if (view.token_position) view.token_position[t] = kv_len - 1;
+    if (view.token_request) view.token_request[t] = b;
+    if (view.token_adapter) view.token_adapter[t] = view.adapter[b];
+}
+
+/* The index of the last of `n` requests that starts at or before t and is not empty, in
+ * start[n + 1]. */
+static __device__ int find_request(const int *start, int n, int t, bool is_linear)
+{
+    int q = 0; /* the number of requests that end at or before t */
+
+    if (is_linear) {
+        for (int i = 0; i < n; i++) q += start[i + 1] <= t;
+    } else {
+        for (int end = n; q < end;) {
+            const int middle = (q + end) / 2;
+            if (start[middle + 1] <= t)
+                q = middle + 1;
+            else
+                end = middle;
+        }
+    }
+    return q;
+}
+
+/* Tokens [first, end) of request b, whose token 0 is t0: short runs by the thread alone, long ones
+ * by its warp together. */
+template <typename Length>
+static __device__ void write_run(const struct extend_view &view, int b, int t0, int first, int end)
+{
+    const int lane = threadIdx.x % WARP;
+    const bool is_long = end - first > OWN_RUN;
+    int before = 0;
+
+    if (first < end)
+        before = length_at<Length>(view.kv_len, b) - length_at<Length>(view.extend_len, b);
+    if (!is_long)
+        for (int t = first; t < end; t++) write_token(view, t, b, before, t - t0);
+    for (unsigned lanes = __ballot_sync(~0u, is_long); lanes; lanes &= lanes - 1) {
+        const int from = __ffs(lanes) - 1;
+        const int run_first = __shfl_sync(~0u, first, from), run_end = __shfl_sync(~0u, end, from);
+        const int run_b = __shfl_sync(~0u, b, from), run_t0 = __shfl_sync(~0u, t0, from);
+        const int run_before = __shfl_sync(~0u, before, from);
+        for (int t = run_first + lane; t < run_end; t += WARP)
+            write_token(view, t, run_b, run_before, t - run_t0);
+    }
+}
+
+/* The formulas of kernels.h. Every block sums the lengths of all requests for itself, which is
+ * cheaper than a second launch, and writes its own EXTEND_BLOCK tokens; block 0 writes the starts.
+ *
+ *   grid max(1, capacity / EXTEND_BLOCK)    block EXTEND_BLOCK, a thread a token
+ *   shared 16 KiB: the starts of a round of requests */
+template <typename Length>
+static __global__ void __launch_bounds__(EXTEND_BLOCK) extend_kernel(struct extend_view view)
+{
+    __shared__ int start[ROUND + 1];
+    const int tile = blockIdx.x * EXTEND_BLOCK;
+    const int tile_end = min_int(tile + EXTEND_BLOCK, view.capacity);
+    const int t = tile + threadIdx.x;
+    int total = 0; /* of the rounds before */
+
+    grid_begin();
+    for (int round = 0; round < view.bs; round += ROUND) {
+        const int n = min_int(ROUND, view.bs - round);
+        const int mine = threadIdx.x * OWN_REQUESTS;
+        int own[OWN_REQUESTS], sum_own = 0, sum;
+
+        for (int i = 0; i < OWN_REQUESTS; i++) {
+            own[i] = mine + i < n ? length_at<Length>(view.extend_len, round + mine + i) : 0;
+            sum_own += own[i];
+        }
+        int at = total + block_scan(sum_own, &sum);
+        for (int i = 0; i < OWN_REQUESTS; i++) {
+            if (view.search == EXTEND_BY_REQUEST)
+                write_run<Length>(view, round + mine + i, at, max_int(at, tile),
+                                  min_int(at + own[i], tile_end));
+            else
+                start[mine + i] = at;
+            if (blockIdx.x == 0 && mine + i < n) view.request_start[round + mine + i] = at;
+            at += own[i];
+        }
+        if (threadIdx.x == EXTEND_BLOCK - 1) start[ROUND] = at;
+        __syncthreads();
+
+        if (view.search != EXTEND_BY_REQUEST && t >= total && t < min_int(total + sum, tile_end)) {
+            const int q = find_request(start, n, t, view.search == EXTEND_LINEAR);
+            const int b = round + q;
+            const int before =
+                length_at<Length>(view.kv_len, b) - length_at<Length>(view.extend_len, b);
+            write_token(view, t, b, before, t - start[q]);
+        }
+        total += sum;
+        __syncthreads(); /* the next round overwrites `start` */
+    }
+
+    if (blockIdx.x == 0 && threadIdx.x == 0) {
+        view.request_start[view.bs] = total;
+        *view.total = total;
+    }
+    if (view.fills_tail && t >= total && t < tile_end) {
+        if (view.token_kv_len) view.token_kv_len[t] = view.tail;
+        if (view.clamped_kv_len) view.clamped_kv_len[t] = view.tail;
+        if (view.token_position) view.token_position[t] = view.tail;
+        if (view.token_request) view.token_request[t] = view.tail;
+        if (view.token_adapter) view.token_adapter[t] = view.tail;
+    }
+}
+
 /* ---- launchers ---------------------------------------------------------------------------- */
 
 void cuda_metadata(struct device *dev, const struct batch_view *batch)
@@ -44,4 +196,17 @@ void cuda_metadata(struct device *dev, const struct batch_view *batch)
     cuda_launch(cuda, "metadata", metadata_kernel, ceil_div(batch->T, METADATA_BLOCK),
                 METADATA_BLOCK, 0, 1, batch->position, batch->row, batch->row_start, batch->kv_len,
                 batch->T, batch->Q);
+}
+
+void cuda_extend_metadata(struct device *dev, const struct extend_view *extend)
+{
+    struct cuda_device *cuda = cuda_begin(dev);
+    if (!cuda) return;
+
+    struct extend_view view = *extend;
+    if (view.search == EXTEND_ADAPTIVE)
+        view.search = view.bs <= EXTEND_LINEAR_MAX ? EXTEND_LINEAR : EXTEND_BINARY;
+    cuda_launch(cuda, "extend_metadata",
+                view.has_int64_lengths ? extend_kernel<int64_t> : extend_kernel<int32_t>,
+                max_int(1, ceil_div(view.capacity, EXTEND_BLOCK)), EXTEND_BLOCK, 0, 1, view);
 }
