@@ -5,9 +5,10 @@
  * that failed since open. Ops of one device run in the order of the calls. Pointers are memory of
  * the device unless "host" is said. A device belongs to one thread at a time.
  *
- * Activations are f32 or bf16 (`dtype` arguments), weights f32, f16 or bf16; sums are f32. Where
- * activations are bf16, each op rounds its result once, at the points where the reference
- * (transformers) does.
+ * Activations are f32 or bf16 (`dtype` arguments), weights f32, f16 or bf16; all arithmetic is f32.
+ * Where activations are bf16, each op rounds its result once, when it writes it. The residual
+ * stream x is f32 whatever the activations are: it sums up all layers. So bf16 is nearer to the
+ * reference (transformers) in f32 than the reference in bf16, which rounds more often.
  *
  * On the CPU the value of an output row does not depend on which other rows are in the call, nor
  * on the number of threads, bit for bit: a request's tokens are the same in any batch. */
@@ -52,9 +53,9 @@ struct kernels {
                   int T, enum dtype dtype);
 
     /* x[t, :] += delta[t, :] (left out where delta is NULL)
-     * y[t, :] = weight[:] * round(x[t, :] / sqrt(mean(x[t, :]^2) + eps))
-     *   y, x, delta [T, D] dtype    weight [D] f32 */
-    void (*add_rms_norm)(struct device *dev, void *y, void *x, const void *delta,
+     * y[t, :] = weight[:] * x[t, :] / sqrt(mean(x[t, :]^2) + eps)
+     *   y, delta [T, D] dtype    x [T, D] f32    weight [D] f32 */
+    void (*add_rms_norm)(struct device *dev, void *y, float *x, const void *delta,
                          const float *weight, int T, int D, float eps, enum dtype dtype);
 
     /* y[t, n] = dot(w[n, :], x[t, :]) + bias[n]
@@ -70,7 +71,7 @@ struct kernels {
     /* Turn the queries and keys by their positions in place, and write keys and values to the
      * cache: with h a query or key head of token t, angle a = position[t] * frequency[i], i < d/2:
      *   h'[i] = h[i] cos a - h[i + d/2] sin a,  h'[i + d/2] = h[i + d/2] cos a + h[i] sin a
-     * qkv [T, H + 2 G, d] dtype. cos and sin are rounded to dtype, as the reference does. */
+     * qkv [T, H + 2 G, d] dtype */
     void (*rope)(struct device *dev, void *qkv, const struct rope_view *rope,
                  const struct kv_view *kv, const struct batch_view *batch,
                  const struct heads *heads, enum dtype dtype);
@@ -84,7 +85,7 @@ struct kernels {
                       const struct batch_view *batch, const struct heads *heads, enum dtype dtype);
 
     /* y[t, f] = silu(gate[f]) * up[f], the rows of gate_up being gate [F], up [F].
-     *   y [T, F] dtype    gate_up [T, 2 F] dtype. silu is rounded to dtype before the product. */
+     *   y [T, F] dtype    gate_up [T, 2 F] dtype */
     void (*silu_mul)(struct device *dev, void *y, const void *gate_up, int T, int F,
                      enum dtype dtype);
 
@@ -155,7 +156,7 @@ struct kernels {
 
     /* add_rms_norm and head_norm in which a token's weights are those of its own adapter, where it
      * has some: own[slot].norms[layer][norm]. */
-    void (*lora_add_rms_norm)(struct device *dev, void *y, void *x, const void *delta,
+    void (*lora_add_rms_norm)(struct device *dev, void *y, float *x, const void *delta,
                               const float *weight, const struct lora_view *lora, int layer,
                               enum lora_norm norm, int T, int D, float eps, enum dtype dtype);
     void (*lora_head_norm)(struct device *dev, void *qkv, const float *q_weight,

@@ -72,10 +72,10 @@ static void embed(const struct model *model, const struct workspace *ws, const i
     const struct lora_site site = {.linear = LORA_EMBEDDING, .n_slices = 1, .N = D, .width = {D}};
     struct device *dev = model->dev;
 
-    dev->ops->embed(dev, ws->x, &model->weights->embedding, ids, T, model->dtype);
+    dev->ops->embed(dev, ws->x, &model->weights->embedding, ids, T, DTYPE_F32);
     if (!lora->changes_embedding) return;
-    dev->ops->lora_embed(dev, ws->x, ws->shrunk, ids, lora, D, model->dtype);
-    dev->ops->lora_expand(dev, ws->x, ws->shrunk, lora, &site, lora->L - 1, model->dtype);
+    dev->ops->lora_embed(dev, ws->x, ws->shrunk, ids, lora, D, DTYPE_F32);
+    dev->ops->lora_expand(dev, ws->x, ws->shrunk, lora, &site, lora->L - 1, DTYPE_F32);
 }
 
 /* x += delta, ws->norm = its norm, with the weights of each row's own adapter where it has some. */
@@ -207,21 +207,27 @@ mlora_status workspace_open(struct workspace *out, const struct model *model, in
     const size_t D = (size_t)c->hidden_size, F = (size_t)c->mlp_size;
     const size_t q_width = (size_t)c->n_heads * (size_t)c->head_dim;
     const size_t kv_width = (size_t)c->n_kv_heads * (size_t)c->head_dim;
+    void *x = NULL;
     const struct {
         void **at;
-        size_t width;
+        size_t bytes; /* of a token */
     } parts[] = {
-        {&ws.x, D},           {&ws.norm, D},        {&ws.qkv, q_width + 2 * kv_width},
-        {&ws.heads, q_width}, {&ws.gate_up, 2 * F}, {&ws.mlp, F},
-        {&ws.delta, D},
+        {&x, D * sizeof *ws.x},
+        {&ws.norm, D * element},
+        {&ws.qkv, (q_width + 2 * kv_width) * element},
+        {&ws.heads, q_width * element},
+        {&ws.gate_up, 2 * F * element},
+        {&ws.mlp, F * element},
+        {&ws.delta, D * element},
     };
     mlora_status status = MLORA_OK;
 
     for (size_t i = 0; i < sizeof parts / sizeof parts[0] && status == MLORA_OK; i++) {
-        const size_t bytes = (size_t)max_tokens * parts[i].width * element;
+        const size_t bytes = (size_t)max_tokens * parts[i].bytes;
         status = model->dev->ops->alloc(model->dev, bytes, parts[i].at);
         ws.bytes += (int64_t)bytes;
     }
+    ws.x = x;
     if (status != MLORA_OK) workspace_close(&ws, model->dev);
     *out = ws;
     return status;

@@ -16,7 +16,7 @@ struct model {
 
 /* Activations, sized once for the largest step. */
 struct workspace {
-    void *x;       /* [T, D] the residual stream             */
+    float *x;      /* [T, D] f32, the residual stream        */
     void *norm;    /* [T, D]                                 */
     void *qkv;     /* [T, (H + 2 G) d]                       */
     void *heads;   /* [T, H d] attention's output            */

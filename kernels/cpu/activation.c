@@ -26,7 +26,7 @@ static void silu_mul_parts(void *context, int begin, int end, int thread)
         for (size_t f = first; f < last; f++) {
             const float gate = load_f32(op->gate_up, op->dtype, t * 2 * F + f);
             const float up = load_f32(op->gate_up, op->dtype, t * 2 * F + F + f);
-            const float silu = rounded(gate / (1.0f + expf(-gate)), op->dtype);
+            const float silu = gate / (1.0f + expf(-gate));
             store_f32(op->y, op->dtype, t * F + f, silu * up);
         }
     }

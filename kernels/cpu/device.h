@@ -62,12 +62,6 @@ static inline float load_f32(const void *array, enum dtype dtype, size_t index)
     return dtype == DTYPE_BF16 ? bf16_to_f32(bits) : f16_to_f32(bits);
 }
 
-/* `value` as an activation of `dtype` holds it. */
-static inline float rounded(float value, enum dtype dtype)
-{
-    return dtype == DTYPE_F32 ? value : bf16_to_f32(bf16_from_f32(value));
-}
-
 static inline void store_f32(void *array, enum dtype dtype, size_t index, float value)
 {
     void *to = element(array, dtype, index);
@@ -108,11 +102,11 @@ void cpu_lora_embed(struct device *dev, void *y, float *h, const int32_t *ids,
                     const struct lora_view *lora, int D, enum dtype dtype);
 
 /* norm.c */
-void cpu_add_rms_norm(struct device *dev, void *y, void *x, const void *delta, const float *weight,
+void cpu_add_rms_norm(struct device *dev, void *y, float *x, const void *delta, const float *weight,
                       int T, int D, float eps, enum dtype dtype);
 void cpu_head_norm(struct device *dev, void *qkv, const float *q_weight, const float *k_weight,
                    const struct heads *heads, int T, float eps, enum dtype dtype);
-void cpu_lora_add_rms_norm(struct device *dev, void *y, void *x, const void *delta,
+void cpu_lora_add_rms_norm(struct device *dev, void *y, float *x, const void *delta,
                            const float *weight, const struct lora_view *lora, int layer,
                            enum lora_norm norm, int T, int D, float eps, enum dtype dtype);
 void cpu_lora_head_norm(struct device *dev, void *qkv, const float *q_weight, const float *k_weight,

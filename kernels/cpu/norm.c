@@ -18,16 +18,12 @@ static float sum_of_squares(const float *x, int n)
     return lane[0];
 }
 
-/* y[i] = weight[i] * round(x[i] / sqrt(mean(x^2) + eps)), rounded again by the caller */
-static void rms_norm_row(float *y, const float *x, const float *weight, int n, float eps,
-                         enum dtype dtype)
+/* y[i] = weight[i] * x[i] / sqrt(mean(x^2) + eps) */
+static void rms_norm_row(float *y, const float *x, const float *weight, int n, float eps)
 {
     const float scale = 1.0f / sqrtf(sum_of_squares(x, n) / (float)n + eps);
 
-    if (dtype == DTYPE_F32)
-        for (int i = 0; i < n; i++) y[i] = weight[i] * (x[i] * scale);
-    else
-        for (int i = 0; i < n; i++) y[i] = weight[i] * rounded(x[i] * scale, dtype);
+    for (int i = 0; i < n; i++) y[i] = weight[i] * (x[i] * scale);
 }
 
 /* Whose norms may stand in the place of the base's. */
@@ -47,10 +43,11 @@ static const float *weight_of(const struct own_norms *own, int t, enum lora_norm
 
 struct add_rms_norm {
     const struct simd *simd;
-    void *y, *x;         /* [T, D] dtype */
+    void *y;             /* [T, D] dtype */
+    float *x;            /* [T, D] */
     const void *delta;   /* [T, D] dtype or NULL */
     const float *weight; /* [D] */
-    float *scratch;      /* [threads, 2, D] */
+    float *scratch;      /* [threads, D] */
     int D;
     float eps;
     enum dtype dtype;
@@ -62,31 +59,27 @@ static void norm_rows(void *context, int begin, int end, int thread)
 {
     const struct add_rms_norm *op = context;
     const size_t D = (size_t)op->D;
-    float *x = op->scratch + (size_t)thread * 2 * D;
-    float *y = x + D;
+    float *y = op->scratch + (size_t)thread * D;
 
     for (int t = begin; t < end; t++) {
         const size_t first = (size_t)t * D;
-        void *x_row = element(op->x, op->dtype, first);
+        float *x = op->x + first;
 
-        op->simd->widen(x, x_row, op->dtype, D);
         if (op->delta) {
             op->simd->widen(y, element(op->delta, op->dtype, first), op->dtype, D);
             for (size_t i = 0; i < D; i++) x[i] += y[i];
-            op->simd->narrow(x_row, op->dtype, x, D);
-            op->simd->widen(x, x_row, op->dtype, D); /* as rounded */
         }
-        rms_norm_row(y, x, weight_of(&op->own, t, op->norm, op->weight), op->D, op->eps, op->dtype);
+        rms_norm_row(y, x, weight_of(&op->own, t, op->norm, op->weight), op->D, op->eps);
         op->simd->narrow(element(op->y, op->dtype, first), op->dtype, y, D);
     }
 }
 
-void cpu_lora_add_rms_norm(struct device *dev, void *y, void *x, const void *delta,
+void cpu_lora_add_rms_norm(struct device *dev, void *y, float *x, const void *delta,
                            const float *weight, const struct lora_view *lora, int layer,
                            enum lora_norm norm, int T, int D, float eps, enum dtype dtype)
 {
     struct cpu_device *cpu = cpu_device(dev);
-    const size_t n_floats = (size_t)threads_count(cpu->threads) * 2 * (size_t)D;
+    const size_t n_floats = (size_t)threads_count(cpu->threads) * (size_t)D;
     float *scratch = cpu_scratch(dev, SCRATCH_OP, n_floats * sizeof *scratch, "add_rms_norm");
     if (!scratch) return;
 
@@ -95,7 +88,7 @@ void cpu_lora_add_rms_norm(struct device *dev, void *y, void *x, const void *del
     cpu_parallel(dev, T, 4, norm_rows, &op);
 }
 
-void cpu_add_rms_norm(struct device *dev, void *y, void *x, const void *delta, const float *weight,
+void cpu_add_rms_norm(struct device *dev, void *y, float *x, const void *delta, const float *weight,
                       int T, int D, float eps, enum dtype dtype)
 {
     cpu_lora_add_rms_norm(dev, y, x, delta, weight, NULL, 0, NORM_ATTENTION, T, D, eps, dtype);
@@ -128,7 +121,7 @@ static void norm_heads(void *context, int begin, int end, int thread)
             void *row = element(op->qkv, op->dtype, head * d);
 
             op->simd->widen(x, row, op->dtype, d);
-            rms_norm_row(y, x, h < heads->H ? q_weight : k_weight, heads->d, op->eps, op->dtype);
+            rms_norm_row(y, x, h < heads->H ? q_weight : k_weight, heads->d, op->eps);
             op->simd->narrow(row, op->dtype, y, d);
         }
     }

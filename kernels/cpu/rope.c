@@ -50,8 +50,8 @@ static void rope_tokens(void *context, int begin, int end, int thread)
 
         for (int i = 0; i < d / 2; i++) {
             const float angle = (float)position * op->rope->frequency[i];
-            cosine[i] = rounded(cosf(angle) * op->rope->amplitude, op->dtype);
-            sine[i] = rounded(sinf(angle) * op->rope->amplitude, op->dtype);
+            cosine[i] = cosf(angle) * op->rope->amplitude;
+            sine[i] = sinf(angle) * op->rope->amplitude;
         }
         for (int h = 0; h < H + G; h++)
             turn(element(row, op->dtype, (size_t)h * (size_t)d), cosine, sine, d, op->dtype);

@@ -158,8 +158,8 @@ void cuda_metadata(struct device *dev, const struct batch_view *batch);
 void cuda_extend_metadata(struct device *dev, const struct extend_view *extend);
 void cuda_embed(struct device *dev, void *y, const struct matrix *table, const int32_t *ids, int T,
                 enum dtype dtype);
-void cuda_add_rms_norm(struct device *dev, void *y, void *x, const void *delta, const float *weight,
-                       int T, int D, float eps, enum dtype dtype);
+void cuda_add_rms_norm(struct device *dev, void *y, float *x, const void *delta,
+                       const float *weight, int T, int D, float eps, enum dtype dtype);
 void cuda_matmul(struct device *dev, void *y, enum dtype y_dtype, const void *x,
                  const struct matrix *w, const float *bias, int T, enum dtype dtype);
 void cuda_head_norm(struct device *dev, void *qkv, const float *q_weight, const float *k_weight,

@@ -6,13 +6,13 @@
 
 enum { NORM_BLOCK_MAX = 1024, NORM_GROUPS_MAX = 4 };
 
-/* x[t, :] += delta[t, :]    y[t, :] = weight * round(x[t, :] / sqrt(mean(x[t, :]^2) + eps))
+/* x[t, :] += delta[t, :]    y[t, :] = weight * x[t, :] / sqrt(mean(x[t, :]^2) + eps)
  *
- *   y, x, delta [T, D] X    weight [D]
+ *   y, delta [T, D] X    x [T, D]    weight [D]
  *   grid T    block D / GROUP / GROUPS threads, GROUPS groups of eight elements each */
 template <typename X, int GROUPS>
 static __global__ void __launch_bounds__(NORM_BLOCK_MAX)
-    add_rms_norm_kernel(X *y, X *x, const X *delta, const float *__restrict__ weight, int D,
+    add_rms_norm_kernel(X *y, float *x, const X *delta, const float *__restrict__ weight, int D,
                         float eps, bool aligned)
 {
     __shared__ float shared[WARP];
@@ -30,7 +30,7 @@ static __global__ void __launch_bounds__(NORM_BLOCK_MAX)
             float more[GROUP];
             load_some(more, delta + row + i, D - i, aligned);
 #pragma unroll
-            for (int e = 0; e < GROUP; e++) value[j][e] = rounded<X>(value[j][e] + more[e]);
+            for (int e = 0; e < GROUP; e++) value[j][e] += more[e];
             store_some(x + row + i, value[j], D - i, aligned);
         }
 #pragma unroll
@@ -44,14 +44,14 @@ static __global__ void __launch_bounds__(NORM_BLOCK_MAX)
         float w[GROUP];
         load_some(w, weight + i, D - i, aligned);
 #pragma unroll
-        for (int e = 0; e < GROUP; e++) w[e] *= rounded<X>(value[j][e] * scale);
+        for (int e = 0; e < GROUP; e++) w[e] *= value[j][e] * scale;
         store_some(y + row + i, w, D - i, aligned);
     }
 }
 
 enum { HEAD_BLOCK = 128, HEAD_ELEMENTS = 16 }; /* of a lane: d <= 512 */
 
-/* qkv[t, h, :] = weight * round(qkv[t, h, :] / sqrt(mean(qkv[t, h, :]^2) + eps)), h < H + G
+/* qkv[t, h, :] = weight * qkv[t, h, :] / sqrt(mean(qkv[t, h, :]^2) + eps), h < H + G
  *
  *   qkv [T, H + 2 G, d] X, in and out    q_weight, k_weight [d]
  *   grid T (H + G) / 4    block HEAD_BLOCK, a warp a head */
@@ -79,14 +79,14 @@ static __global__ void head_norm_kernel(X *qkv, const float *__restrict__ q_weig
 #pragma unroll
     for (int j = 0; j < HEAD_ELEMENTS; j++) {
         const int i = lane + j * WARP;
-        if (i < d) head[i] = narrow<X>(weight[i] * rounded<X>(value[j] * scale));
+        if (i < d) head[i] = narrow<X>(weight[i] * (value[j] * scale));
     }
 }
 
 /* ---- launchers ---------------------------------------------------------------------------- */
 
-void cuda_add_rms_norm(struct device *dev, void *y, void *x, const void *delta, const float *weight,
-                       int T, int D, float eps, enum dtype dtype)
+void cuda_add_rms_norm(struct device *dev, void *y, float *x, const void *delta,
+                       const float *weight, int T, int D, float eps, enum dtype dtype)
 {
     struct cuda_device *cuda = cuda_begin(dev);
     if (!cuda || T == 0) return;
@@ -100,11 +100,11 @@ void cuda_add_rms_norm(struct device *dev, void *y, void *x, const void *delta, 
     with_activation(dtype, [&](auto type) {
         using X = decltype(type);
         if (a_thread == 1)
-            cuda_launch(cuda, "add_rms_norm", add_rms_norm_kernel<X, 1>, T, block, 0, 1, (X *)y,
-                        (X *)x, (const X *)delta, weight, D, eps, aligned);
+            cuda_launch(cuda, "add_rms_norm", add_rms_norm_kernel<X, 1>, T, block, 0, 1, (X *)y, x,
+                        (const X *)delta, weight, D, eps, aligned);
         else
             cuda_launch(cuda, "add_rms_norm", add_rms_norm_kernel<X, NORM_GROUPS_MAX>, T, block, 0,
-                        1, (X *)y, (X *)x, (const X *)delta, weight, D, eps, aligned);
+                        1, (X *)y, x, (const X *)delta, weight, D, eps, aligned);
     });
 }
 

@@ -37,8 +37,8 @@ static __global__ void rope_kernel(X *qkv, C *k, C *v, const struct rope_args ar
     for (int i = threadIdx.x; i < half; i += ROPE_BLOCK) {
         float s, c;
         sincosf((float)position * args.frequency[i], &s, &c);
-        cosine[i] = rounded<X>(c * args.amplitude);
-        sine[i] = rounded<X>(s * args.amplitude);
+        cosine[i] = c * args.amplitude;
+        sine[i] = s * args.amplitude;
     }
     __syncthreads();
 

@@ -53,7 +53,8 @@ void collect(void *user, const mlora_event *event);
 uint64_t submit(mlora_engine *engine, const mlora_request *request);
 void run_all(mlora_engine *engine);
 
-/* Same ids, text, log-probabilities to the bit, and end. */
+/* Same ids, text and end; the same log-probabilities, on the CPU to the bit, and else as near as
+ * f32 is. */
 void expect_same_answer(const struct answer *got, const struct answer *want, const char *what);
 
 #endif

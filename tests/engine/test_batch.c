@@ -48,10 +48,9 @@ static mlora_engine *open_with_adapters(const mlora_options *options)
     return engine;
 }
 
-static void run_alone(void)
+static void run_alone(const mlora_options *options)
 {
-    const mlora_options options = options_for(LLAMA2);
-    mlora_engine *engine = open_with_adapters(&options);
+    mlora_engine *engine = open_with_adapters(options);
     for (int i = 0; i < REQUESTS; i++) {
         const mlora_request request = request_number(i, &alone[i]);
         submit(engine, &request);
@@ -87,10 +86,6 @@ static void run_together(const mlora_options *options, unsigned seed, mlora_stat
         char what[64];
         snprintf(what, sizeof what, "request %d", i);
         expect_same_answer(&together[i], &alone[i], what);
-        cr_assert_eq(together[i].n_prompt, alone[i].n_prompt);
-        for (int t = 1; t < alone[i].n_prompt; t++)
-            cr_assert_eq(together[i].prompt[t].logprob, alone[i].prompt[t].logprob,
-                         "%s: prompt token %d", what, t);
     }
 }
 
@@ -127,19 +122,21 @@ Test(batch, gives_each_request_what_it_gets_alone_within_rounding)
     mlora_close(engine);
 }
 
-/* Bits are promised on the CPU only. */
-static bool is_cpu(void)
-{
-    return backend_under_test() == MLORA_BACKEND_CPU;
-}
-
-Test(batch, gives_each_request_what_it_gets_alone_bit_for_bit)
+/* What follows is in f32: to the bit on the CPU, and on a GPU by as little as the order of a sum
+ * can change, see expect_same_answer(). */
+static mlora_options options_in_f32(void)
 {
     mlora_options options = options_for(LLAMA2);
-    mlora_stats stats;
-    if (!is_cpu()) return;
+    options.dtype = MLORA_DTYPE_F32;
+    return options;
+}
 
-    run_alone();
+Test(batch, gives_each_request_what_it_gets_alone)
+{
+    mlora_options options = options_in_f32();
+    mlora_stats stats;
+
+    run_alone(&options);
     run_together(&options, 1, &stats);
     cr_expect_eq(stats.n_preemptions, 0);
 
@@ -153,11 +150,10 @@ Test(batch, gives_each_request_what_it_gets_alone_bit_for_bit)
 
 Test(batch, preempting_and_resuming_changes_nothing)
 {
-    mlora_options options = options_for(LLAMA2);
+    mlora_options options = options_in_f32();
     mlora_stats stats;
-    if (!is_cpu()) return;
 
-    run_alone();
+    run_alone(&options);
     options.max_model_len = 64;
     options.kv_blocks = 6; /* 96 tokens for all of them together */
     run_together(&options, 4, &stats);
@@ -166,10 +162,9 @@ Test(batch, preempting_and_resuming_changes_nothing)
 
 Test(batch, a_prompt_in_pieces_is_the_prompt_in_one)
 {
-    mlora_options options = options_for(LLAMA2);
+    mlora_options options = options_in_f32();
     static struct answer whole, pieces;
     char prompt[2000] = "";
-    if (!is_cpu()) return;
 
     for (int i = 0; i < 40; i++) strcat(prompt, "Uma the otter found a red kite. ");
     mlora_engine *engine = open_with_adapters(&options);
@@ -189,9 +184,6 @@ Test(batch, a_prompt_in_pieces_is_the_prompt_in_one)
     mlora_close(engine);
 
     cr_expect_gt(whole.n_prompt, 300);
-    cr_assert_eq(pieces.n_prompt, whole.n_prompt);
-    for (int i = 1; i < whole.n_prompt; i++)
-        cr_assert_eq(pieces.prompt[i].logprob, whole.prompt[i].logprob, "token %d", i);
     expect_same_answer(&pieces, &whole, "in pieces of 3 tokens");
 }
 

@@ -120,10 +120,6 @@ static void check_model(const char *model)
         run_all(engine);
         for (size_t i = 0; i < n; i++) {
             expect_same_answer(&together[i], &alone[i], name_of(json_array_get(cases, i)));
-            for (int t = 1; t < alone[i].n_prompt; t++)
-                cr_assert_eq(together[i].prompt[t].logprob, alone[i].prompt[t].logprob,
-                             "%s, %s: prompt token %d", model, name_of(json_array_get(cases, i)),
-                             t);
         }
         mlora_close(engine);
     }
