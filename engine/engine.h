@@ -34,6 +34,7 @@ struct mlora_engine {
     struct scheduler scheduler;
     struct batch batch;
     bool lenient;
+    bool merged; /* an adapter is in the weights: there can be no other */
     int max_model_len;
     int32_t *eos; /* [n_eos] the model's and the tokenizer's end tokens */
     int n_eos;

@@ -7,6 +7,7 @@
 #include "engine/base/error.h"
 #include "engine/engine.h"
 #include "engine/inspect.h"
+#include "engine/merge.h"
 #include "lora/random.h"
 #include "tokenizer/chat.h"
 #include "tokenizer/unicode.h"
@@ -121,6 +122,14 @@ static mlora_status add_adapter(mlora_engine *engine, const char *name, struct a
     return status;
 }
 
+/* Weights that an adapter was folded into are no base for another. */
+static mlora_status check_unmerged(const mlora_engine *engine)
+{
+    if (!engine->merged) return MLORA_OK;
+    return error_set(MLORA_EINVAL, "an adapter is merged into the weights (option merge), so no "
+                                   "other can be loaded; open the model without merge");
+}
+
 mlora_status mlora_adapter_load(mlora_engine *engine, const char *dir, const char *name)
 {
     struct adapter_plan plan = {0};
@@ -130,7 +139,9 @@ mlora_status mlora_adapter_load(mlora_engine *engine, const char *dir, const cha
     if (!dir) return null_argument("mlora_adapter_load", "dir");
     if (!name) return null_argument("mlora_adapter_load", "name");
 
-    mlora_status status = adapter_plan_read(&plan, dir, &engine->config, engine->lenient);
+    mlora_status status = check_unmerged(engine);
+    if (status == MLORA_OK)
+        status = adapter_plan_read(&plan, dir, &engine->config, engine->lenient);
     if (status == MLORA_OK)
         status = adapter_load(&adapter, engine->dev, &plan, &engine->config, &engine->weights);
     adapter_plan_free(&plan);
@@ -145,7 +156,9 @@ mlora_status mlora_adapter_random(mlora_engine *engine, const char *name, int ra
     if (!name) return null_argument("mlora_adapter_random", "name");
     if (rank < 1 || rank > LORA_RANK_MAX)
         return error_set(MLORA_EINVAL, "rank is %d, must be from 1 to %d", rank, LORA_RANK_MAX);
-    const mlora_status status = adapter_random(&adapter, engine->dev, &engine->config, rank, seed);
+    mlora_status status = check_unmerged(engine);
+    if (status == MLORA_OK)
+        status = adapter_random(&adapter, engine->dev, &engine->config, rank, seed);
     return status == MLORA_OK ? add_adapter(engine, name, &adapter) : status;
 }
 
@@ -407,6 +420,14 @@ mlora_status mlora_inspect(const char *dir, const char *model_dir, char **json)
     else
         *json = text.data;
     return status;
+}
+
+mlora_status mlora_merge(const char *model, const char *adapter, const char *output, int lenient)
+{
+    if (!model) return null_argument("mlora_merge", "model");
+    if (!adapter) return null_argument("mlora_merge", "adapter");
+    if (!output) return null_argument("mlora_merge", "output");
+    return merge_directory(model, adapter, output, lenient != 0);
 }
 
 void mlora_free(void *memory)

@@ -106,6 +106,9 @@ typedef struct mlora_options {
                           /* sequences can use, at most a quarter of the free memory              */
     int lenient;          /* 1: adapter tensors that no target matches, and unknown ones, are     */
                           /* left out with a warning (mlora_adapter_warnings) instead of refused  */
+    const char *merge; /* directory of an adapter that is folded into the weights while they are   */
+                       /* loaded: requests that name no adapter are answered by it, at the cost of */
+                       /* the base alone; no other adapter can be loaded                           */
     int random_weights; /* 1: of `model` only config.json and the tokenizer are read, and the      */
                         /* weights are random: for measuring speed                              */
     mlora_progress_fn on_progress;
@@ -373,6 +376,19 @@ MLORA_API mlora_status mlora_chat_encode(const mlora_tokenizer *tokenizer,
  * Returns OK (an adapter that would be refused is described, with the reason), EIO, EFORMAT,
  * EUNSUPPORTED or ENOMEM. Thread: any. */
 MLORA_API mlora_status mlora_inspect(const char *dir, const char *model_dir, char **json);
+
+/* Fold an adapter into its base model and write the result as a Hugging Face checkpoint, which
+ * transformers loads: weights in the types in which they were stored, config.json, and the files
+ * of the tokenizer. Needs host memory for the whole model.
+ *
+ * model, adapter   directories
+ * output           a directory to make, or an empty one; it appears complete or not at all
+ * lenient          as in mlora_options
+ *
+ * Returns OK, EINVAL (output is there and not empty), EIO, EFORMAT, EUNSUPPORTED (also: an
+ * adapter that no checkpoint can hold, such as an aLoRA) or ENOMEM. Thread: any. */
+MLORA_API mlora_status mlora_merge(const char *model, const char *adapter, const char *output,
+                                   int lenient);
 
 /* Free what the library returned as "freed with mlora_free()". NULL is allowed. Thread: any. */
 MLORA_API void mlora_free(void *memory);

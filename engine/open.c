@@ -6,6 +6,7 @@
 
 #include "engine/base/error.h"
 #include "engine/outputs.h"
+#include "lora/merge.h"
 
 enum { DEFAULT_NUM_SEQS = 64, DEFAULT_BATCH_TOKENS = 512 };
 enum { MAX_NUM_SEQS = 4096, MAX_BATCH_TOKENS = 1 << 16, MAX_THREADS = 1024 };
@@ -148,6 +149,12 @@ mlora_status engine_open(struct mlora_engine **out, const mlora_options *options
                  : weights_load(&engine->weights, engine->dev, options->model, &engine->config,
                                 options->on_progress, options->user);
     if (status != MLORA_OK) goto failed;
+    if (options->merge) {
+        status = merge_adapter(&engine->weights, engine->dev, &engine->config, options->merge,
+                               engine->lenient);
+        if (status != MLORA_OK) goto failed;
+        engine->merged = true;
+    }
 
     const bool cuda = strcmp(engine->dev->backend, "cuda") == 0;
     const bool bf16 =

@@ -9,7 +9,8 @@
 #include "tools/text.h"
 
 static const struct command *const commands[] = {
-    &command_generate, &command_score, &command_tokenize, &command_inspect, &command_bench, NULL};
+    &command_generate, &command_score, &command_tokenize, &command_inspect,
+    &command_merge,    &command_bench, NULL};
 
 static void print_help(void)
 {

@@ -56,6 +56,9 @@ const struct option_spec setup_specs[] = {
     {.name = "adapters", .aliases = {"lora-modules", "adapter-dir"}, .kind = OPTION_EACH,
      .each = add_adapters, .argument = "NAME=DIR,...",
      .help = "LoRA adapters to load, or a folder whose sub-folders are adapters; repeatable"},
+    {.name = "merge", .kind = OPTION_TEXT, AT(merge), .argument = "NAME",
+     .help = "fold this one of --adapters, or the adapter in this directory, into the weights: "
+             "then it answers in the place of base, and no other is loaded"},
     {.name = "tokenizer", .kind = OPTION_TEXT, AT(tokenizer), .argument = "FILE",
      .help = "tokenizer.json or tokenizer.model", .fallback = "the model's own"},
     {.name = "backend", .kind = OPTION_CHOICE, AT(backend), .choices = "auto|cpu|cuda",
@@ -194,6 +197,23 @@ static mlora_status load_source(mlora_engine *engine, const struct setup *setup,
     return status;
 }
 
+/* The directory of the adapter to merge: NAME of a NAME=DIR, or a directory itself. */
+static mlora_status find_merge(const char **out, const struct setup *setup)
+{
+    *out = NULL;
+    if (!setup->merge) return MLORA_OK;
+    for (int i = 0; i < setup->n_sources; i++) {
+        const char *name = setup->sources[i].name;
+        if (name && strcmp(name, setup->merge) == 0) *out = setup->sources[i].path;
+    }
+    if (!*out && holds_adapter(setup->merge)) *out = setup->merge;
+    if (*out) return MLORA_OK;
+    return error_set(MLORA_EINVAL,
+                     "--merge %s: is neither a name in --adapters NAME=DIR nor a directory with "
+                     "adapter_config.json",
+                     setup->merge);
+}
+
 mlora_status setup_open(mlora_engine **out, const struct setup *setup)
 {
     mlora_options options;
@@ -203,6 +223,8 @@ mlora_status setup_open(mlora_engine **out, const struct setup *setup)
         return error_set(MLORA_EINVAL, "no model: give --model DIR, a directory with config.json, "
                                        "the weights and the tokenizer");
     mlora_options_default(&options);
+    const mlora_status merge = find_merge(&options.merge, setup);
+    if (merge != MLORA_OK) return merge;
     options.model = setup->model;
     options.tokenizer = setup->tokenizer;
     options.backend = (mlora_backend)setup->backend;
@@ -222,7 +244,7 @@ mlora_status setup_open(mlora_engine **out, const struct setup *setup)
     mlora_status status = mlora_open(out, &options);
     if (bar) fprintf(stderr, "\r\033[K");
     free(name);
-    for (int i = 0; i < setup->n_sources && status == MLORA_OK; i++)
+    for (int i = 0; i < setup->n_sources && status == MLORA_OK && !setup->merge; i++)
         status = load_source(*out, setup, &setup->sources[i]);
     return status;
 }

@@ -6,6 +6,7 @@
 
 struct setup {
     const char *model, *tokenizer;
+    const char *merge;              /* the adapter that is folded into the weights */
     struct adapter_source *sources; /* [n_sources], in the order given */
     int n_sources;
     int backend, dtype; /* mlora_backend, mlora_dtype */
