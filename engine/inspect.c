@@ -1,5 +1,6 @@
 #include "engine/inspect.h"
 
+#include <ctype.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -277,10 +278,13 @@ static void put_linear(struct object *object, json_t *rows, json_t *ranks,
 static void put_tensor(struct object *object, json_t *rows, int layer, const char *module,
                        const struct tensor *tensor, const char *as)
 {
+    char dtype[sizeof tensor->dtype] = "";
     if (!tensor) return;
     struct object row = new_row(layer, module);
+    for (size_t i = 0; tensor->dtype[i]; i++) /* as dtype_name() writes it */
+        dtype[i] = (char)tolower((unsigned char)tensor->dtype[i]);
     put_text(&row, "as", as);
-    put_text(&row, "dtype", tensor->dtype);
+    put_text(&row, "dtype", dtype);
     put_integer(&row, "out", tensor->shape[0]);
     put_integer(&row, "bytes", tensor->bytes);
     add_row(object, rows, &row);

@@ -19,10 +19,15 @@
 enum { CONFIG_BYTES_MAX = 16 << 20, COPY_BYTES_MAX = 256 << 20 };
 
 /* What makes a directory of weights a model besides config.json. */
-static const char *const companions[] = {
-    "generation_config.json",  "tokenizer.json",    "tokenizer.model",     "tokenizer_config.json",
-    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "vocab.json",
-    "merges.txt"};
+static const char *const companions[] = {"generation_config.json",
+                                         "tokenizer.json",
+                                         "tokenizer.model",
+                                         "tokenizer_config.json",
+                                         "special_tokens_map.json",
+                                         "added_tokens.json",
+                                         "chat_template.jinja",
+                                         "vocab.json",
+                                         "merges.txt"};
 
 static mlora_status copy_file(const char *from, const char *to, const char *name)
 {
@@ -119,8 +124,9 @@ static mlora_status check_output(const char *output)
 
     if (lstat(output, &info) != 0) return MLORA_OK;
     if (!S_ISDIR(info.st_mode))
-        return error_set(MLORA_EINVAL, "%s: is there and is not a directory; give the name of a "
-                                       "new one as output",
+        return error_set(MLORA_EINVAL,
+                         "%s: is there and is not a directory; give the name of a "
+                         "new one as output",
                          output);
     const int n = scandir(output, &entries, NULL, NULL);
     for (int i = 0; i < n; i++) free(entries[i]);
@@ -166,8 +172,7 @@ static mlora_status write_output(const char *model, const char *output, struct d
     status = write_config(model, fresh.data, weights, config, &has);
     for (size_t i = 0; i < sizeof companions / sizeof *companions && status == MLORA_OK; i++)
         status = copy_file(model, fresh.data, companions[i]);
-    if (status == MLORA_OK)
-        status = checkpoint_write(fresh.data, dev, weights, config, checkpoint);
+    if (status == MLORA_OK) status = checkpoint_write(fresh.data, dev, weights, config, checkpoint);
     if (status == MLORA_OK && rename(fresh.data, output) != 0)
         status = error_set(MLORA_EIO, "%s: cannot be given its name: %s", output, strerror(errno));
     if (status != MLORA_OK) discard(fresh.data);

@@ -106,9 +106,10 @@ typedef struct mlora_options {
                           /* sequences can use, at most a quarter of the free memory              */
     int lenient;          /* 1: adapter tensors that no target matches, and unknown ones, are     */
                           /* left out with a warning (mlora_adapter_warnings) instead of refused  */
-    const char *merge; /* directory of an adapter that is folded into the weights while they are   */
-                       /* loaded: requests that name no adapter are answered by it, at the cost of */
-                       /* the base alone; no other adapter can be loaded                           */
+    const char
+        *merge; /* directory of an adapter that is folded into the weights while they are   */
+                /* loaded: requests that name no adapter are answered by it, at the cost of */
+                /* the base alone; no other adapter can be loaded                           */
     int random_weights; /* 1: of `model` only config.json and the tokenizer are read, and the      */
                         /* weights are random: for measuring speed                              */
     mlora_progress_fn on_progress;

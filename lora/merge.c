@@ -107,10 +107,8 @@ static mlora_status read_product(struct merger *merger, struct product *out,
     *out = (struct product){.R = factors->R, .scale = factors->scale};
     if (!is_embedding) {
         mlora_status status = fetch_array(merger, &out->left, factors->b, dtype, N * R);
-        if (status == MLORA_OK)
-            status = fetch_array(merger, &out->right, factors->a, dtype, R * K);
-        if (status == MLORA_OK)
-            status = fetch_array(merger, &out->row_g, factors->g, DTYPE_F32, N);
+        if (status == MLORA_OK) status = fetch_array(merger, &out->right, factors->a, dtype, R * K);
+        if (status == MLORA_OK) status = fetch_array(merger, &out->row_g, factors->g, DTYPE_F32, N);
         return status;
     }
 
@@ -197,8 +195,7 @@ static mlora_status own_bias(struct merger *merger, int layer, enum lora_linear 
     if (*bias) return MLORA_OK;
     float *zeros = calloc((size_t)N, sizeof *zeros);
     if (!zeros) return error_set(MLORA_ENOMEM, "out of memory for a bias of %d", N);
-    mlora_status status =
-        merger->dev->ops->alloc(merger->dev, (size_t)N * sizeof *zeros, &memory);
+    mlora_status status = merger->dev->ops->alloc(merger->dev, (size_t)N * sizeof *zeros, &memory);
     if (status == MLORA_OK) {
         *bias = memory;
         status = store(merger, memory, DTYPE_F32, 0, zeros, (size_t)N);
@@ -373,8 +370,7 @@ static mlora_status merge_all(struct merger *merger, const struct adapter *adapt
         const struct matrix w =
             weights_linear(merger->weights, merger->config, layer, linear, &bias);
         mlora_status status = merge_factors(merger, &w, &adapter->factors[i], false);
-        if (status == MLORA_OK)
-            status = merge_bias(merger, layer, linear, &adapter->factors[i]);
+        if (status == MLORA_OK) status = merge_bias(merger, layer, linear, &adapter->factors[i]);
         if (status != MLORA_OK) return status;
     }
     return merge_outside(merger, adapter);

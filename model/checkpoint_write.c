@@ -52,8 +52,7 @@ static mlora_status write_all(int fd, const char *path, const void *data, size_t
     while (bytes > 0) {
         const ssize_t n = write(fd, at, bytes);
         if (n < 0 && errno == EINTR) continue;
-        if (n < 0)
-            return error_set(MLORA_EIO, "%s: cannot be written: %s", path, strerror(errno));
+        if (n < 0) return error_set(MLORA_EIO, "%s: cannot be written: %s", path, strerror(errno));
         at += n;
         bytes -= (size_t)n;
     }
@@ -63,8 +62,7 @@ static mlora_status write_all(int fd, const char *path, const void *data, size_t
 static mlora_status create(int *fd, const char *path)
 {
     *fd = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
-    if (*fd < 0)
-        return error_set(MLORA_EIO, "%s: cannot be created: %s", path, strerror(errno));
+    if (*fd < 0) return error_set(MLORA_EIO, "%s: cannot be created: %s", path, strerror(errno));
     return MLORA_OK;
 }
 
@@ -162,8 +160,7 @@ static mlora_status list_items(struct writer *writer, const struct weights *weig
     const bool tied = weights->head.data == weights->embedding.data;
     int64_t in_shard = 0;
 
-    mlora_status status =
-        add(writer, weights->embedding, false, "model.embed_tokens.weight");
+    mlora_status status = add(writer, weights->embedding, false, "model.embed_tokens.weight");
     for (int l = 0; l < weights->n_layers && status == MLORA_OK; l++)
         status = list_layer(writer, weights, config, l);
     if (status == MLORA_OK)
@@ -210,11 +207,11 @@ static mlora_status write_header(const struct writer *writer, int fd, const char
         char columns[16] = "";
         if (item->shard != shard) continue;
         if (!item->is_vector) snprintf(columns, sizeof columns, ",%d", item->from.K);
-        status = buffer_printf(&header,
-                               ",\"%s\":{\"dtype\":\"%s\",\"shape\":[%d%s],\"data_offsets\":[%" PRId64
-                               ",%" PRId64 "]}",
-                               item->name, names[item->dtype], item->from.N, columns, at,
-                               at + item_bytes(item));
+        status = buffer_printf(
+            &header,
+            ",\"%s\":{\"dtype\":\"%s\",\"shape\":[%d%s],\"data_offsets\":[%" PRId64 ",%" PRId64
+            "]}",
+            item->name, names[item->dtype], item->from.N, columns, at, at + item_bytes(item));
         at += item_bytes(item);
     }
     if (status == MLORA_OK) status = buffer_printf(&header, "}");
@@ -295,14 +292,13 @@ static mlora_status write_index(const struct writer *writer, const char *directo
         shard_name(name, sizeof name, writer->items[i].shard, writer->n_shards);
         failed |= json_object_set_new(map, writer->items[i].name, json_string(name)) != 0;
     }
-    json_t *index = json_pack("{s:{s:I}, s:o}", "metadata", "total_size",
-                              (json_int_t)writer->bytes, "weight_map", map);
+    json_t *index = json_pack("{s:{s:I}, s:o}", "metadata", "total_size", (json_int_t)writer->bytes,
+                              "weight_map", map);
     char *text = index && !failed ? json_dumps(index, JSON_INDENT(2)) : NULL;
     char *path = path_join(directory, "model.safetensors.index.json");
-    const mlora_status status = text && path
-                                    ? file_write_new(path, text, strlen(text))
-                                    : error_set(MLORA_ENOMEM, "%s: out of memory for the index",
-                                                directory);
+    const mlora_status status =
+        text && path ? file_write_new(path, text, strlen(text))
+                     : error_set(MLORA_ENOMEM, "%s: out of memory for the index", directory);
     json_decref(index);
     free(path);
     free(text);

@@ -37,7 +37,7 @@ static void label(char *out, size_t bytes, const char *key)
         {"n_kv_heads", "KV heads"},     {"intermediate_size", "MLP width"},
         {"vocab_size", "vocabulary"},   {"max_position", "context"},
         {"file_bytes", "files"},        {"device_bytes", "on the device"},
-        {"n_modules", "linears"},       {"kv_bytes_per_token", "KV of a token"},
+        {"n_modules", "modules"},       {"kv_bytes_per_token", "KV of a token"},
         {"weight_dtypes", "stored as"}, {"wrong_elsewhere", "computed differently elsewhere"},
         {"base_model", "made for"},     {"fits_reason", "because"}};
 

@@ -36,8 +36,9 @@ static int run(int argc, char **argv)
     if (status == MLORA_OK && operands.help)
         options_help(stdout, &command_merge);
     else if (status == MLORA_OK && operands.n > 0)
-        status = error_set(MLORA_EINVAL, "unexpected \"%s\"; directories are given as --model, "
-                                         "--adapter and --output",
+        status = error_set(MLORA_EINVAL,
+                           "unexpected \"%s\"; directories are given as --model, "
+                           "--adapter and --output",
                            operands.values[0]);
     else if (status == MLORA_OK && (!merge.model || !merge.adapter || !merge.output))
         status = error_set(MLORA_EINVAL, "no %s: give --model DIR, --adapter DIR and --output DIR",
