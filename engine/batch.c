@@ -162,6 +162,7 @@ static void build_lora(struct batch *batch, const struct plan *plan, const int32
         lora->changes_embedding |= entry->adapter.changes_embedding;
         lora->changes_head |= entry->adapter.changes_head;
         lora->changes_norms |= entry->adapter.changes_norms;
+        lora->expands_more |= entry->adapter.expands_more;
     }
     struct segments segments = {
         .slot = place_ints(batch, T, &lora->slot),

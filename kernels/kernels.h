@@ -139,10 +139,6 @@ struct kernels {
 
     /* ---- the rest of PEFT ----------------------------------------------------------------- */
 
-    /* False: of lora_factors only a, b and scale are read, and the ops below are NULL. Adapters
-     * that need more are then refused when they are loaded. */
-    bool serves_all_peft;
-
     /* y[t, :] = own embedding[ids[t], :] for tokens whose adapter replaces that row, and
      * h[t, r] = A[ids[t], r] for those with factors of the embedding, whose A is [V, R].
      *   y [T, D] dtype    h [T, max_rank] f32 for lora_expand    ids [T] */

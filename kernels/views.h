@@ -132,6 +132,7 @@ struct lora_view {
     const struct lora_own *own;         /* [S]                                                   */
     /* Some adapter of the step changes these: else the ops for them are not called. */
     bool changes_embedding, changes_head, changes_norms;
+    bool expands_more; /* some factors of the step have g, b_bias or bias_delta */
 };
 
 /* ---- sampling ----------------------------------------------------------------------------- */

@@ -326,25 +326,6 @@ static mlora_status compare_copies(struct loader *loader)
                         plan->head, &loader->base->head);
 }
 
-/* What of the plan needs kernels beyond A, B and scale; NULL: nothing. */
-static const char *needs_kernels(const struct adapter_plan *plan)
-{
-    for (int i = 0; i < (plan->n_layers + 1) * LORA_LINEARS; i++) {
-        const struct adapter_linear *linear = &plan->linears[i];
-        if (linear->magnitude) return "DoRA (use_dora)";
-        if (linear->b_bias) return "a bias of the factor B (lora_bias)";
-        if (linear->bias) return "a bias that replaces the base's (bias)";
-        if (linear->rank > 0 && i >= plan->n_layers * LORA_LINEARS)
-            return "LoRA on embed_tokens or lm_head (target_modules)";
-    }
-    if (plan->embedding_rows.tensor || plan->head_rows.tensor)
-        return "replaced rows of the embedding (trainable_token_indices)";
-    if (plan->embedding || plan->head) return "a whole embedding or head (modules_to_save)";
-    for (int i = 0; i <= plan->n_layers * LORA_NORMS; i++)
-        if (plan->norms[i]) return "whole norms (modules_to_save)";
-    return NULL;
-}
-
 static void note_changes(struct adapter *adapter)
 {
     const struct lora_factors *outside = &adapter->factors[adapter->n_layers * LORA_LINEARS];
@@ -354,6 +335,10 @@ static void note_changes(struct adapter *adapter)
         outside[LORA_EMBEDDING].a || own->embedding.data || own->embedding_rows.n > 0;
     adapter->changes_head = outside[LORA_HEAD].a || own->head.data || own->head_rows.n > 0;
     adapter->changes_norms = own->norms != NULL;
+    for (int i = 0; i < (adapter->n_layers + 1) * LORA_LINEARS; i++) {
+        const struct lora_factors *factors = &adapter->factors[i];
+        adapter->expands_more |= factors->g || factors->b_bias || factors->bias_delta;
+    }
 }
 
 static mlora_status copy_plan(struct adapter *adapter, const struct adapter_plan *plan)
@@ -380,14 +365,9 @@ mlora_status adapter_load(struct adapter *out, struct device *dev, const struct 
 {
     struct adapter adapter = {0};
     struct loader loader = {.dev = dev, .plan = plan, .config = config, .base = base};
-    const char *needs = dev->ops->serves_all_peft ? NULL : needs_kernels(plan);
     mlora_status status;
 
     *out = (struct adapter){0};
-    if (needs)
-        return error_set(MLORA_EUNSUPPORTED,
-                         "%s: %s is not served on the %s backend yet: use --backend cpu",
-                         plan->directory, needs, dev->backend);
     status = copy_plan(&adapter, plan);
     if (status != MLORA_OK) goto done;
     status = compare_copies(&loader);

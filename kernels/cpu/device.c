@@ -196,7 +196,6 @@ static const struct kernels cpu_kernels = {
     .logprobs = cpu_logprobs,
     .replay = cpu_replay,
     .record_end = cpu_record_end,
-    .serves_all_peft = true,
     .lora_embed = cpu_lora_embed,
     .lora_head = cpu_lora_head,
     .lora_add_rms_norm = cpu_lora_add_rms_norm,

@@ -133,7 +133,7 @@ template <typename F> static inline void with_activation(enum dtype dtype, F &&f
         f(bf16());
 }
 
-static inline bool is_aligned(const void *pointer)
+static inline __host__ __device__ bool is_aligned(const void *pointer)
 {
     return ((uintptr_t)pointer & 15) == 0;
 }
@@ -177,6 +177,21 @@ void cuda_lora_shrink(struct device *dev, float *h, const void *x, const struct 
                       const struct lora_site *site, int layer, enum dtype dtype);
 void cuda_lora_expand(struct device *dev, void *y, const float *h, const struct lora_view *lora,
                       const struct lora_site *site, int layer, enum dtype dtype);
+void cuda_lora_expand_more(struct device *dev, void *y, const float *h,
+                           const struct lora_view *lora, const struct lora_site *site, int layer,
+                           enum dtype dtype); /* of lora_expand, where lora->expands_more */
+void cuda_lora_embed(struct device *dev, void *y, float *h, const int32_t *ids,
+                     const struct lora_view *lora, int D, enum dtype dtype);
+void cuda_lora_head(struct device *dev, float *logits, const void *x, const struct lora_view *lora,
+                    int V, int D, enum dtype dtype);
+void cuda_lora_add_rms_norm(struct device *dev, void *y, float *x, const void *delta,
+                            const float *weight, const struct lora_view *lora, int layer,
+                            enum lora_norm norm, int T, int D, float eps, enum dtype dtype);
+void cuda_lora_head_norm(struct device *dev, void *qkv, const float *q_weight,
+                         const float *k_weight, const struct lora_view *lora, int layer,
+                         const struct heads *heads, int T, float eps, enum dtype dtype);
+void cuda_lora_row_norms(struct device *dev, float *norm, const struct matrix *w, const float *a,
+                         const float *b, int R, float scale);
 void cuda_sample(struct device *dev, int32_t *ids, const float *logits,
                  const struct sample_view *view, int V);
 void cuda_logprobs(struct device *dev, float *logprob, int32_t *top_ids, float *top_logprobs,
@@ -300,6 +315,18 @@ static inline __device__ void load_some(float to[GROUP], const T *from, int n, b
     }
 #pragma unroll
     for (int i = 0; i < GROUP; i++) to[i] = i < n ? widen(from[i]) : 0.0f;
+}
+
+/* The same of element i on of an array whose type is known at run time only. */
+static inline __device__ void load_any(float to[GROUP], const void *from, int dtype, size_t i,
+                                       int n, bool whole)
+{
+    if (dtype == DTYPE_F32)
+        load_some(to, (const float *)from + i, n, whole);
+    else if (dtype == DTYPE_F16)
+        load_some(to, (const f16 *)from + i, n, whole);
+    else
+        load_some(to, (const bf16 *)from + i, n, whole);
 }
 
 template <typename T>

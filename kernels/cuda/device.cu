@@ -144,12 +144,11 @@ static const struct kernels cuda_kernels = {
     cuda_logprobs,
     cuda_replay,
     cuda_record_end,
-    false /* plain LoRA only */,
-    NULL,
-    NULL,
-    NULL,
-    NULL,
-    NULL,
+    cuda_lora_embed,
+    cuda_lora_head,
+    cuda_lora_add_rms_norm,
+    cuda_lora_head_norm,
+    cuda_lora_row_norms,
     cuda_extend_metadata,
 };
 

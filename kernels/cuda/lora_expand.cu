@@ -442,6 +442,11 @@ void cuda_lora_expand(struct device *dev, void *y, const float *h, const struct 
 {
     struct cuda_device *cuda = cuda_begin(dev);
     if (!cuda || lora->n_segments == 0 || lora->n_tokens == 0) return;
+    if (lora->expands_more) {
+        cuda_lora_expand_more(dev, y, h, lora, site, layer, dtype);
+        return;
+    }
+    if (lora->max_rank == 0) return; /* nothing that the linears know of */
     assert(lora->max_rank > 0 && lora->max_rank <= LORA_RANK_MAX && lora->n_tokens <= 65535);
     assert(site->n_slices > 0 && site->n_slices <= LORA_SLICES_MAX);
 

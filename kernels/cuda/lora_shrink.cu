@@ -380,6 +380,7 @@ void cuda_lora_shrink(struct device *dev, float *h, const void *x, const struct 
 {
     struct cuda_device *cuda = cuda_begin(dev);
     if (!cuda || lora->n_segments == 0 || lora->n_tokens == 0) return;
+    if (lora->max_rank == 0) return; /* there is no A */
     assert(lora->max_rank > 0 && lora->max_rank <= LORA_RANK_MAX && lora->n_tokens <= 65535);
     assert(site->n_slices > 0 && site->n_slices <= LORA_SLICES_MAX);
 

@@ -4,16 +4,32 @@
 
 /* ---- kernels ------------------------------------------------------------------------------ */
 
+/* Whose norms may stand in the place of the base's. */
+struct own_norms {
+    const struct lora_own *own; /* [S]; NULL: nobody's */
+    const int32_t *slot;        /* [T] */
+    int first;                  /* of the layer: own[slot].norms[first + norm] */
+};
+
+static __device__ const float *weight_of(const struct own_norms &norms, int t, int norm,
+                                         const float *base)
+{
+    const int slot = norms.own ? norms.slot[t] : -1;
+    if (slot < 0 || !norms.own[slot].norms) return base;
+    const float *weight = norms.own[slot].norms[norms.first + norm];
+    return weight ? weight : base;
+}
+
 enum { NORM_BLOCK_MAX = 1024, NORM_GROUPS_MAX = 4 };
 
 /* x[t, :] += delta[t, :]    y[t, :] = weight * x[t, :] / sqrt(mean(x[t, :]^2) + eps)
  *
- *   y, delta [T, D] X    x [T, D]    weight [D]
+ *   y, delta [T, D] X    x [T, D]    weight [D], or the token's own
  *   grid T    block D / GROUP / GROUPS threads, GROUPS groups of eight elements each */
 template <typename X, int GROUPS>
 static __global__ void __launch_bounds__(NORM_BLOCK_MAX)
-    add_rms_norm_kernel(X *y, float *x, const X *delta, const float *__restrict__ weight, int D,
-                        float eps, bool aligned)
+    add_rms_norm_kernel(X *y, float *x, const X *delta, const float *base, int D, float eps,
+                        bool aligned, struct own_norms norms, int norm)
 {
     __shared__ float shared[WARP];
     grid_begin();
@@ -37,12 +53,14 @@ static __global__ void __launch_bounds__(NORM_BLOCK_MAX)
         for (int e = 0; e < GROUP; e++) sum += value[j][e] * value[j][e];
     }
     const float scale = 1.0f / sqrtf(block_sum(sum, shared) / (float)D + eps);
+    const float *weight = weight_of(norms, blockIdx.x, norm, base);
+    const bool whole = aligned && is_aligned(weight);
 #pragma unroll
     for (int j = 0; j < GROUPS; j++) {
         const int i = (threadIdx.x + j * blockDim.x) * GROUP;
         if (i >= D) continue;
         float w[GROUP];
-        load_some(w, weight + i, D - i, aligned);
+        load_some(w, weight + i, D - i, whole);
 #pragma unroll
         for (int e = 0; e < GROUP; e++) w[e] *= value[j][e] * scale;
         store_some(y + row + i, w, D - i, aligned);
@@ -56,16 +74,16 @@ enum { HEAD_BLOCK = 128, HEAD_ELEMENTS = 16 }; /* of a lane: d <= 512 */
  *   qkv [T, H + 2 G, d] X, in and out    q_weight, k_weight [d]
  *   grid T (H + G) / 4    block HEAD_BLOCK, a warp a head */
 template <typename X>
-static __global__ void head_norm_kernel(X *qkv, const float *__restrict__ q_weight,
-                                        const float *__restrict__ k_weight, int T, int H, int G,
-                                        int d, float eps)
+static __global__ void head_norm_kernel(X *qkv, const float *q_weight, const float *k_weight, int T,
+                                        int H, int G, int d, float eps, struct own_norms norms)
 {
     grid_begin();
     const int item = (blockIdx.x * HEAD_BLOCK + threadIdx.x) / WARP, lane = threadIdx.x % WARP;
     if (item >= T * (H + G)) return;
     const int t = item / (H + G), h = item % (H + G);
     X *head = qkv + ((size_t)t * (H + 2 * G) + h) * d;
-    const float *weight = h < H ? q_weight : k_weight;
+    const float *weight =
+        h < H ? weight_of(norms, t, NORM_Q, q_weight) : weight_of(norms, t, NORM_K, k_weight);
 
     float value[HEAD_ELEMENTS];
     float sum = 0.0f;
@@ -85,8 +103,19 @@ static __global__ void head_norm_kernel(X *qkv, const float *__restrict__ q_weig
 
 /* ---- launchers ---------------------------------------------------------------------------- */
 
-void cuda_add_rms_norm(struct device *dev, void *y, float *x, const void *delta,
-                       const float *weight, int T, int D, float eps, enum dtype dtype)
+static struct own_norms own_norms(const struct lora_view *lora, int layer)
+{
+    struct own_norms norms = {};
+    if (!lora) return norms;
+    norms.own = lora->own;
+    norms.slot = lora->slot;
+    norms.first = layer * LORA_NORMS;
+    return norms;
+}
+
+void cuda_lora_add_rms_norm(struct device *dev, void *y, float *x, const void *delta,
+                            const float *weight, const struct lora_view *lora, int layer,
+                            enum lora_norm norm, int T, int D, float eps, enum dtype dtype)
 {
     struct cuda_device *cuda = cuda_begin(dev);
     if (!cuda || T == 0) return;
@@ -95,21 +124,25 @@ void cuda_add_rms_norm(struct device *dev, void *y, float *x, const void *delta,
     const int groups = ceil_div(D, GROUP);
     const int a_thread = groups <= NORM_BLOCK_MAX ? 1 : NORM_GROUPS_MAX;
     const int block = ceil_div(ceil_div(groups, a_thread), WARP) * WARP;
-    const bool aligned =
-        D % GROUP == 0 && is_aligned(y) && is_aligned(x) && is_aligned(weight) && is_aligned(delta);
+    const bool aligned = D % GROUP == 0 && is_aligned(y) && is_aligned(x) && is_aligned(delta);
     with_activation(dtype, [&](auto type) {
         using X = decltype(type);
-        if (a_thread == 1)
-            cuda_launch(cuda, "add_rms_norm", add_rms_norm_kernel<X, 1>, T, block, 0, 1, (X *)y, x,
-                        (const X *)delta, weight, D, eps, aligned);
-        else
-            cuda_launch(cuda, "add_rms_norm", add_rms_norm_kernel<X, NORM_GROUPS_MAX>, T, block, 0,
-                        1, (X *)y, x, (const X *)delta, weight, D, eps, aligned);
+        const auto kernel =
+            a_thread == 1 ? add_rms_norm_kernel<X, 1> : add_rms_norm_kernel<X, NORM_GROUPS_MAX>;
+        cuda_launch(cuda, "add_rms_norm", kernel, T, block, 0, 1, (X *)y, x, (const X *)delta,
+                    weight, D, eps, aligned, own_norms(lora, layer), (int)norm);
     });
 }
 
-void cuda_head_norm(struct device *dev, void *qkv, const float *q_weight, const float *k_weight,
-                    const struct heads *heads, int T, float eps, enum dtype dtype)
+void cuda_add_rms_norm(struct device *dev, void *y, float *x, const void *delta,
+                       const float *weight, int T, int D, float eps, enum dtype dtype)
+{
+    cuda_lora_add_rms_norm(dev, y, x, delta, weight, NULL, 0, NORM_ATTENTION, T, D, eps, dtype);
+}
+
+void cuda_lora_head_norm(struct device *dev, void *qkv, const float *q_weight,
+                         const float *k_weight, const struct lora_view *lora, int layer,
+                         const struct heads *heads, int T, float eps, enum dtype dtype)
 {
     struct cuda_device *cuda = cuda_begin(dev);
     if (!cuda || T == 0) return;
@@ -119,6 +152,13 @@ void cuda_head_norm(struct device *dev, void *qkv, const float *q_weight, const 
     with_activation(dtype, [&](auto type) {
         using X = decltype(type);
         cuda_launch(cuda, "head_norm", head_norm_kernel<X>, grid, HEAD_BLOCK, 0, 1, (X *)qkv,
-                    q_weight, k_weight, T, heads->H, heads->G, heads->d, eps);
+                    q_weight, k_weight, T, heads->H, heads->G, heads->d, eps,
+                    own_norms(lora, layer));
     });
+}
+
+void cuda_head_norm(struct device *dev, void *qkv, const float *q_weight, const float *k_weight,
+                    const struct heads *heads, int T, float eps, enum dtype dtype)
+{
+    cuda_lora_head_norm(dev, qkv, q_weight, k_weight, NULL, 0, heads, T, eps, dtype);
 }

@@ -191,11 +191,6 @@ static const char *const llama2_names[] = {"pirate", "json",    "sql",   "mood",
 static const char *const llama3_names[] = {"pirate", "json", "mood"};
 enum { N_LLAMA2 = 8, N_LLAMA3 = 3, N_MIXED = 7 }; /* PEFT itself cannot mix DoRA with others */
 
-static int n_llama2(void)
-{
-    return backend_under_test() == MLORA_BACKEND_CPU ? N_LLAMA2 : N_MIXED;
-}
-
 static mlora_engine *open_in(enum mlora_dtype type, const char *model, const char *const *names,
                              int n)
 {
@@ -217,7 +212,7 @@ static void check_model(enum mlora_dtype type, const char *model, const char *co
 
 Test(golden, llama2_generates_what_transformers_and_peft_generate)
 {
-    check_model(MLORA_DTYPE_F32, LLAMA2, llama2_names, n_llama2(), check_greedy);
+    check_model(MLORA_DTYPE_F32, LLAMA2, llama2_names, N_LLAMA2, check_greedy);
 }
 
 Test(golden, llama3_generates_what_transformers_and_peft_generate)
@@ -227,7 +222,7 @@ Test(golden, llama3_generates_what_transformers_and_peft_generate)
 
 Test(golden, llama2_in_bf16_generates_the_same_within_rounding)
 {
-    check_model(MLORA_DTYPE_BF16, LLAMA2, llama2_names, n_llama2(), check_greedy);
+    check_model(MLORA_DTYPE_BF16, LLAMA2, llama2_names, N_LLAMA2, check_greedy);
 }
 
 Test(golden, llama3_in_bf16_generates_the_same_within_rounding)
@@ -237,7 +232,7 @@ Test(golden, llama3_in_bf16_generates_the_same_within_rounding)
 
 Test(golden, llama2_predicts_what_the_reference_predicts_at_every_position)
 {
-    check_model(MLORA_DTYPE_F32, LLAMA2, llama2_names, n_llama2(), check_argmax);
+    check_model(MLORA_DTYPE_F32, LLAMA2, llama2_names, N_LLAMA2, check_argmax);
 }
 
 Test(golden, llama3_predicts_what_the_reference_predicts_at_every_position)
@@ -247,7 +242,7 @@ Test(golden, llama3_predicts_what_the_reference_predicts_at_every_position)
 
 Test(golden, llama2_in_bf16_predicts_the_same_but_near_ties)
 {
-    check_model(MLORA_DTYPE_BF16, LLAMA2, llama2_names, n_llama2(), check_argmax);
+    check_model(MLORA_DTYPE_BF16, LLAMA2, llama2_names, N_LLAMA2, check_argmax);
 }
 
 Test(golden, llama3_in_bf16_predicts_the_same_but_near_ties)

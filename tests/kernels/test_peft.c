@@ -1,4 +1,4 @@
-/* What adapters change beyond A, B and scale. Skipped where the backend does not serve it yet. */
+/* What adapters change beyond A, B and scale. */
 #include "tests/support.h"
 
 #include <criterion/criterion.h>
@@ -22,7 +22,7 @@ static struct lora_view view_of(const struct fixture *fixture, const int32_t *sl
                                 int max_rank)
 {
     int32_t order[16], segment_slot[2], segment_start[3] = {0};
-    struct lora_view view = {.L = 2, .max_rank = max_rank};
+    struct lora_view view = {.L = 2, .max_rank = max_rank, .expands_more = true};
 
     for (int s = 0; s < 2; s++) {
         const int first = view.n_tokens;
@@ -65,7 +65,6 @@ static void expect_expanded(struct lora_factors factors, const float *bias, floa
 
 Test(lora_expand_more, does_what_the_formula_says)
 {
-    if (!dev->ops->serves_all_peft) return;
     const struct lora_factors plain = {
         .a = UPLOAD(0), .b = UPLOAD(1, 3), .R = 1, .dtype = DTYPE_F32, .scale = 0.5f};
     const float *bias = UPLOAD(1, 3);
@@ -84,9 +83,107 @@ Test(lora_expand_more, does_what_the_formula_says)
     expect_expanded(factors, bias, 5.25f, 3);
 }
 
+/* Random factors of one linear on the device, and the host's copies. */
+struct random_factors {
+    struct lora_factors dev;
+    float *b, *g, *b_bias, *bias_delta; /* [N, R], [N]; NULL: there is none */
+};
+
+static struct random_factors random_factors(struct numbers *numbers, int N)
+{
+    static const int ranks[] = {0, 1, 8, 13, 64};
+    const int R = ranks[next_int(numbers, 0, 4)];
+    const enum dtype dtype = (enum dtype)next_int(numbers, DTYPE_F32, DTYPE_BF16);
+    struct random_factors f = {.dev = {.R = R, .dtype = (int32_t)dtype}};
+    const size_t bytes = (size_t)N * sizeof(float);
+
+    if (R > 0) {
+        f.dev.scale = 0.75f;
+        f.b = next_floats(numbers, (size_t)(N * R), dtype);
+        f.dev.b = f.dev.a = upload_as(dtype, f.b, (size_t)(N * R)); /* A is not read */
+        if (next_int(numbers, 0, 1)) f.g = next_floats(numbers, (size_t)N, DTYPE_F32);
+        if (next_int(numbers, 0, 1)) f.b_bias = next_floats(numbers, (size_t)N, DTYPE_F32);
+    }
+    if (next_int(numbers, 0, 1)) f.bias_delta = next_floats(numbers, (size_t)N, DTYPE_F32);
+    if (f.g) f.dev.g = upload(f.g, bytes);
+    if (f.b_bias) f.dev.b_bias = upload(f.b_bias, bytes);
+    if (f.bias_delta) f.dev.bias_delta = upload(f.bias_delta, bytes);
+    return f;
+}
+
+/* Output n in double. */
+static double want_expanded(const struct random_factors *f, const float *h, double y, double bias,
+                            int n)
+{
+    double delta = 0;
+    for (int r = 0; r < f->dev.R; r++) delta += (double)f->b[n * f->dev.R + r] * (double)h[r];
+    if (f->b_bias) delta += (double)f->b_bias[n];
+    delta *= (double)f->dev.scale;
+    if (f->g) delta = ((double)f->g[n] - 1) * (y - bias) + (double)f->g[n] * delta;
+    return y + delta + (f->bias_delta ? (double)f->bias_delta[n] : 0);
+}
+
+Test(lora_expand_more, is_right_for_mixed_adapters_ranks_and_types)
+{
+    enum { T = 16, SLICES = 3, R = 64, N = 350 };
+    struct numbers numbers = {17};
+
+    for (int round = 0; round < 12; round++) {
+        const enum dtype dtype = round % 2 ? DTYPE_BF16 : DTYPE_F32;
+        float *bias = round % 3 ? next_floats(&numbers, N, DTYPE_F32) : NULL;
+        const struct lora_site site = {LORA_Q,
+                                       SLICES,
+                                       1,
+                                       N,
+                                       {0, 201, 300},
+                                       {201, 99, 50},
+                                       bias ? upload(bias, N * sizeof *bias) : NULL};
+        struct random_factors factors[2][SLICES];
+        struct fixture fixture = {0};
+        int32_t slot[T];
+
+        for (int s = 0; s < 2; s++)
+            for (int i = 0; i < SLICES; i++) {
+                factors[s][i] = random_factors(&numbers, site.width[i]);
+                fixture.factors[s][0][LORA_Q + i] = factors[s][i].dev;
+            }
+        for (int t = 0; t < T; t++) slot[t] = round < 4 ? 0 : next_int(&numbers, -1, 1);
+        const struct lora_view view = view_of(&fixture, slot, T, R);
+        float *y0 = next_floats(&numbers, T * N, dtype), *got = zeros(T * N, sizeof *got);
+        float *h = next_floats(&numbers, T * SLICES * R, DTYPE_F32);
+        void *y = upload_as(dtype, y0, T * N);
+        dev->ops->lora_expand(dev, y, upload(h, T * SLICES * R * sizeof *h), &view, &site, 0,
+                              dtype);
+        download_f32(got, y, dtype, T * N);
+
+        for (int t = 0; t < T; t++)
+            for (int i = 0; i < SLICES; i++)
+                for (int n = 0; n < site.width[i]; n++) {
+                    const int at = t * N + site.offset[i] + n;
+                    const double b = bias ? (double)bias[site.offset[i] + n] : 0;
+                    const float want = slot[t] < 0 ? y0[at]
+                                                   : (float)want_expanded(&factors[slot[t]][i],
+                                                                          h + (t * SLICES + i) * R,
+                                                                          (double)y0[at], b, n);
+                    /* terms below 1: R + 4 of them, a few roundings each; and one to dtype */
+                    expect_near(&got[at], &want, 1, 4 * R * 0x1p-24, half_ulp(dtype), "y");
+                }
+        for (int s = 0; s < 2; s++)
+            for (int i = 0; i < SLICES; i++) {
+                free(factors[s][i].b);
+                free(factors[s][i].g);
+                free(factors[s][i].b_bias);
+                free(factors[s][i].bias_delta);
+            }
+        free(bias);
+        free(y0);
+        free(got);
+        free(h);
+    }
+}
+
 Test(lora_embed, takes_whole_tables_rows_and_factors_of_its_own)
 {
-    if (!dev->ops->serves_all_peft) return;
     const int32_t slot[] = {0, -1, 1, 0, 1}, ids[] = {2, 2, 2, 0, 3};
     const float before[] = {9, 9, 9, 9, 9, 9, 9, 9, 9, 9};
     /* slot 0: a table, and row 2 of it replaced; slot 1: rows 1 and 3, and factors of rank 1 */
@@ -116,7 +213,6 @@ Test(lora_embed, takes_whole_tables_rows_and_factors_of_its_own)
 Test(lora_head, gives_each_token_its_own_logits)
 {
     enum { T = 9, V = 500, D = 37, ROWS = 60 };
-    if (!dev->ops->serves_all_peft) return;
     const int32_t slot[T] = {0, 1, -1, 0, 1, 1, -1, 0, 0};
     struct numbers numbers = {3};
     struct fixture fixture = {0};
@@ -163,7 +259,6 @@ Test(lora_head, gives_each_token_its_own_logits)
 
 Test(lora_norms, take_each_tokens_own_weights)
 {
-    if (!dev->ops->serves_all_peft) return;
     const int32_t slot[] = {-1, 0, 1};
     const float x[] = {1, -1, 1, -1, 1, -1}; /* of mean square 1 */
     const float *base = UPLOAD(2, 2), *own = UPLOAD(5, 7);
@@ -190,7 +285,6 @@ Test(lora_norms, take_each_tokens_own_weights)
 
 Test(lora_norms, take_each_tokens_own_weights_of_heads)
 {
-    if (!dev->ops->serves_all_peft) return;
     const int32_t slot[] = {0, -1};
     const struct heads heads = {.H = 1, .G = 1, .d = 2};
     const float qkv0[] = {1, -1, 1, -1, 8, 9, 1, -1, 1, -1, 8, 9};
@@ -208,10 +302,45 @@ Test(lora_norms, take_each_tokens_own_weights_of_heads)
     expect_near(got, want, 12, 0, 2 * 0x1p-23, "qkv");
 }
 
+Test(lora_norms, are_those_of_the_base_where_the_weights_are_the_same)
+{
+    static const int widths[] = {5, 64, 1000, 9000};
+    struct numbers numbers = {23};
+    const int32_t slot[] = {0, -1, 0};
+
+    for (int i = 0; i < 8; i++) {
+        const enum dtype dtype = i % 2 ? DTYPE_BF16 : DTYPE_F32;
+        const int D = widths[i / 2];
+        const size_t n = 3 * (size_t)D;
+        float *x0 = next_floats(&numbers, n, DTYPE_F32), *delta0 = next_floats(&numbers, n, dtype);
+        float *weight0 = next_floats(&numbers, (size_t)D, DTYPE_F32);
+        float *got = zeros(n, sizeof *got), *want = zeros(n, sizeof *want);
+        const float *weight = upload(weight0, (size_t)D * sizeof *weight0);
+        const float *table[LORA_NORMS + 1] = {[NORM_MLP] = weight};
+        const void *delta = upload_as(dtype, delta0, n);
+        void *y = device_memory(n * sizeof *x0);
+        struct fixture fixture = {0};
+
+        fixture.own[0].norms = upload(table, sizeof table);
+        const struct lora_view view = view_of(&fixture, slot, 3, 0);
+        dev->ops->lora_add_rms_norm(dev, y, upload(x0, n * sizeof *x0), delta, weight, &view, 0,
+                                    NORM_MLP, 3, D, 1e-5f, dtype);
+        download_f32(got, y, dtype, n);
+        dev->ops->add_rms_norm(dev, y, upload(x0, n * sizeof *x0), delta, weight, 3, D, 1e-5f,
+                               dtype);
+        download_f32(want, y, dtype, n);
+        expect_near(got, want, n, 0, 0, "y");
+        free(x0);
+        free(delta0);
+        free(weight0);
+        free(got);
+        free(want);
+    }
+}
+
 Test(lora_row_norms, are_those_of_the_rows_with_the_product_added)
 {
     enum { N = 19, K = 70, R = 5 };
-    if (!dev->ops->serves_all_peft) return;
     struct numbers numbers = {5};
 
     for (enum dtype type = DTYPE_F32; type <= DTYPE_BF16; type++) {

@@ -342,48 +342,6 @@ Test(adapter_refusals, of_a_file_that_shrinks_while_it_is_loaded)
     directory_remove(directory);
 }
 
-/* A backend whose kernels know A, B and scale only. */
-Test(adapter_refusals, of_what_the_backends_kernels_do_not_serve)
-{
-    static const struct {
-        const char *changes, *edits, *says;
-    } cases[] = {
-        {"{\"lora_bias\": true}",
-         L0 "q_proj.lora_B.bias F32 8;" L0 "v_proj.lora_B.bias F32 4;"
-            "@1.self_attn.q_proj.lora_B.bias F32 8; @1.self_attn.v_proj.lora_B.bias F32 4",
-         "a bias of the factor B (lora_bias)"},
-        {"{}", P "norm.weight F32 8", "whole norms (modules_to_save)"},
-        {"{}", P "embed_tokens.weight F32 10x8", "a whole embedding or head (modules_to_save)"},
-        {"{\"trainable_token_indices\": [5]}",
-         P "embed_tokens.token_adapter.trainable_tokens_delta F32 1x8",
-         "replaced rows of the embedding (trainable_token_indices)"},
-        {"{\"target_modules\": [\"q_proj\", \"v_proj\", \"lm_head\"]}",
-         "base_model.model.lm_head.lora_A.weight F32 2x8;"
-         "base_model.model.lm_head.lora_B.weight F32 10x2",
-         "LoRA on embed_tokens or lm_head (target_modules)"},
-    };
-    const struct model_config base = small_model();
-    char *directory = directory_make();
-
-    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
-        struct adapter_plan plan;
-        struct adapter adapter;
-        char says[256];
-
-        write_config(directory, cases[i].changes);
-        write_tensors(directory, cases[i].edits);
-        cr_assert_eq(adapter_plan_read(&plan, directory, &base, false), MLORA_OK, "%s",
-                     error_text());
-        cr_expect_eq(adapter_load(&adapter, host_device(), &plan, &base, NULL), MLORA_EUNSUPPORTED);
-        snprintf(says, sizeof says,
-                 "%s: %s is not served on the host backend yet: use --backend cpu", directory,
-                 cases[i].says);
-        cr_expect_str_eq(error_text(), says);
-        adapter_plan_free(&plan);
-    }
-    directory_remove(directory);
-}
-
 Test(adapter_refusals, of_a_fused_linear_without_its_base)
 {
     struct adapter_plan plan;
