@@ -2,6 +2,7 @@
 
 #include <math.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "engine/base/error.h"
 
@@ -163,19 +164,52 @@ static int wanted_logprobs(const struct batch *batch, const struct plan *plan)
     return n;
 }
 
+/* Everything by which the head and the draw may differ from one step to another. */
+struct draw_key {
+    char what[8]; /* "draw" */
+    struct lora_view lora;
+    const void *tokens, *shrunk, *sampling, *history, *history_start, *n_prompt;
+    int Q;
+};
+
+/* Logits of the rows that are due, and the tokens drawn from them, left in engine->out. */
+static void draw(struct mlora_engine *engine)
+{
+    struct device *dev = engine->dev;
+    struct batch *batch = &engine->batch;
+    const struct sample_view *sample = &batch->sample;
+    const int Q = batch->n_samples;
+    const struct lora_view *lora = batch_head_rows(batch, batch->sample_tokens_host, Q);
+    struct draw_key key;
+
+    memset(&key, 0, sizeof key); /* the holes between members, too */
+    memcpy(key.what, "draw", 4);
+    memcpy(&key.lora, lora, sizeof key.lora);
+    key.tokens = batch->sample_tokens;
+    key.shrunk = engine->workspace.shrunk;
+    key.sampling = sample->sampling;
+    key.history = sample->history;
+    key.history_start = sample->history_start;
+    key.n_prompt = sample->n_prompt;
+    key.Q = Q;
+    if (dev->ops->replay(dev, &key, sizeof key)) return;
+    forward_head(&engine->model, &engine->workspace, engine->out.logits, batch->sample_tokens, Q,
+                 lora);
+    dev->ops->sample(dev, engine->out.ids, engine->out.logits, sample, engine->config.vocab_size);
+    dev->ops->record_end(dev);
+}
+
 mlora_status outputs_sample(struct mlora_engine *engine, const struct plan *plan)
 {
     struct device *dev = engine->dev;
     const struct kernels *op = dev->ops;
-    struct batch *batch = &engine->batch;
+    const struct batch *batch = &engine->batch;
     const struct outputs *out = &engine->out, *host = &engine->host;
     const int Q = batch->n_samples, V = engine->config.vocab_size;
     const int n_top = wanted_logprobs(batch, plan);
 
     if (Q > 0) {
-        forward_head(&engine->model, &engine->workspace, out->logits, batch->sample_tokens, Q,
-                     batch_head_rows(batch, batch->sample_tokens_host, Q));
-        op->sample(dev, out->ids, out->logits, &batch->sample, V);
+        draw(engine);
         op->download(dev, host->ids, out->ids, (size_t)Q * sizeof *host->ids);
     }
     if (Q > 0 && n_top >= 0) {

@@ -111,6 +111,7 @@ static void head_norm(const struct model *model, const struct workspace *ws,
 
 /* Everything by which two passes of one engine may differ. */
 struct pass_key {
+    char what[8]; /* "forward": other runs of ops are recorded, too */
     struct batch_view batch;
     struct lora_view lora;
     const void *block_table, *shrunk;
@@ -124,6 +125,7 @@ static bool replay(const struct model *model, const struct workspace *ws,
     struct pass_key key;
 
     memset(&key, 0, sizeof key); /* the holes between members, too */
+    memcpy(key.what, "forward", sizeof key.what);
     memcpy(&key.batch, batch, sizeof key.batch);
     memcpy(&key.lora, lora, sizeof key.lora);
     key.block_table = block_table;

@@ -5,7 +5,7 @@
 
 #include <stdlib.h>
 
-enum { RECORDINGS = 64, KEY_BYTES = 512 };
+enum { RECORDINGS = 128, KEY_BYTES = 512 };
 
 struct recording {
     unsigned char key[KEY_BYTES];
