@@ -4,6 +4,7 @@
 # make asan     the same tests under AddressSanitizer and UBSan
 # make fuzz     fuzzing programs, with clang
 # make check    formatting, static analysis, who includes whom
+# make cuda-report   registers and spills of every CUDA kernel
 # make format   format all sources
 # make install  PREFIX=/usr/local DESTDIR=
 
@@ -40,11 +41,23 @@ CUDA_CU := $(wildcard kernels/cuda/*.cu)
 endif
 ifneq ($(CUDA_CU),)
 CUDA_HOME  := $(patsubst %/bin/,%,$(dir $(realpath $(NVCC))))
-CUDA_ARCH  ?= -gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_89,code=sm_89 \
-              -gencode=arch=compute_90a,code=sm_90a
-NVCC_FLAGS := -std=c++17 -O3 -lineinfo -I. $(CUDA_ARCH) \
+# CUDA_ARCH: names such as "80 90a", or all; by default the GPU that is here, else sm_80 and sm_90a
+ifndef CUDA_ARCH
+CUDA_ARCH  := $(patsubst 90,90a,$(sort $(subst .,,$(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null))))
+CUDA_ARCH  := $(filter 8% 9% 10% 11% 12%,$(CUDA_ARCH))
+CUDA_ARCH  := $(if $(CUDA_ARCH),$(CUDA_ARCH),80 90a)
+endif
+ifeq ($(CUDA_ARCH),all)
+CUDA_CODE  := $(foreach a,80 86 89 90a 100 120,-gencode=arch=compute_$(a),code=sm_$(a)) \
+              -gencode=arch=compute_120,code=compute_120
+else ifneq ($(findstring -gencode,$(CUDA_ARCH)),)
+CUDA_CODE  := $(CUDA_ARCH)
+else
+CUDA_CODE  := $(foreach a,$(CUDA_ARCH),-gencode=arch=compute_$(a),code=sm_$(a))
+endif
+NVCC_FLAGS := -std=c++17 -O3 -lineinfo -I. $(CUDA_CODE) -DMLORA_CUDA_LIB='"$(CUDA_HOME)/lib64"' \
               -Xcompiler -fPIC,-fvisibility=hidden,-fno-exceptions,-fno-threadsafe-statics,-Wall,-Wextra
-LIBS += -L$(CUDA_HOME)/lib64 -Wl,-rpath,$(CUDA_HOME)/lib64 -lcublasLt -lcublas -lcudart_static -ldl -lrt
+LIBS += -L$(CUDA_HOME)/lib64 -lcudart_static -ldl -lrt
 else
 LIB_C += $(wildcard kernels/cuda/none.c)
 endif
@@ -55,7 +68,7 @@ SUPPORT_O := $(BUILD)/obj/tests/support.o
 
 # ---- build ----------------------------------------------------------------------------------
 
-.PHONY: all setup run test unit-test api-test test-cuda asan check format install clean note fuzz
+.PHONY: all setup run test unit-test api-test test-cuda cuda-report asan check format install clean note fuzz
 .SECONDARY:
 
 all: note $(BUILD)/mlora $(BUILD)/libmlora.a $(BUILD)/libmlora.so
@@ -141,6 +154,13 @@ asan: setup
 test-cuda: all $(BUILD)/tests/kernels $(BUILD)/tests/engine
 	@MLORA_BACKEND=cuda ./tests/run -j1 -- $^
 
+# Registers, shared memory and spills of every kernel; fails where one spills.
+cuda-report:
+	@mkdir -p $(BUILD)/obj
+	@for file in $(CUDA_CU); do \
+	    $(NVCC) $(NVCC_FLAGS) -Xptxas -v -c $$file -o $(BUILD)/obj/report.o 2>&1; done | \
+	    c++filt -p | ./tools/cuda-report
+
 $(BUILD)/tests/tools: | $(BUILD)/mlora
 
 define SUITE
@@ -179,6 +199,8 @@ install: all
 	install -D -m 644 $(BUILD)/libmlora.a $(DESTDIR)$(PREFIX)/lib/libmlora.a
 	install -D -m 755 $(BUILD)/libmlora.so.0 $(DESTDIR)$(PREFIX)/lib/libmlora.so.0
 	ln -sf libmlora.so.0 $(DESTDIR)$(PREFIX)/lib/libmlora.so
+	@for shape in $(notdir $(wildcard tools/shapes/*)); do \
+	    install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/mlora/shapes/$$shape tools/shapes/$$shape/*; done
 	@mkdir -p $(DESTDIR)$(PREFIX)/lib/pkgconfig
 	@printf '%s\n' 'Name: mlora' 'Description: multi-LoRA Llama inference engine' \
 	    'Version: $(VERSION)' 'Cflags: -I$(PREFIX)/include' 'Libs: -L$(PREFIX)/lib -lmlora' \

@@ -112,6 +112,9 @@ typedef struct mlora_options {
                 /* the base alone; no other adapter can be loaded                           */
     int random_weights; /* 1: of `model` only config.json and the tokenizer are read, and the      */
                         /* weights are random: for measuring speed                              */
+    const char
+        *cache_dir; /* folder for what was measured on this GPU, for the next process;       */
+                    /* made if need be; NULL: nothing is kept                               */
     mlora_progress_fn on_progress;
     void *user; /* given to on_progress */
 } mlora_options;

@@ -45,7 +45,7 @@ static mlora_status check_options(const mlora_options *o)
 static mlora_status open_device(struct device **out, const mlora_options *options)
 {
     if (options->backend != MLORA_BACKEND_CPU) {
-        const mlora_status status = cuda_device_open(out, 0);
+        const mlora_status status = cuda_device_open(out, 0, options->cache_dir);
         if (status != MLORA_EUNSUPPORTED || options->backend == MLORA_BACKEND_CUDA) return status;
     }
     return cpu_device_open(out, options->n_threads);

@@ -31,8 +31,12 @@ struct kernels {
     /* Fresh memory aligned to 256 bytes, contents undefined. Returns OK or ENOMEM. */
     mlora_status (*alloc)(struct device *dev, size_t bytes, void **out);
     void (*free)(struct device *dev, void *memory); /* accepts NULL */
-    /* Between host and device. `from` may be reused when upload returns; `to` holds the data when
-     * download returns. */
+    /* Host memory that the device itself can read: an upload from there goes at full speed and
+     * returns before it is done. Returns OK or ENOMEM; free_host waits for uploads, accepts NULL. */
+    mlora_status (*alloc_host)(struct device *dev, size_t bytes, void **out);
+    void (*free_host)(struct device *dev, void *memory);
+    /* Between host and device. `from` may be reused when upload returns, but for memory of
+     * alloc_host: after sync. `to` holds the data when download returns. */
     void (*upload)(struct device *dev, void *to, const void *from, size_t bytes);
     void (*download)(struct device *dev, void *to, const void *from, size_t bytes);
     /* Wait for all ops. Returns OK or EDEVICE, the text naming the op that failed first. */
@@ -184,7 +188,10 @@ struct device {
 /* n_threads 0: one per core. Returns OK or ENOMEM. */
 mlora_status cpu_device_open(struct device **out, int n_threads);
 
-/* Returns OK, ENOMEM, or EUNSUPPORTED: built without CUDA, or there is no usable GPU. */
-mlora_status cuda_device_open(struct device **out, int ordinal);
+/* cache_dir: a folder in which measurements of this GPU are kept for the next process, made where
+ * it is missing; NULL: they are made again each time. A damaged file there is as good as none.
+ * Returns OK, ENOMEM, or EUNSUPPORTED: built without CUDA, there is no usable GPU, or a library
+ * that it needs is missing. */
+mlora_status cuda_device_open(struct device **out, int ordinal, const char *cache_dir);
 
 #endif

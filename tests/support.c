@@ -21,7 +21,7 @@ void device_open(void)
     if (!backend || strcmp(backend, "cpu") == 0)
         status = cpu_device_open(&dev, 0);
     else if (strcmp(backend, "cuda") == 0)
-        status = cuda_device_open(&dev, 0);
+        status = cuda_device_open(&dev, 0, NULL);
     cr_assert_eq(status, MLORA_OK, "MLORA_BACKEND=%s: no such device", backend ? backend : "");
 }
 

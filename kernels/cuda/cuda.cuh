@@ -11,7 +11,6 @@
 #include <stdint.h>
 #include <string.h>
 
-#include <cublasLt.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -30,8 +29,19 @@ enum {
     SCRATCHES = 48,     /* each at least twice as large as the one before */
 };
 
-struct matmul_plans;
+struct blas;
 struct recordings;
+
+/* Pinned host memory through which small transfers go: the copy engine reads it without a copy of
+ * the driver's, and the call does not wait. Uploads fill one half, then the other; `left` is
+ * passed when the last copy from a half is done. */
+struct staging {
+    unsigned char *up;   /* [2, STAGING_HALF] */
+    unsigned char *down; /* [STAGING_HALF] */
+    cudaEvent_t left[2];
+    int half;
+    size_t used; /* bytes of that half */
+};
 
 struct cuda_device {
     struct device base; /* first: a struct device * is one of these */
@@ -39,9 +49,7 @@ struct cuda_device {
     int n_sms;      /* multiprocessors */
     bool is_hopper; /* or newer: kernels overlap, and blocks of a cluster share their memory */
     cudaStream_t stream;
-    cublasLtHandle_t blas;
-    void *blas_workspace;
-    struct matmul_plans *plans;
+    struct blas *blas;
     struct recordings *recordings;
     /* [COUNTERS] zero between ops: blocks count here who of them is the last to finish a common
      * sum; that one adds the parts up in their order and sets the counter back. */
@@ -51,6 +59,7 @@ struct cuda_device {
     void *scratch[SCRATCHES];
     int n_scratches;
     size_t scratch_bytes;
+    struct staging staging;
     char failure[256]; /* the first one, "" while there is none */
 };
 
@@ -201,8 +210,9 @@ bool cuda_replay(struct device *dev, const void *key, size_t bytes);
 void cuda_record_end(struct device *dev);
 mlora_status recordings_open(struct recordings **out);
 void recordings_close(struct recordings *recordings); /* accepts NULL */
-mlora_status matmul_plans_open(struct matmul_plans **out);
-void matmul_plans_close(struct matmul_plans *plans); /* accepts NULL */
+/* cublasLt, for cuda->blas, which is to be closed after a failure, too. */
+mlora_status blas_open(struct cuda_device *cuda, const char *cache_dir, const char *gpu);
+void blas_close(struct blas *blas); /* accepts NULL */
 
 /* ---- numbers ------------------------------------------------------------------------------ */
 

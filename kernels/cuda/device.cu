@@ -5,7 +5,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-enum { BLAS_WORKSPACE = 32 << 20 };
+enum { STAGING_HALF = 1 << 20, STAGING_ALIGNMENT = 256 };
 
 /* ---- failures ----------------------------------------------------------------------------- */
 
@@ -71,11 +71,51 @@ static void device_free(struct device *dev, void *memory)
     if (cudaSetDevice(cuda->ordinal) == cudaSuccess) cudaFree(memory); /* waits for all ops */
 }
 
+static mlora_status device_alloc_host(struct device *dev, size_t bytes, void **out)
+{
+    struct cuda_device *cuda = (struct cuda_device *)dev;
+
+    *out = NULL;
+    cudaError_t error = cudaSetDevice(cuda->ordinal);
+    if (error == cudaSuccess)
+        error = cudaHostAlloc(out, bytes > 0 ? bytes : 1, cudaHostAllocDefault);
+    if (error == cudaSuccess) return MLORA_OK;
+    cudaGetLastError(); /* it is told here */
+    return error_set(MLORA_ENOMEM,
+                     "%s: %zu bytes of pinned host memory asked: close other programs",
+                     cudaGetErrorString(error), bytes);
+}
+
+static void device_free_host(struct device *dev, void *memory)
+{
+    struct cuda_device *cuda = (struct cuda_device *)dev;
+    if (cudaSetDevice(cuda->ordinal) != cudaSuccess) return;
+    cudaStreamSynchronize(cuda->stream);
+    cudaFreeHost(memory);
+}
+
+/* Pinned memory for `bytes` to come from, at most STAGING_HALF. */
+static void *stage(struct cuda_device *cuda, size_t bytes)
+{
+    struct staging *staging = &cuda->staging;
+
+    if (staging->used + bytes > STAGING_HALF) {
+        cuda_check(cuda, cudaEventRecord(staging->left[staging->half], cuda->stream), "upload");
+        staging->half = 1 - staging->half;
+        staging->used = 0;
+        cuda_check(cuda, cudaEventSynchronize(staging->left[staging->half]), "upload");
+    }
+    void *memory = staging->up + (size_t)staging->half * STAGING_HALF + staging->used;
+    staging->used += (bytes + STAGING_ALIGNMENT - 1) / STAGING_ALIGNMENT * STAGING_ALIGNMENT;
+    return memory;
+}
+
 static void device_upload(struct device *dev, void *to, const void *from, size_t bytes)
 {
     struct cuda_device *cuda = cuda_begin(dev);
     if (!cuda || bytes == 0) return;
     /* From pageable memory the call returns when `from` has been read. */
+    if (bytes <= STAGING_HALF) from = memcpy(stage(cuda, bytes), from, bytes);
     cuda_check(cuda, cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, cuda->stream),
                "upload");
 }
@@ -84,9 +124,11 @@ static void device_download(struct device *dev, void *to, const void *from, size
 {
     struct cuda_device *cuda = cuda_begin(dev);
     if (!cuda || bytes == 0) return;
-    cuda_check(cuda, cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, cuda->stream),
+    void *landing = bytes <= STAGING_HALF ? cuda->staging.down : to;
+    cuda_check(cuda, cudaMemcpyAsync(landing, from, bytes, cudaMemcpyDeviceToHost, cuda->stream),
                "download");
     cuda_check(cuda, cudaStreamSynchronize(cuda->stream), "a kernel before download");
+    if (landing != to) memcpy(to, landing, bytes);
 }
 
 static mlora_status device_sync(struct device *dev)
@@ -112,10 +154,12 @@ static void device_close(struct device *dev)
     if (cuda->stream) cudaStreamSynchronize(cuda->stream);
     for (int i = 0; i < cuda->n_scratches; i++) cudaFree(cuda->scratch[i]);
     cudaFree(cuda->counters);
-    cudaFree(cuda->blas_workspace);
-    matmul_plans_close(cuda->plans);
+    cudaFreeHost(cuda->staging.up);
+    cudaFreeHost(cuda->staging.down);
+    for (int half = 0; half < 2; half++)
+        if (cuda->staging.left[half]) cudaEventDestroy(cuda->staging.left[half]);
     recordings_close(cuda->recordings);
-    if (cuda->blas) cublasLtDestroy(cuda->blas);
+    blas_close(cuda->blas);
     if (cuda->stream) cudaStreamDestroy(cuda->stream);
     free(cuda);
 }
@@ -125,6 +169,8 @@ static const struct kernels cuda_kernels = {
     device_close,
     device_alloc,
     device_free,
+    device_alloc_host,
+    device_free_host,
     device_upload,
     device_download,
     device_sync,
@@ -156,11 +202,17 @@ static const struct kernels cuda_kernels = {
 static cudaError_t open_parts(struct cuda_device *cuda)
 {
     const size_t bytes = COUNTERS * sizeof(int);
+    struct staging *staging = &cuda->staging;
 
     cudaError_t error = cudaStreamCreateWithFlags(&cuda->stream, cudaStreamNonBlocking);
     if (error == cudaSuccess) error = cudaMalloc((void **)&cuda->counters, bytes);
-    if (error == cudaSuccess) error = cudaMalloc(&cuda->blas_workspace, BLAS_WORKSPACE);
     if (error == cudaSuccess) error = cudaMemsetAsync(cuda->counters, 0, bytes, cuda->stream);
+    if (error == cudaSuccess)
+        error = cudaHostAlloc((void **)&staging->up, 2 * STAGING_HALF, cudaHostAllocDefault);
+    if (error == cudaSuccess)
+        error = cudaHostAlloc((void **)&staging->down, STAGING_HALF, cudaHostAllocDefault);
+    for (int half = 0; half < 2 && error == cudaSuccess; half++)
+        error = cudaEventCreateWithFlags(&staging->left[half], cudaEventDisableTiming);
     if (error == cudaSuccess) error = cudaStreamSynchronize(cuda->stream);
     return error;
 }
@@ -171,7 +223,7 @@ static mlora_status refuse(int ordinal, const char *why)
                      why);
 }
 
-extern "C" mlora_status cuda_device_open(struct device **out, int ordinal)
+extern "C" mlora_status cuda_device_open(struct device **out, int ordinal, const char *cache_dir)
 {
     struct cudaDeviceProp properties;
     int n_devices = 0;
@@ -199,13 +251,8 @@ extern "C" mlora_status cuda_device_open(struct device **out, int ordinal)
     cuda->is_hopper = properties.major >= 9;
 
     error = open_parts(cuda);
-    mlora_status status = MLORA_OK;
-    if (error != cudaSuccess)
-        status = refuse(ordinal, cudaGetErrorString(error));
-    else if (cublasLtCreate(&cuda->blas) != CUBLAS_STATUS_SUCCESS)
-        status = refuse(ordinal, "cuBLAS does not start on it");
-    else
-        status = matmul_plans_open(&cuda->plans);
+    mlora_status status = error == cudaSuccess ? blas_open(cuda, cache_dir, properties.name)
+                                               : refuse(ordinal, cudaGetErrorString(error));
     if (status == MLORA_OK) status = recordings_open(&cuda->recordings);
     if (status != MLORA_OK) {
         device_close(&cuda->base);

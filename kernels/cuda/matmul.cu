@@ -1,15 +1,13 @@
 /* Weights times activations. One token: bound by reading w once, a warp reads a row of it end to
- * end. More: cublasLt, whose choice of algorithm is asked once for a shape and kept. What
- * cublasLt does not offer (mixed types, rows that are not 16-byte aligned) is made to fit, or
+ * end. More: cublasLt, under the algorithm that plans.cu has chosen. What cublasLt does not offer (mixed types, rows that are not 16-byte aligned) is made to fit, or
  * done by a plain tile kernel.
  *
  * f16 weights with bf16 activations: a row of x is scaled by a power of two so that its largest
  * element is near 2^14, where its 8 bits fit an f16 exactly down to 2^-38 of that element; the
  * f32 result is scaled back. */
-#include "kernels/cuda/cuda.cuh"
-
 #include <math.h>
-#include <stdlib.h>
+
+#include "kernels/cuda/blas.cuh"
 
 /* ---- kernels ------------------------------------------------------------------------------ */
 
@@ -143,153 +141,27 @@ static __global__ void to_f16_kernel(f16 *to, float *scale, const bf16 *from, in
     if (threadIdx.x == 0) scale[blockIdx.x] = scalbnf(1.0f, exponent);
 }
 
-/* ---- cublasLt's choices ------------------------------------------------------------------- */
-
-enum { PLANS = 4096, EXACT_T = 64, STEP_T = 32, BLAS_WORKSPACE = 32 << 20 };
-
-enum plan_state { PLAN_EMPTY, PLAN_FOUND, PLAN_NONE };
-
-/* What was chosen for a product of these shapes and types. */
-struct matmul_plan {
-    int T, N, K; /* T: of the first call, others of the same bucket reuse the choice */
-    enum dtype dtype, y_dtype;
-    enum plan_state state;
-    cublasLtMatmulAlgo_t algorithm;
-};
-
-struct matmul_plans {
-    struct matmul_plan table[PLANS]; /* open addressing; once three quarters full, emptied */
-    int n_plans;
-};
-
-mlora_status matmul_plans_open(struct matmul_plans **out)
-{
-    *out = (struct matmul_plans *)calloc(1, sizeof **out);
-    return *out ? MLORA_OK : error_set(MLORA_ENOMEM, "out of memory for the matmul plans");
-}
-
-void matmul_plans_close(struct matmul_plans *plans)
-{
-    free(plans);
-}
-
-static cudaDataType_t blas_type(enum dtype dtype)
-{
-    return dtype == DTYPE_F32 ? CUDA_R_32F : dtype == DTYPE_F16 ? CUDA_R_16F : CUDA_R_16BF;
-}
-
-/* y^T [N, T] = w^T ^T x^T: cublasLt's matrices are column by column, so the rows of w, x and y
- * are its columns. */
-struct blas_product {
-    cublasLtMatmulDesc_t desc;
-    cublasLtMatrixLayout_t w, x, y;
-    cublasLtMatmulDescOpaque_t desc_memory;
-    cublasLtMatrixLayoutOpaque_t w_memory, x_memory, y_memory;
-};
-
-static void blas_product_init(struct blas_product *out, int T, int N, int K, enum dtype dtype,
-                              enum dtype y_dtype)
-{
-    const cublasOperation_t transpose = CUBLAS_OP_T;
-    out->desc = &out->desc_memory;
-    out->w = &out->w_memory;
-    out->x = &out->x_memory;
-    out->y = &out->y_memory;
-    cublasLtMatmulDescInit(out->desc, CUBLAS_COMPUTE_32F, CUDA_R_32F);
-    cublasLtMatmulDescSetAttribute(out->desc, CUBLASLT_MATMUL_DESC_TRANSA, &transpose,
-                                   sizeof transpose);
-    cublasLtMatrixLayoutInit(out->w, blas_type(dtype), K, N, K);
-    cublasLtMatrixLayoutInit(out->x, blas_type(dtype), K, T, K);
-    cublasLtMatrixLayoutInit(out->y, blas_type(y_dtype), N, T, N);
-}
-
-static void plan_choose(struct matmul_plan *plan, cublasLtHandle_t blas,
-                        const struct blas_product *product)
-{
-    const size_t workspace = BLAS_WORKSPACE;
-    const uint32_t alignment = 16;
-    const uint32_t reductions = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE; /* never sums of bf16 */
-    cublasLtMatmulPreferenceOpaque_t preference;
-    cublasLtMatmulHeuristicResult_t result;
-    int n_results = 0;
-
-    cublasLtMatmulPreferenceInit(&preference);
-    const struct {
-        cublasLtMatmulPreferenceAttributes_t attribute;
-        const void *value;
-        size_t bytes;
-    } wishes[] = {
-        {CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace, sizeof workspace},
-        {CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &reductions, sizeof reductions},
-        {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, &alignment, sizeof alignment},
-        {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, &alignment, sizeof alignment},
-        {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, &alignment, sizeof alignment},
-        {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, &alignment, sizeof alignment},
-    };
-    for (size_t i = 0; i < sizeof wishes / sizeof wishes[0]; i++)
-        cublasLtMatmulPreferenceSetAttribute(&preference, wishes[i].attribute, wishes[i].value,
-                                             wishes[i].bytes);
-    const cublasStatus_t status =
-        cublasLtMatmulAlgoGetHeuristic(blas, product->desc, product->w, product->x, product->y,
-                                       product->y, &preference, 1, &result, &n_results);
-    plan->state = status == CUBLAS_STATUS_SUCCESS && n_results > 0 ? PLAN_FOUND : PLAN_NONE;
-    if (plan->state == PLAN_FOUND) plan->algorithm = result.algo;
-}
-
-/* The plan of this shape's bucket, perhaps still empty. */
-static struct matmul_plan *plan_find(struct matmul_plans *plans, int T, int N, int K,
-                                     enum dtype dtype, enum dtype y_dtype)
-{
-    const int bucket = T <= EXACT_T ? T : ceil_div(T, STEP_T) * STEP_T;
-    uint32_t hash = 2166136261u;
-    const uint32_t parts[] = {(uint32_t)bucket, (uint32_t)N, (uint32_t)K,
-                              (uint32_t)(dtype * 4 + y_dtype)};
-    for (int i = 0; i < 4; i++) hash = (hash ^ parts[i]) * 16777619u, hash ^= hash >> 15;
-
-    if (plans->n_plans > PLANS / 4 * 3) memset(plans, 0, sizeof *plans);
-    struct matmul_plan *plan = &plans->table[hash % PLANS];
-    for (;; hash++) {
-        plan = &plans->table[hash % PLANS];
-        if (plan->state == PLAN_EMPTY) break;
-        if (plan->T == bucket && plan->N == N && plan->K == K && plan->dtype == dtype &&
-            plan->y_dtype == y_dtype)
-            return plan;
-    }
-    plan->T = bucket;
-    plan->N = N;
-    plan->K = K;
-    plan->dtype = dtype;
-    plan->y_dtype = y_dtype;
-    plans->n_plans++;
-    return plan;
-}
+/* ---- launchers ---------------------------------------------------------------------------- */
 
 /* y [T, N] y_dtype = x [T, K] w [N, K]^T, both of dtype. False where cublasLt has nothing. */
 static bool blas_matmul(struct cuda_device *cuda, void *y, enum dtype y_dtype, const void *x,
                         const void *w, int T, int N, int K, enum dtype dtype)
 {
-    const float one = 1.0f, zero = 0.0f;
-    struct blas_product product;
-    struct matmul_plan *plan = plan_find(cuda->plans, T, N, K, dtype, y_dtype);
+    const struct product product = {T, N, K, dtype, y_dtype};
+    struct blas_layouts layouts;
+    cublasLtMatmulAlgo_t algorithm;
 
-    blas_product_init(&product, T, N, K, dtype, y_dtype);
-    for (int attempt = 0; attempt < 2; attempt++) {
-        /* A choice made for another T of the bucket may refuse this one: choose again. */
-        if (plan->state == PLAN_EMPTY || attempt > 0) plan_choose(plan, cuda->blas, &product);
-        if (plan->state == PLAN_NONE) return false;
-        const cublasStatus_t status = cublasLtMatmul(
-            cuda->blas, product.desc, &one, w, product.w, x, product.x, &zero, y, product.y, y,
-            product.y, &plan->algorithm, cuda->blas_workspace, BLAS_WORKSPACE, cuda->stream);
-        if (status == CUBLAS_STATUS_SUCCESS) return true;
-        if (status == CUBLAS_STATUS_EXECUTION_FAILED) {
-            cuda_fail(cuda, "matmul", "cublasLt: execution failed");
-            return true;
-        }
-    }
-    return false;
+    if (!plan_find(cuda, &product, w, &algorithm)) return false;
+    blas_layouts_init(&layouts, cuda->blas, &product);
+    cublasStatus_t status = blas_start(cuda, &layouts, y, x, w, &algorithm);
+    /* A choice made for the most tokens of the bucket may refuse this number of them. */
+    if (status != CUBLAS_STATUS_SUCCESS && status != CUBLAS_STATUS_EXECUTION_FAILED &&
+        plan_first(cuda, &product, &algorithm))
+        status = blas_start(cuda, &layouts, y, x, w, &algorithm);
+    if (status == CUBLAS_STATUS_EXECUTION_FAILED)
+        cuda_fail(cuda, "matmul", "cublasLt: execution failed");
+    return status == CUBLAS_STATUS_SUCCESS || status == CUBLAS_STATUS_EXECUTION_FAILED;
 }
-
-/* ---- launchers ---------------------------------------------------------------------------- */
 
 static void finish(struct cuda_device *cuda, void *y, enum dtype y_dtype, const float *sum,
                    const float *scale, const float *bias, int T, int N)

@@ -25,6 +25,41 @@ Test(device, aligns_memory_and_keeps_what_is_uploaded)
     dev->ops->free(dev, NULL);
 }
 
+Test(device, uploads_from_its_own_host_memory)
+{
+    enum { BYTES = 3 << 20 };
+    unsigned char *back = zeros(BYTES, 1), *from;
+    void *host, *memory = device_memory(BYTES);
+
+    cr_assert_eq(dev->ops->alloc_host(dev, BYTES, &host), MLORA_OK);
+    from = host;
+    for (int i = 0; i < BYTES; i++) from[i] = (unsigned char)(i * 7 + i / 251);
+    dev->ops->upload(dev, memory, from, BYTES);
+    cr_assert_eq(dev->ops->sync(dev), MLORA_OK);
+    download(back, memory, BYTES);
+    cr_expect_arr_eq(back, from, BYTES);
+    dev->ops->free_host(dev, host);
+    dev->ops->free_host(dev, NULL);
+    free(back);
+}
+
+Test(device, keeps_the_order_of_many_small_uploads)
+{
+    enum { N = 3000, BYTES = 4096 };
+    static unsigned char sent[BYTES], back[N];
+    unsigned char *memory = device_memory((size_t)N * BYTES);
+
+    for (int i = 0; i < N; i++) {
+        memset(sent, i % 251, sizeof sent);
+        dev->ops->upload(dev, memory + (size_t)i * BYTES, sent, sizeof sent);
+        memset(sent, 255, sizeof sent); /* it may be used again at once */
+    }
+    for (int i = 0; i < N; i += 97) {
+        download(back, memory + (size_t)i * BYTES, sizeof back);
+        for (size_t k = 0; k < sizeof back; k++) cr_assert_eq(back[k], i % 251);
+    }
+}
+
 Test(device, says_how_much_memory_there_is)
 {
     size_t n_free, n_total;
@@ -71,7 +106,7 @@ Test(device, reports_the_first_op_that_ran_out_of_scratch)
 Test(device, cuda_opens_or_says_why_not)
 {
     struct device *gpu;
-    const mlora_status status = cuda_device_open(&gpu, 0);
+    const mlora_status status = cuda_device_open(&gpu, 0, NULL);
 
     if (status == MLORA_OK) {
         cr_expect_str_eq(gpu->backend, "cuda");
