@@ -35,6 +35,20 @@ static void fake_free(struct device *dev, void *memory)
     free(memory);
 }
 
+/* The ring of the readers is not among what the weights hold. */
+static mlora_status fake_alloc_host(struct device *dev, size_t bytes, void **out)
+{
+    (void)dev;
+    *out = malloc(bytes);
+    return MLORA_OK;
+}
+
+static void fake_free_host(struct device *dev, void *memory)
+{
+    (void)dev;
+    free(memory);
+}
+
 static void fake_upload(struct device *dev, void *to, const void *from, size_t bytes)
 {
     (void)dev;
@@ -53,6 +67,8 @@ static void fake_memory(struct device *dev, size_t *free_bytes, size_t *total_by
 
 static const struct kernels fake_ops = {.alloc = fake_alloc,
                                         .free = fake_free,
+                                        .alloc_host = fake_alloc_host,
+                                        .free_host = fake_free_host,
                                         .upload = fake_upload,
                                         .sync = fake_sync,
                                         .memory = fake_memory};
