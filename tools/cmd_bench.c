@@ -20,7 +20,6 @@ struct bench {
     const char *output;
     int64_t rank, prompt_tokens, max_tokens, repeat, seed;
     double temperature, top_p;
-    bool random_weights;
 };
 
 /* clang-format off */
@@ -47,8 +46,6 @@ static const struct option_spec bench_specs[] = {
      .help = "of prompts and sampling", .fallback = "0"},
     {.name = "repeat", .kind = OPTION_INT, AT(repeat), .argument = "N", .min = 1,
      .max = MAX_REPEATS, .help = "runs of each case; the median counts", .fallback = "3"},
-    {.name = "random-weights", .kind = OPTION_FLAG, AT(random_weights),
-     .help = "read config.json and the tokenizer only; the weights are random"},
     {.name = "json", .kind = OPTION_TEXT, AT(output), .argument = "FILE",
      .help = "also write the table as JSON; -: stdout"},
     {.name = NULL},
@@ -271,7 +268,6 @@ static mlora_status bench_run(struct bench *bench)
     if (status == MLORA_OK && !rows) status = error_set(MLORA_ENOMEM, "out of memory");
     if (status != MLORA_OK) goto done;
 
-    bench->setup.random_weights = bench->random_weights;
     if (bench->setup.max_num_seqs == 0) bench->setup.max_num_seqs = largest(batches, n_batches);
     status = setup_open(&engine, &bench->setup);
     if (status == MLORA_OK)
@@ -321,6 +317,6 @@ const struct command command_bench = {
                    "token; each case is warmed up once, then repeated, and the median counts.",
     .groups = groups,
     .examples = "  mlora bench generate -m llama --batch-size 1,64 --num-adapters 0,1,7\n"
-                "  mlora bench generate -m tools/shapes/llama-3.1-8b --random-weights\n",
+                "  mlora bench generate --load-format dummy --config llama-3.1-8b\n",
     .run = run,
 };

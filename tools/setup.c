@@ -5,10 +5,12 @@
 #include <limits.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "engine/base/error.h"
 #include "engine/base/file.h"
+#include "tools/shape.h"
 #include "tools/text.h"
 
 /* ---- flags -------------------------------------------------------------------------------- */
@@ -59,6 +61,12 @@ const struct option_spec setup_specs[] = {
     {.name = "merge", .kind = OPTION_TEXT, AT(merge), .argument = "NAME",
      .help = "fold this one of --adapters, or the adapter in this directory, into the weights: "
              "then it answers in the place of base, and no other is loaded"},
+    {.name = "load-format", .kind = OPTION_CHOICE, AT(load_format), .choices = "auto|dummy",
+     .help = "dummy: random weights, for measuring speed; only config.json and the tokenizer "
+             "are read", .fallback = "auto"},
+    {.name = "config", .kind = OPTION_TEXT, AT(config), .argument = "NAME|FILE",
+     .help = "the shape of dummy weights: llama-2-7b, llama-3.1-8b, llama-3.1-70b, llama-3.2-1b, "
+             "llama-3.2-3b, tinyllama, or a config.json", .fallback = "the model's"},
     {.name = "tokenizer", .kind = OPTION_TEXT, AT(tokenizer), .argument = "FILE",
      .help = "tokenizer.json or tokenizer.model", .fallback = "the model's own"},
     {.name = "backend", .kind = OPTION_CHOICE, AT(backend), .choices = "auto|cpu|cuda",
@@ -214,19 +222,57 @@ static mlora_status find_merge(const char **out, const struct setup *setup)
                      setup->merge);
 }
 
+/* $XDG_CACHE_HOME/mlora or ~/.cache/mlora, freed by the caller; NULL: nothing is kept. */
+static char *cache_folder(void)
+{
+    const char *cache = getenv("XDG_CACHE_HOME"), *home = getenv("HOME");
+    char *parent = NULL;
+
+    if (cache && cache[0] == '/')
+        parent = strdup(cache);
+    else if (home && home[0] == '/')
+        parent = path_join(home, ".cache");
+    if (!parent) return NULL;
+    mkdir(parent, 0700); /* mostly it is there */
+    char *folder = path_join(parent, "mlora");
+    free(parent);
+    return folder;
+}
+
+/* The model's folder and tokenizer: as given, or those of a shape, which `*folder` and `*tokenizer`
+ * then own. */
+static mlora_status choose_model(mlora_options *options, char **folder, char **tokenizer,
+                                 const struct setup *setup)
+{
+    options->model = setup->model;
+    options->tokenizer = setup->tokenizer;
+    options->random_weights = setup->load_format == LOAD_DUMMY;
+    if (setup->config && setup->load_format != LOAD_DUMMY)
+        return error_set(MLORA_EINVAL, "--config is the shape of random weights: give "
+                                       "--load-format dummy with it, or --model DIR instead");
+    if (setup->config && setup->model)
+        return error_set(MLORA_EINVAL, "--config and --model both say what the model is: give one");
+    if (setup->config) {
+        const mlora_status status = shape_find(folder, tokenizer, setup->config);
+        if (status != MLORA_OK) return status;
+        options->model = *folder;
+        if (!options->tokenizer) options->tokenizer = *tokenizer;
+    }
+    if (options->model) return MLORA_OK;
+    return error_set(MLORA_EINVAL, "no model: give --model DIR, a directory with config.json, "
+                                   "the weights and the tokenizer");
+}
+
 mlora_status setup_open(mlora_engine **out, const struct setup *setup)
 {
     mlora_options options;
+    char *folder = NULL, *tokenizer = NULL;
 
     *out = NULL;
-    if (!setup->model)
-        return error_set(MLORA_EINVAL, "no model: give --model DIR, a directory with config.json, "
-                                       "the weights and the tokenizer");
     mlora_options_default(&options);
-    const mlora_status merge = find_merge(&options.merge, setup);
-    if (merge != MLORA_OK) return merge;
-    options.model = setup->model;
-    options.tokenizer = setup->tokenizer;
+    mlora_status status = find_merge(&options.merge, setup);
+    if (status == MLORA_OK) status = choose_model(&options, &folder, &tokenizer, setup);
+    if (status != MLORA_OK) return status;
     options.backend = (mlora_backend)setup->backend;
     options.dtype = (mlora_dtype)setup->dtype;
     options.n_threads = (int)setup->n_threads;
@@ -235,15 +281,19 @@ mlora_status setup_open(mlora_engine **out, const struct setup *setup)
     options.max_batch_tokens = (int)setup->max_batch_tokens;
     options.kv_blocks = (int)setup->kv_blocks;
     options.lenient = setup->lenient;
-    options.random_weights = setup->random_weights;
+    char *cache = cache_folder();
+    options.cache_dir = cache;
     const bool bar = isatty(STDERR_FILENO) && !setup->quiet;
-    char *name = folder_name(setup->model);
+    char *name = folder_name(options.model);
     options.user = name ? name : (void *)"model";
     if (bar) options.on_progress = show_progress;
 
-    mlora_status status = mlora_open(out, &options);
+    status = mlora_open(out, &options);
     if (bar) fprintf(stderr, "\r\033[K");
     free(name);
+    free(cache);
+    free(folder);
+    free(tokenizer);
     for (int i = 0; i < setup->n_sources && status == MLORA_OK && !setup->merge; i++)
         status = load_source(*out, setup, &setup->sources[i]);
     return status;

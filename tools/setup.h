@@ -4,6 +4,8 @@
 
 #include "tools/options.h"
 
+enum load_format { LOAD_AUTO, LOAD_DUMMY };
+
 struct setup {
     const char *model, *tokenizer;
     const char *merge;              /* the adapter that is folded into the weights */
@@ -13,7 +15,8 @@ struct setup {
     int64_t n_threads, max_model_len, max_num_seqs, max_batch_tokens, kv_blocks; /* 0: default */
     bool lenient;
     bool quiet;
-    bool random_weights; /* not a flag of its own: bench sets it */
+    int load_format;    /* enum load_format */
+    const char *config; /* of dummy weights: NULL: that of `model` */
 };
 
 /* An item of --adapters. */

@@ -1,5 +1,6 @@
 /* mlora bench: the table says what was run. Speeds are looked at, not asserted. */
 #include <criterion/criterion.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -12,7 +13,7 @@ Test(bench, runs_every_case_to_its_last_token)
     const int batches[] = {1, 1, 3, 3}, adapters[] = {0, 2, 0, 2};
 
     struct outcome outcome =
-        run(NULL, "bench generate --backend cpu --model tools/shapes/llama-test --random-weights "
+        run(NULL, "bench generate --backend cpu --load-format dummy --config llama-test "
                   "--batch-size 1,3 --num-adapters 0,2 --rank 3 --prompt-tokens 5 "
                   "--max-new-tokens 7 --repeat 2 --json build/bench.json");
     cr_assert_eq(outcome.status, 0, "%s", outcome.err);
@@ -46,4 +47,30 @@ Test(bench, refuses_lists_and_actions_that_mean_nothing)
     expect_refusal_with(&outcome, "--num-adapters");
     outcome = run(NULL, "bench --model " LLAMA2);
     expect_refusal_with(&outcome, "mlora bench generate --model DIR");
+}
+
+Test(bench, finds_shapes_by_name_and_by_file)
+{
+    static const char flags[] = "--backend cpu --load-format dummy --batch-size 1 --num-adapters 0 "
+                                "--prompt-tokens 1 --max-new-tokens 1 --repeat 1";
+    char command[512];
+
+    snprintf(command, sizeof command,
+             "bench generate %s --config tools/shapes/llama-test/config.json", flags);
+    struct outcome outcome = run(NULL, command);
+    cr_expect_eq(outcome.status, 0, "%s", outcome.err);
+    outcome_free(&outcome);
+
+    snprintf(command, sizeof command, "bench generate %s --config llama-9", flags);
+    outcome = run(NULL, command);
+    expect_refusal(&outcome,
+                   "--config llama-9: no shape of that name: give llama-2-7b, llama-3.1-8b, "
+                   "llama-3.1-70b, llama-3.2-1b, llama-3.2-3b or tinyllama, or the path of a "
+                   "config.json");
+    snprintf(command, sizeof command, "bench generate %s --config llama-test -m " LLAMA2, flags);
+    outcome = run(NULL, command);
+    expect_refusal(&outcome, "--config and --model both say what the model is: give one");
+    outcome = run(NULL, "bench generate --config llama-test");
+    expect_refusal(&outcome, "--config is the shape of random weights: give --load-format dummy "
+                             "with it, or --model DIR instead");
 }
