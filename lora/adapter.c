@@ -365,6 +365,7 @@ mlora_status adapter_load(struct adapter *out, struct device *dev, const struct 
 {
     struct adapter adapter = {0};
     struct loader loader = {.dev = dev, .plan = plan, .config = config, .base = base};
+    struct hasher hasher;
     mlora_status status;
 
     *out = (struct adapter){0};
@@ -383,8 +384,12 @@ mlora_status adapter_load(struct adapter *out, struct device *dev, const struct 
     }
     loader.memory = adapter.memory;
     loader.at = 0;
+    hash_begin(&hasher, plan->hash_key);
+    adapter_hash_plan(&hasher, plan);
+    loader.values.hasher = &hasher;
     status = load_all(&loader, adapter.factors);
     adapter.own = loader.own;
+    adapter.content = hash_end(&hasher);
     const mlora_status sync = dev->ops->sync(dev); /* a failed upload is reported here */
     if (status == MLORA_OK) status = sync;
     note_changes(&adapter);

@@ -6,6 +6,7 @@
 #include <stdbool.h>
 
 #include "engine/base/buffer.h"
+#include "engine/base/hash.h"
 #include "kernels/kernels.h"
 #include "model/config.h"
 #include "model/safetensors.h"
@@ -66,6 +67,8 @@ struct adapter_plan {
 
     int64_t bytes;          /* of all of it on the device */
     struct buffer warnings; /* a line each */
+
+    struct hash_key hash_key; /* of adapter.content: a secret of the caller, set after reading */
 };
 
 /* Read adapter_config.json and the names and shapes in adapter_model.safetensors, match targets,
@@ -84,6 +87,9 @@ void adapter_plan_free(struct adapter_plan *plan); /* accepts zeroes */
 int64_t adapter_linear_bytes(const struct adapter_plan *plan, int index);
 int64_t adapter_bytes(const struct adapter_plan *plan);
 
+/* Add all of the plan that outputs depend on, but for the tensors' values. */
+void adapter_hash_plan(struct hasher *hasher, const struct adapter_plan *plan);
+
 /* The adapter on the device. */
 struct adapter {
     struct lora_factors *factors; /* [L + 1, LORA_LINEARS] host array of device pointers */
@@ -95,7 +101,8 @@ struct adapter {
     bool changes_embedding, changes_head, changes_norms, expands_more; /* as in lora_view */
     int32_t *invocation; /* [n_invocation] as in the plan */
     int n_invocation;
-    char *warnings; /* a line each, "" if none */
+    char *warnings;         /* a line each, "" if none */
+    struct hash128 content; /* of all that its outputs depend on: equal adapters have equal ones */
 };
 
 /* Read the values and upload them. `base`, the weights that the adapter is for, may be NULL where

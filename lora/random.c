@@ -21,6 +21,7 @@ mlora_status adapter_random(struct adapter *out, struct device *dev,
 {
     const int L = config->n_layers;
     struct adapter adapter = {.n_layers = L, .max_rank = rank};
+    const uint64_t made_from[2] = {seed, (uint64_t)rank};
     size_t layer_values = 0; /* of the factors of one layer */
     uint16_t *values = NULL;
 
@@ -28,6 +29,7 @@ mlora_status adapter_random(struct adapter *out, struct device *dev,
     for (int i = 0; i < LORA_LINEARS; i++)
         layer_values += (size_t)rank * (size_t)(linear_inputs(config, (enum lora_linear)i) +
                                                 linear_outputs(config, (enum lora_linear)i));
+    adapter.content = hash_bytes((struct hash_key){{0, 0}}, made_from, sizeof made_from);
     const size_t layer_bytes = layer_values * sizeof *values;
     adapter.bytes = (int64_t)layer_bytes * L;
     adapter.factors = calloc(((size_t)L + 1) * LORA_LINEARS, sizeof *adapter.factors);

@@ -40,6 +40,11 @@ static mlora_status read_elements(struct values *values, const struct safetensor
     status = file_read_at(&file->file, values->read.data, bytes,
                           tensor->offset + first * (int64_t)element);
     *out = values->read.data;
+    if (status == MLORA_OK && values->hasher) {
+        const int64_t what[2] = {(int64_t)stored, n};
+        hash_add(values->hasher, what, sizeof what);
+        hash_add(values->hasher, values->read.data, bytes);
+    }
     if (status != MLORA_OK || stored == dtype) return status;
 
     status = buffer_reserve(&values->wide, (size_t)n * sizeof(float));

@@ -9,6 +9,7 @@
  * valid until the next one. */
 struct values {
     struct buffer read, wide, shaped;
+    struct hasher *hasher; /* is given the bytes of all that is read; NULL: none */
 };
 
 void values_free(struct values *values);
