@@ -109,8 +109,8 @@ static const int32_t *build_rows(struct batch *batch, const struct plan *plan)
     view->row = batch->tokens_out + T;
     batch->max_blocks = 0;
     for (int q = 0; q < Q; q++)
-        if (plan->rows[q].request->n_blocks > batch->max_blocks)
-            batch->max_blocks = plan->rows[q].request->n_blocks;
+        if (plan->rows[q].request->kv.n_blocks > batch->max_blocks)
+            batch->max_blocks = plan->rows[q].request->kv.n_blocks;
     batch->max_blocks = round_blocks(batch->max_blocks);
 
     int32_t *ids = place_ints(batch, T, &view->ids);
@@ -128,8 +128,8 @@ static const int32_t *build_rows(struct batch *batch, const struct plan *plan)
         memcpy(ids + t, request->tokens + request->n_computed, n * sizeof *ids);
         t += row->n_tokens;
         kv_len[q] = request->n_computed + row->n_tokens;
-        memcpy(blocks, request->blocks, (size_t)request->n_blocks * sizeof *blocks);
-        for (int b = request->n_blocks; b < batch->max_blocks; b++) blocks[b] = 0;
+        memcpy(blocks, request->kv.blocks, (size_t)request->kv.n_blocks * sizeof *blocks);
+        for (int b = request->kv.n_blocks; b < batch->max_blocks; b++) blocks[b] = 0;
         if (row->n_tokens > view->max_row) view->max_row = row->n_tokens;
         if (kv_len[q] > view->max_kv) view->max_kv = kv_len[q];
     }

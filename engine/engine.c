@@ -9,10 +9,20 @@
 
 /* ---- from any thread ------------------------------------------------------------------------ */
 
-uint64_t engine_submit(struct mlora_engine *engine, struct request *request)
+mlora_status engine_submit(struct mlora_engine *engine, struct request *request, uint64_t *id)
 {
+    const int room = engine->scheduler.max_running + engine->max_queue;
+
     pthread_mutex_lock(&engine->lock);
-    const uint64_t id = request->id = ++engine->last_id;
+    const int n = engine->n_scheduled + engine->n_submitted;
+    if (n >= room) {
+        pthread_mutex_unlock(&engine->lock);
+        return error_set(MLORA_EBUSY,
+                         "%d requests run or wait, as many as max_num_seqs and max_queue allow "
+                         "(%d and %d): try again when some have ended, or raise max_queue",
+                         n, engine->scheduler.max_running, engine->max_queue);
+    }
+    *id = request->id = ++engine->last_id;
     if (engine->last_submitted)
         engine->last_submitted->next = request;
     else
@@ -20,7 +30,7 @@ uint64_t engine_submit(struct mlora_engine *engine, struct request *request)
     engine->last_submitted = request;
     engine->n_submitted++;
     pthread_mutex_unlock(&engine->lock);
-    return id; /* the request may be gone already */
+    return MLORA_OK; /* the request may be gone already */
 }
 
 void engine_cancel(struct mlora_engine *engine, uint64_t id)
@@ -42,28 +52,31 @@ void engine_cancel(struct mlora_engine *engine, uint64_t id)
 
 /* ---- the step ------------------------------------------------------------------------------- */
 
-static void take_submitted(struct mlora_engine *engine)
+static int n_scheduled(const struct scheduler *scheduler)
 {
-    pthread_mutex_lock(&engine->lock);
-    struct request *request = engine->first_submitted;
-    engine->first_submitted = engine->last_submitted = NULL;
-    engine->n_submitted = 0;
-    pthread_mutex_unlock(&engine->lock);
-
-    while (request) {
-        struct request *next = request->next;
-        scheduler_add(&engine->scheduler, request);
-        request = next;
-    }
+    return scheduler->n_running + scheduler->fair.n_waiting;
 }
 
-static struct request *find_request(const struct scheduler *scheduler, uint64_t id)
+static mlora_status take_submitted(struct mlora_engine *engine)
 {
-    for (int i = 0; i < scheduler->n_running; i++)
-        if (scheduler->running[i]->id == id) return scheduler->running[i];
-    for (struct request *at = scheduler->first_waiting; at; at = at->next)
-        if (at->id == id) return at;
-    return NULL;
+    mlora_status status = MLORA_OK;
+
+    while (status == MLORA_OK) {
+        pthread_mutex_lock(&engine->lock);
+        struct request *request = engine->first_submitted;
+        if (request) {
+            engine->first_submitted = request->next;
+            if (!request->next) engine->last_submitted = NULL;
+            engine->n_submitted--;
+            engine->n_scheduled++;
+        }
+        pthread_mutex_unlock(&engine->lock);
+        if (!request) break;
+
+        status = scheduler_add(&engine->scheduler, request);
+        if (status != MLORA_OK) engine_free_request(engine, request);
+    }
+    return status;
 }
 
 /* One at a time, as the callback of a last event may cancel others. */
@@ -78,7 +91,7 @@ static mlora_status take_cancelled(struct mlora_engine *engine)
         pthread_mutex_unlock(&engine->lock);
         if (id == 0) break;
 
-        struct request *request = find_request(&engine->scheduler, id);
+        struct request *request = scheduler_find(&engine->scheduler, id);
         if (request) status = outputs_finish(engine, request, MLORA_FINISH_CANCEL);
     }
     return status;
@@ -137,16 +150,15 @@ mlora_status engine_step(struct mlora_engine *engine, int *n_active)
     if (engine->failed)
         return error_set(MLORA_EDEVICE, "the engine failed before: it can only be closed");
 
-    take_submitted(engine);
-    mlora_status status = take_cancelled(engine);
+    mlora_status status = take_submitted(engine);
+    if (status == MLORA_OK) status = take_cancelled(engine);
     if (status == MLORA_OK) status = run(engine);
     if (status != MLORA_OK) engine->failed = true;
     registry_sweep(&engine->registry);
 
-    if (n_active) {
-        pthread_mutex_lock(&engine->lock);
-        *n_active = engine->scheduler.n_running + engine->scheduler.n_waiting + engine->n_submitted;
-        pthread_mutex_unlock(&engine->lock);
-    }
+    pthread_mutex_lock(&engine->lock);
+    engine->n_scheduled = n_scheduled(&engine->scheduler);
+    if (n_active) *n_active = engine->n_scheduled + engine->n_submitted;
+    pthread_mutex_unlock(&engine->lock);
     return status;
 }

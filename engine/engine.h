@@ -36,7 +36,9 @@ struct mlora_engine {
     bool lenient;
     bool merged; /* an adapter is in the weights: there can be no other */
     int max_model_len;
-    int32_t *eos; /* [n_eos] the model's and the tokenizer's end tokens */
+    int max_queue;            /* requests that may wait beside max_num_seqs that run */
+    struct hash_key hash_key; /* secret: see engine/base/hash.h */
+    int32_t *eos;             /* [n_eos] the model's and the tokenizer's end tokens */
     int n_eos;
 
     struct outputs out, host;    /* on the device, and copies of it on the host */
@@ -50,6 +52,7 @@ struct mlora_engine {
     int n_cancelled, cancelled_capacity;
     uint64_t last_id;
     int n_submitted; /* in the list above */
+    int n_scheduled; /* by the scheduler, as of the last step */
 
     mlora_stats stats;
     bool failed; /* the device is lost */
@@ -58,8 +61,12 @@ struct mlora_engine {
 mlora_status engine_open(struct mlora_engine **out, const mlora_options *options);
 void engine_close(struct mlora_engine *engine);
 
-/* Hand a request over; any thread. Its adapter is held already. */
-uint64_t engine_submit(struct mlora_engine *engine, struct request *request);
+/* Hand a request over; any thread. Its adapter is held already. Returns OK with its id, or EBUSY:
+ * the queue is full, and the request stays the caller's. */
+mlora_status engine_submit(struct mlora_engine *engine, struct request *request, uint64_t *id);
+
+/* Release the adapter of a request that is not scheduled, and free it. NULL is allowed. */
+void engine_free_request(struct mlora_engine *engine, struct request *request);
 void engine_cancel(struct mlora_engine *engine, uint64_t id);
 
 mlora_status engine_step(struct mlora_engine *engine, int *n_active);

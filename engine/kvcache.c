@@ -1,26 +1,33 @@
 #include "engine/kvcache.h"
 
+#include <assert.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "engine/base/error.h"
-#include "kernels/views.h" /* KV_BLOCK */
 
-mlora_status kvcache_open(struct kvcache *out, int n_blocks)
+mlora_status kvcache_open(struct kvcache *out, int n_blocks, bool shares, struct hash_key hash_key)
 {
-    *out = (struct kvcache){.n_blocks = n_blocks, .n_free = n_blocks};
-    out->free_blocks = malloc((size_t)n_blocks * sizeof *out->free_blocks);
-    if (!out->free_blocks) {
+    *out = (struct kvcache){.n_blocks = n_blocks, .n_free = n_blocks, .shares = shares};
+    out->blocks = malloc((size_t)n_blocks * sizeof *out->blocks);
+    if (!out->blocks) {
         *out = (struct kvcache){0};
         return error_set(MLORA_ENOMEM, "out of memory: a list of %d KV blocks", n_blocks);
     }
-    for (int i = 0; i < n_blocks; i++)
-        out->free_blocks[i] = n_blocks - 1 - i; /* 0 is taken first */
-    return MLORA_OK;
+    for (int32_t i = 0; i < n_blocks; i++)
+        out->blocks[i] = (struct kv_block){0, i - 1, i + 1 < n_blocks ? i + 1 : -1};
+    out->first_free = 0;
+    out->last_free = n_blocks - 1;
+    if (!shares) return MLORA_OK;
+    const mlora_status status = prefix_open(&out->prefix, n_blocks, hash_key);
+    if (status != MLORA_OK) kvcache_close(out);
+    return status;
 }
 
 void kvcache_close(struct kvcache *kv)
 {
-    free(kv->free_blocks);
+    prefix_close(&kv->prefix);
+    free(kv->blocks);
     *kv = (struct kvcache){0};
 }
 
@@ -29,16 +36,112 @@ int kvcache_blocks_for(int n_tokens)
     return n_tokens / KV_BLOCK + (n_tokens % KV_BLOCK != 0);
 }
 
-bool kvcache_extend(struct kvcache *kv, int32_t *blocks, int *n, int n_tokens)
+/* ---- free blocks ---------------------------------------------------------------------------- */
+
+static void free_remove(struct kvcache *kv, int32_t block)
+{
+    const struct kv_block *b = &kv->blocks[block];
+
+    *(b->prev >= 0 ? &kv->blocks[b->prev].next : &kv->first_free) = b->next;
+    *(b->next >= 0 ? &kv->blocks[b->next].prev : &kv->last_free) = b->prev;
+    kv->n_free--;
+}
+
+/* `last`: after all others, so that what it holds can be found for longest. */
+static void free_add(struct kvcache *kv, int32_t block, bool last)
+{
+    struct kv_block *b = &kv->blocks[block];
+
+    b->prev = last ? kv->last_free : -1;
+    b->next = last ? -1 : kv->first_free;
+    *(b->prev >= 0 ? &kv->blocks[b->prev].next : &kv->first_free) = block;
+    *(b->next >= 0 ? &kv->blocks[b->next].prev : &kv->last_free) = block;
+    kv->n_free++;
+}
+
+static void use(struct kvcache *kv, int32_t block)
+{
+    if (kv->blocks[block].n_users++ == 0) free_remove(kv, block);
+}
+
+static void unuse(struct kvcache *kv, int32_t block)
+{
+    assert(kv->blocks[block].n_users > 0);
+    if (--kv->blocks[block].n_users > 0) return;
+    free_add(kv, block, kv->shares && kv->prefix.entries[block].number != 0);
+}
+
+bool kvcache_extend(struct kvcache *kv, struct kv_run *run, int n_tokens)
 {
     const int need = kvcache_blocks_for(n_tokens);
 
-    if (need - *n > kv->n_free) return false;
-    while (*n < need) blocks[(*n)++] = kv->free_blocks[--kv->n_free];
+    if (need - run->n_blocks > kv->n_free) return false;
+    while (run->n_blocks < need) {
+        const int32_t block = kv->first_free;
+        if (kv->shares) prefix_drop(&kv->prefix, block);
+        use(kv, block);
+        run->blocks[run->n_blocks++] = block;
+    }
     return true;
 }
 
-void kvcache_release(struct kvcache *kv, const int32_t *blocks, int *n)
+/* From the end: of two blocks that follow one another, the later one is of no use alone, and is
+ * to be the first to go. */
+void kvcache_release(struct kvcache *kv, struct kv_run *run)
 {
-    while (*n > 0) kv->free_blocks[kv->n_free++] = blocks[--(*n)];
+    while (run->n_blocks > 0) unuse(kv, run->blocks[--run->n_blocks]);
+    run->n_known = 0;
+    run->number = 0;
+}
+
+/* ---- blocks by content ---------------------------------------------------------------------- */
+
+/* Of block `i` of the source, after the content of that number. */
+static struct prefix_key key_of(const struct kv_source *source, int i, uint64_t before)
+{
+    const int first = i * KV_BLOCK;
+    struct prefix_key key = {.before = before};
+
+    if (source->adapter_from < first + KV_BLOCK) {
+        key.adapter = source->adapter;
+        key.adapter_from = source->adapter_from > first ? source->adapter_from - first : 0;
+    }
+    memcpy(key.ids, source->ids + first, sizeof key.ids);
+    return key;
+}
+
+int kvcache_find(struct kvcache *kv, struct kv_run *run, const struct kv_source *source,
+                 int n_tokens)
+{
+    assert(run->n_blocks == 0);
+    if (!kv->shares) return 0;
+    while ((run->n_blocks + 1) * KV_BLOCK < n_tokens) {
+        const struct prefix_key key = key_of(source, run->n_blocks, run->number);
+        const int32_t block = prefix_find(&kv->prefix, &key);
+        if (block < 0) break;
+        use(kv, block);
+        run->blocks[run->n_blocks++] = block;
+        run->number = kv->prefix.entries[block].number;
+    }
+    run->n_known = run->n_blocks;
+    return run->n_known * KV_BLOCK;
+}
+
+void kvcache_remember(struct kvcache *kv, struct kv_run *run, const struct kv_source *source,
+                      int n_tokens)
+{
+    if (!kv->shares) return;
+    for (; (run->n_known + 1) * KV_BLOCK <= n_tokens; run->n_known++) {
+        const struct prefix_key key = key_of(source, run->n_known, run->number);
+        int32_t *own = &run->blocks[run->n_known];
+        const int32_t block = prefix_find(&kv->prefix, &key);
+        if (block < 0) {
+            prefix_put(&kv->prefix, *own, &key);
+        } else if (block != *own) {
+            use(kv, block);
+            unuse(kv, *own);
+            *own = block;
+        }
+        run->number = kv->prefix.entries[*own].number;
+    }
 }

@@ -40,6 +40,8 @@ const char *mlora_status_name(mlora_status status)
         return "ENOTFOUND";
     case MLORA_EDEVICE:
         return "EDEVICE";
+    case MLORA_EBUSY:
+        return "EBUSY";
     }
     return "unknown";
 }
@@ -91,6 +93,7 @@ void mlora_engine_info(const mlora_engine *engine, mlora_info *out)
         .max_num_seqs = engine->scheduler.max_running,
         .max_batch_tokens = engine->scheduler.max_batch_tokens,
         .kv_blocks = engine->kvcache.n_blocks,
+        .max_queue = engine->max_queue,
     };
 }
 
@@ -99,7 +102,9 @@ void mlora_engine_stats(const mlora_engine *engine, mlora_stats *out)
     *out = engine->stats;
     out->n_preemptions = engine->scheduler.n_preemptions;
     out->n_running = engine->scheduler.n_running;
-    out->n_waiting = engine->scheduler.n_waiting;
+    out->n_waiting = engine->scheduler.fair.n_waiting;
+    out->n_cached_tokens = engine->scheduler.n_found;
+    out->n_missed_tokens = engine->scheduler.n_missed;
     out->n_free_kv_blocks = engine->kvcache.n_free;
 }
 
@@ -142,6 +147,7 @@ mlora_status mlora_adapter_load(mlora_engine *engine, const char *dir, const cha
     mlora_status status = check_unmerged(engine);
     if (status == MLORA_OK)
         status = adapter_plan_read(&plan, dir, &engine->config, engine->lenient);
+    plan.hash_key = engine->hash_key;
     if (status == MLORA_OK)
         status = adapter_load(&adapter, engine->dev, &plan, &engine->config, &engine->weights);
     adapter_plan_free(&plan);
@@ -265,12 +271,18 @@ mlora_status mlora_submit(mlora_engine *engine, const mlora_request *from, uint6
         return status;
     }
     request->adapter = adapter;
-    if (adapter)
+    if (adapter) {
         request->adapter_from =
             adapter_first_position(&adapter->adapter, request->tokens, request->n_prompt);
-    const uint64_t given = engine_submit(engine, request);
-    if (id) *id = given;
-    return MLORA_OK;
+        request->content = adapter->adapter.content;
+        request->account_key =
+            hash_bytes(engine->hash_key, adapter->name, strlen(adapter->name)).word[0];
+    }
+    uint64_t given = 0;
+    status = engine_submit(engine, request, &given);
+    if (status != MLORA_OK) engine_free_request(engine, request);
+    if (id && status == MLORA_OK) *id = given;
+    return status;
 }
 
 void mlora_cancel(mlora_engine *engine, uint64_t id)

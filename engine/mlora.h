@@ -57,7 +57,8 @@ typedef enum mlora_status {
     MLORA_EFORMAT = -4,      /* a file was read, but is not what it claims to be              */
     MLORA_EUNSUPPORTED = -5, /* valid, but mlora does not serve it; the text says what to do  */
     MLORA_ENOTFOUND = -6,    /* no adapter of that name; the text has the nearest names       */
-    MLORA_EDEVICE = -7       /* the device failed; the engine can only be closed              */
+    MLORA_EDEVICE = -7,      /* the device failed; the engine can only be closed              */
+    MLORA_EBUSY = -8         /* the queue of requests is full: try again later                */
 } mlora_status;
 
 /* What failed last on this thread, in one line without a newline, for example
@@ -104,6 +105,8 @@ typedef struct mlora_options {
     int max_batch_tokens; /* tokens of one step; default 512; at least max_num_seqs               */
     int kv_blocks;        /* KV cache, in blocks of 16 tokens; default: what max_num_seqs         */
                           /* sequences can use, at most a quarter of the free memory              */
+    int max_queue;        /* requests that may wait beside max_num_seqs that run; default 16384   */
+    int no_prefix_cache;  /* 1: KV of tokens that were computed before is not used again          */
     int lenient;          /* 1: adapter tensors that no target matches, and unknown ones, are     */
                           /* left out with a warning (mlora_adapter_warnings) instead of refused  */
     const char
@@ -150,6 +153,7 @@ typedef struct mlora_info {
     int max_num_seqs;
     int max_batch_tokens;
     int kv_blocks; /* of 16 tokens */
+    int max_queue;
 } mlora_info;
 
 /* Thread: any. */
@@ -220,6 +224,7 @@ typedef struct mlora_event {
     size_t text_bytes; /* May be 0 with a token, and the rest comes with a later event         */
     mlora_finish finish;
     int n_prompt_tokens;     /* of the request */
+    int n_cached_tokens;     /* of those: found in the KV cache, not computed */
     int n_completion_tokens; /* so far, the end token included */
 } mlora_event;
 
@@ -263,7 +268,12 @@ typedef struct mlora_request {
 
     /* -1: none; 0: of each generated token; n, up to 128: and of the n most likely ones. */
     int n_logprobs;
-    int prompt_logprobs; /* 1: of every prompt token */
+    int prompt_logprobs; /* 1: of every prompt token; then none is taken from the cache */
+
+    /* Lower ones run first, in any range; 0 is usual. Adapters get equal shares of the machine
+     * whatever the priorities; these order an adapter's own requests, and those of adapters that
+     * got about the same. When memory runs out, the highest number is set back first. */
+    int priority;
 
     mlora_event_fn on_event;
     void *user; /* given to on_event; borrowed until the last event */
@@ -277,7 +287,8 @@ MLORA_API void mlora_request_default(const mlora_engine *engine, mlora_request *
  * id   receives a number that is never given again in this engine; may be NULL
  *
  * Returns OK, EINVAL (a value out of range, a prompt that is empty or does not fit
- * max_model_len), ENOTFOUND (adapter) or ENOMEM; on failure no event comes.
+ * max_model_len), ENOTFOUND (adapter), EBUSY (the queue is full) or ENOMEM; on failure no event
+ * comes.
  * Thread: any. Does not wait for a running step. */
 MLORA_API mlora_status mlora_submit(mlora_engine *engine, const mlora_request *request,
                                     uint64_t *id);
@@ -300,7 +311,9 @@ typedef struct mlora_stats {
     int64_t n_steps;
     int64_t n_prompt_tokens; /* computed */
     int64_t n_generated_tokens;
-    int64_t n_preemptions;  /* requests set back to free KV blocks, and computed again */
+    /* Prompt tokens that were found in the KV cache, and those that were looked for in vain. */
+    int64_t n_cached_tokens, n_missed_tokens;
+    int64_t n_preemptions;  /* requests set back to free KV blocks or a place, and computed again */
     double prompt_seconds;  /* in steps that held prompt tokens */
     double decode_seconds;  /* in steps that held none */
     int64_t n_decode_steps; /* of those */

@@ -3,12 +3,13 @@
 
 #include <stdlib.h>
 #include <string.h>
+#include <sys/random.h>
 
 #include "engine/base/error.h"
 #include "engine/outputs.h"
 #include "lora/merge.h"
 
-enum { DEFAULT_NUM_SEQS = 64, DEFAULT_BATCH_TOKENS = 512 };
+enum { DEFAULT_NUM_SEQS = 64, DEFAULT_BATCH_TOKENS = 512, DEFAULT_QUEUE = 16384 };
 enum { MAX_NUM_SEQS = 4096, MAX_BATCH_TOKENS = 1 << 16, MAX_THREADS = 1024 };
 
 static mlora_status check_option(const char *name, int value, int min, int max)
@@ -34,6 +35,7 @@ static mlora_status check_options(const mlora_options *o)
         {"max_num_seqs", o->max_num_seqs, MAX_NUM_SEQS},
         {"max_batch_tokens", o->max_batch_tokens, MAX_BATCH_TOKENS},
         {"kv_blocks", o->kv_blocks, 1 << 26},
+        {"max_queue", o->max_queue, 1 << 24},
     };
     for (size_t i = 0; i < sizeof ranges / sizeof ranges[0]; i++) {
         const mlora_status status = check_option(ranges[i].name, ranges[i].value, 0, ranges[i].max);
@@ -106,6 +108,15 @@ static mlora_status size_kv(struct mlora_engine *engine, const mlora_options *op
     return MLORA_OK;
 }
 
+static struct hash_key fresh_key(void)
+{
+    struct hash_key key = {{0}};
+    /* A kernel without it leaves a key that could be guessed, and nothing else: contents that were
+     * made to collide are the one thing it guards against. */
+    if (getrandom(&key, sizeof key, 0) != (ssize_t)sizeof key) key = (struct hash_key){{1, 2}};
+    return key;
+}
+
 mlora_status engine_open(struct mlora_engine **out, const mlora_options *options)
 {
     struct mlora_engine *engine = NULL;
@@ -122,6 +133,8 @@ mlora_status engine_open(struct mlora_engine **out, const mlora_options *options
         return error_set(MLORA_ENOMEM, "out of memory: a lock");
     }
     engine->lenient = options->lenient != 0;
+    engine->max_queue = options->max_queue ? options->max_queue : DEFAULT_QUEUE;
+    engine->hash_key = fresh_key();
     const int n_seqs = options->max_num_seqs ? options->max_num_seqs : DEFAULT_NUM_SEQS;
     int n_tokens = options->max_batch_tokens ? options->max_batch_tokens : DEFAULT_BATCH_TOKENS;
     if (n_tokens < n_seqs && options->max_batch_tokens) {
@@ -173,7 +186,7 @@ mlora_status engine_open(struct mlora_engine **out, const mlora_options *options
     if (status != MLORA_OK) goto failed;
     status = kv_cache_open(&engine->kv_cache, &engine->model, n_blocks);
     if (status != MLORA_OK) goto failed;
-    status = kvcache_open(&engine->kvcache, n_blocks);
+    status = kvcache_open(&engine->kvcache, n_blocks, !options->no_prefix_cache, engine->hash_key);
     if (status != MLORA_OK) goto failed;
     status = registry_open(&engine->registry, engine->dev, engine->config.n_layers);
     if (status != MLORA_OK) goto failed;
@@ -192,26 +205,32 @@ failed:
     return status;
 }
 
-/* The adapter and the blocks of a request that ends with the engine need no way back. */
-static void free_requests(struct mlora_engine *engine, struct request *request)
+void engine_free_request(struct mlora_engine *engine, struct request *request)
 {
-    while (request) {
-        struct request *next = request->next;
-        if (request->adapter) registry_release(&engine->registry, request->adapter);
-        request_free(request);
-        request = next;
+    if (!request) return;
+    if (request->adapter) registry_release(&engine->registry, request->adapter);
+    request_free(request);
+}
+
+/* Requests that end with the engine. */
+static void free_requests(struct mlora_engine *engine)
+{
+    struct request *request;
+
+    while ((request = engine->first_submitted) != NULL) {
+        engine->first_submitted = request->next;
+        engine_free_request(engine, request);
+    }
+    while ((request = scheduler_any(&engine->scheduler)) != NULL) {
+        scheduler_remove(&engine->scheduler, request, &engine->kvcache);
+        engine_free_request(engine, request);
     }
 }
 
 void engine_close(struct mlora_engine *engine)
 {
     if (!engine) return;
-    free_requests(engine, engine->first_submitted);
-    free_requests(engine, engine->scheduler.first_waiting);
-    for (int i = 0; i < engine->scheduler.n_running; i++) {
-        engine->scheduler.running[i]->next = NULL;
-        free_requests(engine, engine->scheduler.running[i]);
-    }
+    free_requests(engine);
     if (engine->dev) {
         batch_close(&engine->batch);
         registry_close(&engine->registry);

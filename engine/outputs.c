@@ -63,6 +63,7 @@ static void send(struct request *request, mlora_event event)
 {
     event.id = request->id;
     event.n_prompt_tokens = request->n_prompt;
+    event.n_cached_tokens = request->n_cached;
     event.n_completion_tokens = request_n_output(request);
     event.text = buffer_text(&request->text);
     event.text_bytes = request->text.bytes;
@@ -76,11 +77,9 @@ mlora_status outputs_finish(struct mlora_engine *engine, struct request *request
     const mlora_status status = stream_finish(&request->stream, &request->text);
 
     scheduler_remove(&engine->scheduler, request, &engine->kvcache);
-    if (request->adapter) registry_release(&engine->registry, request->adapter);
-    request->adapter = NULL;
     request->finish = finish;
     send(request, (mlora_event){.token = -1, .finish = finish});
-    request_free(request);
+    engine_free_request(engine, request);
     return status;
 }
 
@@ -278,7 +277,7 @@ mlora_status outputs_deliver(struct mlora_engine *engine, const struct plan *pla
         struct request *request = plan->rows[q].request;
         const bool sampled = i < engine->batch.n_samples && engine->batch.sampled_row[i] == q;
 
-        request->n_computed += plan->rows[q].n_tokens;
+        scheduler_computed(&engine->kvcache, &plan->rows[q]);
         if (sampled)
             status = deliver(engine, request, i++);
         else if (plan->rows[q].samples) /* there is nothing to generate: it was to be scored */

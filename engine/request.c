@@ -6,7 +6,6 @@
 #include <sys/random.h>
 
 #include "engine/base/error.h"
-#include "engine/kvcache.h"
 
 enum { STOP_MAX = 16, STOP_BYTES_MAX = 1024, LOGPROBS_MAX = 128 };
 
@@ -110,8 +109,8 @@ mlora_status request_create(struct request **out, const mlora_request *from,
     const int n_new = from->max_tokens < 0 || from->max_tokens > room ? room : from->max_tokens;
     r->max_total = prompt->n + n_new;
     r->tokens = malloc((size_t)r->max_total * sizeof *r->tokens);
-    r->blocks = malloc((size_t)kvcache_blocks_for(r->max_total) * sizeof *r->blocks);
-    if (!r->tokens || !r->blocks) goto no_memory;
+    r->kv.blocks = malloc((size_t)kvcache_blocks_for(r->max_total) * sizeof *r->kv.blocks);
+    if (!r->tokens || !r->kv.blocks) goto no_memory;
 
     memcpy(r->tokens, prompt->data, (size_t)prompt->n * sizeof *r->tokens);
     r->n_prompt = prompt->n;
@@ -126,6 +125,7 @@ mlora_status request_create(struct request **out, const mlora_request *from,
         .top_k = from->top_k,
         .seed = from->seed < 0 ? fresh_seed() : (uint64_t)from->seed,
     };
+    r->priority = from->priority;
     r->ignore_eos = from->ignore_eos != 0;
     r->n_logprobs = from->n_logprobs;
     r->prompt_logprobs = from->prompt_logprobs != 0;
@@ -151,8 +151,23 @@ void request_free(struct request *request)
     stream_close(&request->stream);
     buffer_free(&request->text);
     free(request->tokens);
-    free(request->blocks);
+    free(request->kv.blocks);
     free(request);
+}
+
+bool request_ready(const struct request *request)
+{
+    return !request->awaits_adapter;
+}
+
+bool request_before(const struct request *a, const struct request *b)
+{
+    return a->priority != b->priority ? a->priority < b->priority : a->id < b->id;
+}
+
+struct kv_source request_source(const struct request *request)
+{
+    return (struct kv_source){request->tokens, request->content, request->adapter_from};
 }
 
 int request_n_output(const struct request *request)

@@ -4,6 +4,7 @@
 
 #include <stdbool.h>
 
+#include "engine/kvcache.h"
 #include "engine/mlora.h"
 #include "kernels/views.h"
 #include "lora/registry.h"
@@ -12,6 +13,7 @@
 struct request {
     uint64_t id;
     struct registered *adapter; /* held; NULL: the base model */
+    struct hash128 content;     /* of the adapter, when it is known; zeroes: the base model */
     int adapter_from;           /* the position from which on it counts: see lora/adapter.h */
 
     int32_t *tokens; /* [n_tokens] prompt, then output; room for max_total */
@@ -19,9 +21,18 @@ struct request {
     int n_tokens;
     int max_total; /* n_tokens never exceeds it */
 
-    int n_computed;  /* tokens whose keys and values are in the cache */
-    int32_t *blocks; /* [n_blocks] KV blocks; room for max_total tokens */
-    int n_blocks;
+    int n_computed;   /* tokens whose keys and values are in the cache */
+    struct kv_run kv; /* room for max_total tokens */
+    int n_cached;     /* prompt tokens that were found there when it was first admitted */
+
+    /* What the scheduler keeps. */
+    int priority;         /* lower ones come first */
+    uint64_t account_key; /* who pays: the adapter's name, hashed; 0: the base model */
+    int account;          /* index in struct fair, while it is scheduled */
+    int n_charged;        /* tokens that were paid for: what is computed again is free */
+    bool was_admitted;    /* once, at least */
+    bool is_planned;      /* it has a row in the step being planned */
+    bool awaits_adapter;  /* its adapter is on its way to the device: it cannot run yet */
 
     struct sampling sampling;
     bool ignore_eos;
@@ -35,7 +46,7 @@ struct request {
 
     mlora_event_fn on_event;
     void *user;
-    struct request *next; /* in the inbox or the waiting queue */
+    struct request *next; /* in the inbox, or the account's queue */
 };
 
 /* Check and copy a public request. `prompt` holds the encoded prompt and is copied; the adapter
@@ -44,6 +55,15 @@ mlora_status request_create(struct request **out, const mlora_request *from,
                             const struct ids *prompt, const struct tokenizer *tokenizer,
                             int vocab_size, int max_model_len);
 void request_free(struct request *request); /* its adapter and blocks are given back already */
+
+/* Whether it could run in the next step. */
+bool request_ready(const struct request *request);
+
+/* Whether it comes before another one: the lower priority number, then the earlier arrival. */
+bool request_before(const struct request *a, const struct request *b);
+
+/* What its keys and values are computed from. */
+struct kv_source request_source(const struct request *request);
 
 int request_n_output(const struct request *request);
 bool request_has_penalty(const struct request *request);

@@ -20,81 +20,80 @@ mlora_status scheduler_open(struct scheduler *out, int max_running, int max_batc
 
 void scheduler_close(struct scheduler *scheduler)
 {
+    fair_close(&scheduler->fair);
     free(scheduler->running);
     free(scheduler->plan.rows);
     *scheduler = (struct scheduler){0};
 }
 
-/* ---- queues --------------------------------------------------------------------------------- */
+/* ---- who is there --------------------------------------------------------------------------- */
 
-void scheduler_add(struct scheduler *s, struct request *request)
+mlora_status scheduler_add(struct scheduler *s, struct request *request)
 {
-    request->next = NULL;
-    if (s->last_waiting)
-        s->last_waiting->next = request;
-    else
-        s->first_waiting = request;
-    s->last_waiting = request;
-    s->n_waiting++;
+    return fair_add(&s->fair, request);
 }
 
-static void put_first(struct scheduler *s, struct request *request)
+static int find_running(const struct scheduler *s, const struct request *request)
 {
-    request->next = s->first_waiting;
-    s->first_waiting = request;
-    if (!s->last_waiting) s->last_waiting = request;
-    s->n_waiting++;
+    int i = 0;
+
+    while (i < s->n_running && s->running[i] != request) i++;
+    return i;
 }
 
-static struct request *take_first(struct scheduler *s)
+static void start_running(struct scheduler *s, struct request *request)
 {
-    struct request *request = s->first_waiting;
-    s->first_waiting = request->next;
-    if (!s->first_waiting) s->last_waiting = NULL;
-    s->n_waiting--;
-    return request;
+    int i = s->n_running++;
+
+    for (; i > 0 && request_before(request, s->running[i - 1]); i--)
+        s->running[i] = s->running[i - 1];
+    s->running[i] = request;
+    s->fair.accounts[request->account].n_running++;
+}
+
+static void stop_running(struct scheduler *s, int i, struct kvcache *kv)
+{
+    struct request *request = s->running[i];
+
+    kvcache_release(kv, &request->kv);
+    s->fair.accounts[request->account].n_running--;
+    s->n_running--;
+    memmove(&s->running[i], &s->running[i + 1], (size_t)(s->n_running - i) * sizeof(*s->running));
 }
 
 void scheduler_remove(struct scheduler *s, struct request *request, struct kvcache *kv)
 {
-    kvcache_release(kv, request->blocks, &request->n_blocks);
-    for (int i = 0; i < s->n_running; i++) {
-        if (s->running[i] != request) continue;
-        s->n_running--;
-        memmove(&s->running[i], &s->running[i + 1],
-                (size_t)(s->n_running - i) * sizeof(*s->running));
-        return;
-    }
+    const int i = find_running(s, request);
 
-    struct request *before = NULL;
-    for (struct request *at = s->first_waiting; at; before = at, at = at->next) {
-        if (at != request) continue;
-        if (before)
-            before->next = at->next;
-        else
-            s->first_waiting = at->next;
-        if (s->last_waiting == at) s->last_waiting = before;
-        s->n_waiting--;
-        return;
-    }
+    if (i < s->n_running)
+        stop_running(s, i, kv);
+    else
+        fair_take(&s->fair, request);
 }
 
-/* ---- planning ------------------------------------------------------------------------------- */
+struct request *scheduler_find(const struct scheduler *s, uint64_t id)
+{
+    for (int i = 0; i < s->n_running; i++)
+        if (s->running[i]->id == id) return s->running[i];
+    for (int i = 0; i < s->fair.n_accounts; i++)
+        for (struct request *at = s->fair.accounts[i].first; at; at = at->next)
+            if (at->id == id) return at;
+    return NULL;
+}
+
+struct request *scheduler_any(const struct scheduler *s)
+{
+    if (s->n_running > 0) return s->running[0];
+    for (int i = 0; i < s->fair.n_accounts; i++)
+        if (s->fair.accounts[i].first) return s->fair.accounts[i].first;
+    return NULL;
+}
+
+/* ---- rows ----------------------------------------------------------------------------------- */
 
 static int n_pending(const struct request *request)
 {
     return request->n_tokens - request->n_computed;
-}
-
-/* Set the request that was admitted last back to the front of the queue. */
-static void preempt_last(struct scheduler *s, struct kvcache *kv)
-{
-    struct request *last = s->running[--s->n_running];
-
-    kvcache_release(kv, last->blocks, &last->n_blocks);
-    last->n_computed = 0;
-    put_first(s, last);
-    s->n_preemptions++;
 }
 
 static void add_row(struct scheduler *s, struct request *request, int n_tokens)
@@ -105,57 +104,162 @@ static void add_row(struct scheduler *s, struct request *request, int n_tokens)
         .samples = n_tokens == n_pending(request),
     };
     s->plan.n_tokens += n_tokens;
+    request->is_planned = true;
+    fair_charge(&s->fair, request, request->n_computed + n_tokens);
 }
 
-/* Reserve blocks for `n_tokens` more of running request i, setting later ones back while blocks
- * are missing. A request that is alone always fits: the cache holds at least one whole sequence.
- * False if request i itself was set back. */
-static bool reserve(struct scheduler *s, struct kvcache *kv, int i, int n_tokens)
+void scheduler_computed(struct kvcache *kv, const struct plan_row *row)
+{
+    struct request *request = row->request;
+    const struct kv_source source = request_source(request);
+
+    request->n_computed += row->n_tokens;
+    kvcache_remember(kv, &request->kv, &source, request->n_computed);
+}
+
+/* ---- setting back --------------------------------------------------------------------------- */
+
+/* Running request i, which has no row in the plan yet, waits again. */
+static void preempt(struct scheduler *s, struct kvcache *kv, int i)
 {
     struct request *request = s->running[i];
 
-    while (
-        !kvcache_extend(kv, request->blocks, &request->n_blocks, request->n_computed + n_tokens)) {
+    assert(!request->is_planned);
+    stop_running(s, i, kv);
+    request->n_computed = 0;
+    fair_put_back(&s->fair, request);
+    s->n_preemptions++;
+}
+
+/* Reserve the block of running request i's next token, setting back those after it while blocks
+ * are missing. A request that is alone always fits: the cache holds at least one whole sequence.
+ * False if the request itself was set back. */
+static bool reserve(struct scheduler *s, struct kvcache *kv, int i)
+{
+    struct request *request = s->running[i];
+
+    while (!kvcache_extend(kv, &request->kv, request->n_tokens)) {
         const bool itself = s->n_running - 1 == i;
         assert(!(itself && i == 0));
-        preempt_last(s, kv);
+        preempt(s, kv, s->n_running - 1);
+        s->short_of_blocks = true;
         if (itself) return false;
     }
     return true;
 }
 
+/* Half a step's tokens is as far as adapters may get apart before one gives way, and half of that
+ * as far as a priority reaches. */
+static int64_t slack(const struct scheduler *s)
+{
+    return s->max_batch_tokens / 2;
+}
+
+/* An adapter that fills the machine gives a place, or blocks, to those that wait and got much less:
+ * so much that what is computed again is less than what was gained. */
+static void make_room(struct scheduler *s, struct kvcache *kv)
+{
+    const struct request *head = fair_next(&s->fair, 0);
+    const int n_needed = head ? kvcache_blocks_for(head->n_tokens) : 0;
+
+    while (head && s->n_running > 0) {
+        const int most = fair_most_served(&s->fair);
+        const bool fits = n_needed <= kv->n_free;
+        int n_owed = 0, i = s->n_running - 1;
+        while (s->running[i]->account != most) i--;
+        /* its full blocks are found again, if nobody else needs them */
+        const int cost = fits && kv->shares ? KV_BLOCK : s->running[i]->n_computed;
+        const int64_t below = s->fair.accounts[most].served - slack(s) - cost;
+        for (int a = 0; a < s->fair.n_accounts; a++)
+            n_owed += s->fair.accounts[a].head && s->fair.accounts[a].served < below;
+        if (n_owed == 0) return;
+        if (n_owed <= s->max_running - s->n_running && fits) return;
+        preempt(s, kv, i);
+    }
+}
+
+/* ---- planning ------------------------------------------------------------------------------- */
+
+/* The running request whose prompt is next; NULL: all are in the plan. */
+static struct request *next_running(const struct scheduler *s)
+{
+    struct request *next = NULL;
+    int64_t least = INT64_MAX;
+
+    for (int i = 0; i < s->n_running; i++) {
+        struct request *request = s->running[i];
+        const int64_t served = s->fair.accounts[request->account].served;
+        if (request->is_planned || served >= least) continue;
+        least = served;
+        next = request;
+    }
+    return next;
+}
+
+/* Take what the cache has of the request's tokens, and blocks for the rest. */
+static bool take_blocks(struct scheduler *s, struct kvcache *kv, struct request *request)
+{
+    const struct kv_source source = request_source(request);
+    const bool scores = request->prompt_logprobs && request->n_prompt_delivered < request->n_prompt;
+
+    if (kv->n_free == 0) return false; /* the last token is always computed */
+    if (!scores) request->n_computed = kvcache_find(kv, &request->kv, &source, request->n_tokens);
+    if (!kvcache_extend(kv, &request->kv, request->n_tokens)) {
+        kvcache_release(kv, &request->kv);
+        request->n_computed = 0;
+        return false;
+    }
+    if (request->was_admitted) return true;
+    request->was_admitted = true;
+    request->n_cached = request->n_charged = request->n_computed;
+    if (scores || !kv->shares) return true; /* it was not looked for */
+    s->n_found += request->n_cached;
+    s->n_missed += request->n_prompt - request->n_cached;
+    return true;
+}
+
+/* Admit a waiting request with a piece of at most `left` tokens. */
+static void admit(struct scheduler *s, struct kvcache *kv, struct request *request, int left)
+{
+    if (!take_blocks(s, kv, request)) {
+        s->short_of_blocks = true;
+        return;
+    }
+    fair_take(&s->fair, request);
+    start_running(s, request);
+    add_row(s, request, n_pending(request) < left ? n_pending(request) : left);
+}
+
+/* A piece of the prompt that is next. False: there is none. */
+static bool plan_prompt(struct scheduler *s, struct kvcache *kv)
+{
+    const int left = s->max_batch_tokens - s->plan.n_tokens;
+    const bool admits = !s->short_of_blocks && s->n_running < s->max_running;
+
+    if (left == 0) return false;
+    struct request *head = admits ? fair_next(&s->fair, slack(s) / 2) : NULL;
+    struct request *running = next_running(s);
+    if (!head && !running) return false;
+    if (!running || (head && s->fair.accounts[head->account].served <
+                                 s->fair.accounts[running->account].served))
+        admit(s, kv, head, left);
+    else /* it has its blocks since it was admitted */
+        add_row(s, running, n_pending(running) < left ? n_pending(running) : left);
+    return true;
+}
+
 const struct plan *scheduler_plan(struct scheduler *s, struct kvcache *kv)
 {
-    const int64_t n_preemptions = s->n_preemptions;
-
     s->plan.n_rows = 0;
     s->plan.n_tokens = 0;
+    s->short_of_blocks = false;
+    for (int i = 0; i < s->n_running; i++) s->running[i]->is_planned = false;
+    fair_refresh(&s->fair);
+    make_room(s, kv);
 
-    /* Blocks first, in order of admission, so that whoever is set back is not in the plan. */
-    int left = s->max_batch_tokens;
+    /* In the order of running[], so that who is set back has no row yet. */
     for (int i = 0; i < s->n_running; i++)
-        if (n_pending(s->running[i]) == 1) left--; /* its token is certain: max_running <= budget */
-    for (int i = 0; i < s->n_running; i++) {
-        const int pending = n_pending(s->running[i]);
-        const int piece = pending == 1 ? 1 : pending < left ? pending : left;
-        if (piece == 0) continue;
-        if (!reserve(s, kv, i, piece)) break;
-        if (pending > 1) left -= piece;
-        add_row(s, s->running[i], piece);
-    }
-
-    if (s->n_preemptions != n_preemptions) return &s->plan; /* memory is short: admit nobody */
-    left = s->max_batch_tokens - s->plan.n_tokens;
-    while (s->first_waiting && s->n_running < s->max_running && left > 0) {
-        struct request *request = s->first_waiting;
-        const int pending = n_pending(request);
-        const int piece = pending < left ? pending : left;
-        if (kvcache_blocks_for(pending) > kv->n_free) break;
-        if (!kvcache_extend(kv, request->blocks, &request->n_blocks, piece)) break;
-        take_first(s);
-        s->running[s->n_running++] = request;
-        add_row(s, request, piece);
-        left -= piece;
-    }
+        if (n_pending(s->running[i]) == 1 && reserve(s, kv, i)) add_row(s, s->running[i], 1);
+    while (plan_prompt(s, kv)) continue;
     return &s->plan;
 }

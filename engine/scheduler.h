@@ -1,8 +1,9 @@
 /* Who runs in this step, and with how many tokens. Requests join and leave between steps; a
- * prompt longer than the step's budget is computed in pieces. */
+ * prompt longer than what is left of the step's tokens is computed in pieces. */
 #ifndef MLORA_ENGINE_SCHEDULER_H
 #define MLORA_ENGINE_SCHEDULER_H
 
+#include "engine/fair.h"
 #include "engine/kvcache.h"
 #include "engine/request.h"
 
@@ -20,30 +21,44 @@ struct plan {
 };
 
 struct scheduler {
-    struct request **running; /* [n_running] in order of admission */
+    struct request *
+        *running; /* [n_running] by priority, then arrival: the last is set back first */
     int n_running;
     int max_running;
     int max_batch_tokens;
-    struct request *first_waiting, *last_waiting; /* in order of arrival; preempted ones first */
-    int n_waiting;
+    struct fair fair; /* who waits */
     struct plan plan;
+    bool short_of_blocks; /* in the step being planned: nobody is admitted any more */
     int64_t n_preemptions;
+    int64_t n_found, n_missed; /* prompt tokens looked for in the cache */
 };
 
 mlora_status scheduler_open(struct scheduler *out, int max_running, int max_batch_tokens);
-void scheduler_close(struct scheduler *scheduler); /* accepts zeroes; holds no requests any more */
+void scheduler_close(struct scheduler *scheduler); /* holds no requests any more; accepts zeroes */
 
-void scheduler_add(struct scheduler *scheduler, struct request *request);
+mlora_status scheduler_add(struct scheduler *scheduler, struct request *request); /* or ENOMEM */
 
 /* Choose the step's rows and reserve their KV blocks:
- *   1. running requests that draw one token each, so that their streams keep their pace,
- *   2. pieces of running prompts in order of admission, while tokens are left in the budget,
- *   3. waiting requests in order of arrival, while blocks for their tokens are free.
- * When blocks run out, the request that was admitted last is set back: it waits at the front of
- * the queue and is computed again, with the same result. The plan lives until the next call. */
+ *   1. running requests that draw a token, one token each, so that their streams keep their pace;
+ *   2. pieces of prompts, of running and of waiting requests, while tokens are left: next is who
+ *      belongs to the adapter that was served least, see engine/fair.h. A waiting one is admitted
+ *      if there are free blocks for all of its tokens; what the cache holds of them is not computed.
+ * When blocks run out, the running request of the lowest priority that came last is set back: it
+ * waits again, and is computed again with the same result. So is one of an adapter that got much
+ * more than a waiting one, when there is no room for that.
+ * The plan lives until the next call. */
 const struct plan *scheduler_plan(struct scheduler *scheduler, struct kvcache *kv);
+
+/* A row of the plan was computed: its tokens count, and their blocks can be found. */
+void scheduler_computed(struct kvcache *kv, const struct plan_row *row);
 
 /* Take a request out, running or waiting, and give its blocks back. */
 void scheduler_remove(struct scheduler *scheduler, struct request *request, struct kvcache *kv);
+
+/* By its id; NULL: there is none. */
+struct request *scheduler_find(const struct scheduler *scheduler, uint64_t id);
+
+/* Any request, running or waiting; NULL: none is left. */
+struct request *scheduler_any(const struct scheduler *scheduler);
 
 #endif

@@ -47,6 +47,9 @@ Test(open, refuses_options_out_of_range)
     options.kv_blocks = 63;
     expect_error(mlora_open(&engine, &options), MLORA_EINVAL, "raise kv_blocks");
     options = options_for(LLAMA2);
+    options.max_queue = -1;
+    expect_error(mlora_open(&engine, &options), MLORA_EINVAL, "max_queue is -1");
+    options = options_for(LLAMA2);
     options.max_batch_tokens = 31; /* max_num_seqs is 32 */
     expect_error(mlora_open(&engine, &options), MLORA_EINVAL, "max_batch_tokens is 31");
 }
@@ -305,6 +308,66 @@ Test(tokens, are_shown_as_they_stand_in_a_text)
     expect_error(mlora_token_text(tokenizer, 2048, &text, &bytes), MLORA_EINVAL, "2048");
     expect_error(mlora_token_text(tokenizer, -1, &text, &bytes), MLORA_EINVAL, "-1");
     mlora_tokenizer_close(tokenizer);
+}
+
+/* ---- the queue ------------------------------------------------------------------------------ */
+
+Test(queue, refuses_what_is_beyond_its_bound_and_takes_more_when_some_have_ended)
+{
+    mlora_options options = options_for(LLAMA2);
+    options.max_num_seqs = 2;
+    options.max_queue = 3;
+    mlora_engine *engine = open_engine(&options);
+    mlora_info info;
+    mlora_stats stats;
+    uint64_t id = 77;
+
+    mlora_engine_info(engine, &info);
+    cr_expect_eq(info.max_queue, 3);
+    mlora_request request = greedy(NULL, "There was once a", 4, &answer);
+    request.on_event = NULL;
+    for (int i = 0; i < 5; i++) submit(engine, &request);
+    expect_error(mlora_submit(engine, &request, &id), MLORA_EBUSY,
+                 "5 requests run or wait, as many as max_num_seqs and max_queue allow (2 and 3)");
+    cr_expect_eq(id, 77, "it was not given");
+    cr_expect_str_eq(mlora_status_name(MLORA_EBUSY), "EBUSY");
+
+    cr_assert_eq(mlora_step(engine, NULL), MLORA_OK);
+    mlora_engine_stats(engine, &stats);
+    cr_expect_eq(stats.n_running, 2);
+    cr_expect_eq(stats.n_waiting, 3);
+    expect_error(mlora_submit(engine, &request, &id), MLORA_EBUSY, "try again");
+    for (int i = 0; i < 4; i++) cr_assert_eq(mlora_step(engine, NULL), MLORA_OK);
+    submit(engine, &request);
+    run_all(engine);
+    mlora_engine_stats(engine, &stats);
+    cr_expect_eq(stats.n_generated_tokens, 24);
+    mlora_close(engine);
+}
+
+static void note_order(void *user, const mlora_event *event)
+{
+    struct answer *order = user;
+    if (event->finish != MLORA_RUNNING) order->ids[order->n++] = (int32_t)event->id;
+}
+
+Test(queue, runs_the_lower_priority_number_first)
+{
+    mlora_options options = options_for(LLAMA2);
+    options.max_num_seqs = 1;
+    mlora_engine *engine = open_engine(&options);
+    const int priorities[] = {0, 5, -3, 5};
+    const int32_t order[] = {3, 1, 2, 4};
+
+    mlora_request request = greedy(NULL, "There was once a", 2, &answer);
+    request.on_event = note_order;
+    for (int i = 0; i < 4; i++) {
+        request.priority = priorities[i];
+        submit(engine, &request);
+    }
+    run_all(engine);
+    cr_expect_arr_eq(answer.ids, order, sizeof order);
+    mlora_close(engine);
 }
 
 /* ---- cancelling ----------------------------------------------------------------------------- */

@@ -50,7 +50,9 @@ static mlora_engine *open_with_adapters(const mlora_options *options)
 
 static void run_alone(const mlora_options *options)
 {
-    mlora_engine *engine = open_with_adapters(options);
+    mlora_options without = *options;
+    without.no_prefix_cache = 1;
+    mlora_engine *engine = open_with_adapters(&without);
     for (int i = 0; i < REQUESTS; i++) {
         const mlora_request request = request_number(i, &alone[i]);
         submit(engine, &request);
