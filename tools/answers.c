@@ -122,11 +122,12 @@ static mlora_status show_json(const struct answers *answers, const struct job *j
         return status;
     }
     for (size_t i = 0; i < n; i++) json_array_append_new(ids, json_integer(tokens[i].id));
-    json_t *line = json_pack("{s:i, s:s?, s:s%, s:s%, s:o, s:s, s:{s:i, s:i}}", "index",
-                             answers->at, "adapter", job->adapter, "prompt", buffer_text(&prompt),
-                             prompt.bytes, "text", buffer_text(&job->text), job->text.bytes, "ids",
-                             ids, "finish_reason", job_finish_name(job->finish), "usage",
-                             "prompt_tokens", job->n_prompt_tokens, "completion_tokens", (int)n);
+    json_t *line =
+        json_pack("{s:i, s:s?, s:s%, s:s%, s:o, s:s, s:{s:i, s:i, s:i}}", "index", answers->at,
+                  "adapter", job->adapter, "prompt", buffer_text(&prompt), prompt.bytes, "text",
+                  buffer_text(&job->text), job->text.bytes, "ids", ids, "finish_reason",
+                  job_finish_name(job->finish), "usage", "prompt_tokens", job->n_prompt_tokens,
+                  "cached_tokens", job->n_cached_tokens, "completion_tokens", (int)n);
     buffer_free(&prompt);
     if (line && (answers->logprobs || job->sampling.logprobs != OPTION_UNSET) &&
         json_object_set_new(line, "logprobs", tokens_json(answers->engine, job)) != 0) {

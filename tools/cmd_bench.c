@@ -268,6 +268,7 @@ static mlora_status bench_run(struct bench *bench)
     if (status == MLORA_OK && !rows) status = error_set(MLORA_ENOMEM, "out of memory");
     if (status != MLORA_OK) goto done;
 
+    bench->setup.no_prefix_cache = true; /* every prompt is computed, and measured */
     if (bench->setup.max_num_seqs == 0) bench->setup.max_num_seqs = largest(batches, n_batches);
     status = setup_open(&engine, &bench->setup);
     if (status == MLORA_OK)

@@ -105,6 +105,7 @@ static void on_event(void *user, const mlora_event *event)
 
     if (job->status == MLORA_OK) job->status = keep_event(job, event);
     job->n_prompt_tokens = event->n_prompt_tokens;
+    job->n_cached_tokens = event->n_cached_tokens;
     job->finish = event->finish;
 }
 
@@ -174,7 +175,11 @@ mlora_status jobs_submit(mlora_engine *engine, struct jobs *jobs,
 {
     for (int i = 0; i < jobs->n; i++) {
         struct job *job = &jobs->items[i];
-        const mlora_status status = submit(engine, job, settings);
+        mlora_status status = submit(engine, job, settings);
+        while (status == MLORA_EBUSY) { /* those that were accepted make room */
+            status = mlora_step(engine, NULL);
+            if (status == MLORA_OK) status = submit(engine, job, settings);
+        }
         if (status != MLORA_OK)
             return job->source ? error_prefix(status, "%s", job->source) : status;
     }

@@ -27,6 +27,7 @@ struct job {
     struct buffer scores; /* mlora_token_logprob: the prompt's own */
     mlora_finish finish;
     int n_prompt_tokens;
+    int n_cached_tokens; /* of those: not computed */
     double first_token;  /* seconds() when it came; 0: none */
     mlora_status status; /* why an event could not be kept */
     uint64_t id;

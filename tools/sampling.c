@@ -1,5 +1,6 @@
 #include "tools/sampling.h"
 
+#include <limits.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -55,6 +56,8 @@ const struct option_spec sampling_specs[] = {
      .help = "end before this text; up to 16 times"},
     {.name = "ignore-eos", .kind = OPTION_FLAG, AT(ignore_eos),
      .help = "go on after an end token"},
+    {.name = "priority", .kind = OPTION_INT, AT(priority), .argument = "N", .min = INT_MIN,
+     .max = INT_MAX, .help = "requests of a lower number come first", .fallback = "0"},
     {.name = "logprobs", .kind = OPTION_INT, AT(logprobs), .argument = "N", .min = 0, .max = 128,
      .help = "with --json: log-probability of each token and of the N most likely"},
     {.name = NULL},
@@ -68,6 +71,7 @@ void sampling_init(struct sampling *sampling)
         .top_k = OPTION_UNSET,
         .seed = OPTION_UNSET,
         .logprobs = OPTION_UNSET,
+        .priority = OPTION_UNSET,
         .temperature = NAN,
         .top_p = NAN,
         .min_p = NAN,
@@ -104,6 +108,7 @@ void sampling_apply(const struct sampling *sampling, mlora_request *request)
     apply_int(&request->max_tokens, sampling->max_tokens);
     apply_int(&request->top_k, sampling->top_k);
     apply_int(&request->n_logprobs, sampling->logprobs);
+    apply_int(&request->priority, sampling->priority);
     if (sampling->seed != OPTION_UNSET) request->seed = sampling->seed;
     apply_number(&request->temperature, sampling->temperature);
     apply_number(&request->top_p, sampling->top_p);

@@ -8,8 +8,8 @@
 enum { STOP_MAX = 16 };
 
 struct sampling {
-    int64_t max_tokens, top_k, seed, logprobs; /* OPTION_UNSET: not given */
-    double temperature, top_p, min_p;          /* NAN: not given */
+    int64_t max_tokens, top_k, seed, logprobs, priority; /* OPTION_UNSET: not given */
+    double temperature, top_p, min_p;                    /* NAN: not given */
     double repetition_penalty, presence_penalty, frequency_penalty;
     bool ignore_eos;
     char *stop[STOP_MAX]; /* [n_stop], owned */

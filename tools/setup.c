@@ -86,6 +86,11 @@ const struct option_spec setup_specs[] = {
     {.name = "kv-blocks", .kind = OPTION_INT, AT(kv_blocks), .argument = "N", .min = 1,
      .max = INT_MAX, .help = "KV cache, in blocks of 16 tokens",
      .fallback = "what the requests can use"},
+    {.name = "max-queue", .kind = OPTION_INT, AT(max_queue), .argument = "N", .min = 1,
+     .max = 1 << 24, .help = "requests that may wait beside those that run",
+     .fallback = "16384"},
+    {.name = "no-prefix-cache", .kind = OPTION_FLAG, AT(no_prefix_cache),
+     .help = "compute every prompt from its first token, also where one began alike before"},
     {.name = "lenient", .kind = OPTION_FLAG, AT(lenient),
      .help = "leave out adapter tensors that fit nothing, with a warning"},
     {.name = "quiet", .letter = 'q', .kind = OPTION_FLAG, AT(quiet),
@@ -280,6 +285,8 @@ mlora_status setup_open(mlora_engine **out, const struct setup *setup)
     options.max_num_seqs = (int)setup->max_num_seqs;
     options.max_batch_tokens = (int)setup->max_batch_tokens;
     options.kv_blocks = (int)setup->kv_blocks;
+    options.max_queue = (int)setup->max_queue;
+    options.no_prefix_cache = setup->no_prefix_cache;
     options.lenient = setup->lenient;
     char *cache = cache_folder();
     options.cache_dir = cache;

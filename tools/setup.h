@@ -12,7 +12,9 @@ struct setup {
     struct adapter_source *sources; /* [n_sources], in the order given */
     int n_sources;
     int backend, dtype; /* mlora_backend, mlora_dtype */
-    int64_t n_threads, max_model_len, max_num_seqs, max_batch_tokens, kv_blocks; /* 0: default */
+    /* 0: default */
+    int64_t n_threads, max_model_len, max_num_seqs, max_batch_tokens, kv_blocks, max_queue;
+    bool no_prefix_cache;
     bool lenient;
     bool quiet;
     int load_format;    /* enum load_format */

@@ -229,6 +229,37 @@ Test(generate, runs_more_requests_than_sequences)
     buffer_free(&lines);
 }
 
+Test(generate, waits_for_room_in_a_short_queue_and_counts_what_it_found)
+{
+    struct buffer lines = {0};
+
+    for (int i = 0; i < 9; i++)
+        buffer_printf(&lines,
+                      "{\"ids\": [1, 300, 301, 302, 303, 304, 305, 306, 307, 308, 309, 310, "
+                      "311, 312, 313, 314, 315, 316], \"max_tokens\": 2, \"priority\": 1}\n");
+    for (int cache = 0; cache < 2; cache++) {
+        struct outcome outcome =
+            run(buffer_text(&lines),
+                "generate -q --json -m " LLAMA2
+                " --max-num-seqs 1 --max-queue 1 --ignore-eos --temperature 0 --input - %s",
+                cache ? "" : "--no-prefix-cache");
+        for (int i = 0; i < 9; i++) {
+            json_t *answer = output_line_json(&outcome, i);
+            const json_t *usage = json_object_get(answer, "usage");
+            cr_expect_eq(json_array_size(json_object_get(answer, "ids")), 2);
+            cr_expect_eq(json_integer_value(json_object_get(usage, "cached_tokens")),
+                         cache && i > 0 ? 16 : 0);
+            json_decref(answer);
+        }
+        outcome_free(&outcome);
+    }
+    struct outcome refused = run(NULL, "generate -m " LLAMA2 " -p x --max-queue 0");
+    cr_expect(strstr(refused.err, "--max-queue is 0, must be from 1 to 16777216"), "%s",
+              refused.err);
+    outcome_free(&refused);
+    buffer_free(&lines);
+}
+
 Test(generate, ends_before_a_stop_string)
 {
     struct outcome outcome = run(NULL, "generate -q --json -m " LLAMA2 " " FOUR_ADAPTERS
