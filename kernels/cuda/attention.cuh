@@ -19,17 +19,6 @@ static inline __device__ int first_seen(const struct attention_args &args, int p
     return args.window > 0 ? max_int(0, position - args.window + 1) : 0;
 }
 
-/* A decode row's blocks of the cache are shared out over `splits` thread blocks, `pages` each: a
- * split is at least 256 tokens and they are 64 at most, whatever else is in the batch. */
-enum { SPLIT_PAGES_MIN = 16, SPLITS_MAX = 64 };
-
-static inline __host__ __device__ int decode_splits(int n_pages)
-{
-    const int wanted = min_int(SPLITS_MAX, max_int(1, n_pages / SPLIT_PAGES_MIN));
-    const int pages = ceil_div(n_pages, wanted);
-    return ceil_div(n_pages, max_int(pages, 1));
-}
-
 /* bf16 activations and cache, d one of 64, 80, 96, 128, 256. Rows of one token are the decode
  * kernel's, longer ones the prefill kernel's. */
 void attention_decode(struct cuda_device *cuda, bf16 *y, const bf16 *qkv, const bf16 *k,

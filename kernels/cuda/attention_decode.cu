@@ -13,7 +13,12 @@ enum {
     DECODE_BLOCK = 128,
     DECODE_WARPS = DECODE_BLOCK / WARP,
     DECODE_HEADS = 8, /* columns of a product */
-    QUEUE = 3,        /* copies of 16 keys or values that a warp has room for */
+
+    /* A row's pages are shared out over at most SPLITS_MAX blocks: see split_pages(). */
+    SPLITS_MAX = 64,
+    SPLIT_PAGES_MIN = 8,
+    SPLIT_PAGES_MAX = 64,
+    BLOCKS_AT_A_TIME = 4, /* of a multiprocessor, about */
 };
 
 /* Rows of shared memory are 16 bytes longer than a head: an odd number of 16-byte units, so that
@@ -23,9 +28,15 @@ template <int D> static constexpr __host__ __device__ int pitch()
     return D + 8;
 }
 
+/* Copies of 16 keys or values that a warp has room for: shorter ones, more. */
+template <int D> static constexpr __host__ __device__ int queue()
+{
+    return D <= 80 ? 5 : 3;
+}
+
 template <int D> static constexpr __host__ __device__ int queue_bytes()
 {
-    return QUEUE * KV_BLOCK * pitch<D>() * 2; /* of a warp */
+    return queue<D>() * KV_BLOCK * pitch<D>() * 2; /* of a warp */
 }
 
 template <int D> static constexpr __host__ __device__ int decode_shared()
@@ -39,18 +50,25 @@ template <int D> static constexpr __host__ __device__ int decode_shared()
  * [Q, H, splits, 2]. */
 struct decode_parts {
     float *sums, *stats;
+    int pages; /* of the cache to a split, see split_pages() */
     int max_splits;
 };
 
-/* The pages of the cache that one warp reads, keys and values in turn, copied QUEUE - 1 ahead. */
+/* The pages of the cache that one warp reads, keys and values in turn, copied queue() - 1 ahead. */
 template <int D> struct page_reader {
     const bf16 *k, *v;    /* of this head in block 0 */
     const int32_t *table; /* of the row */
     size_t block_stride;  /* elements from block to block */
-    uint32_t queue;       /* [QUEUE, KV_BLOCK, pitch] in shared memory */
+    uint32_t copies;      /* [queue(), KV_BLOCK, pitch] in shared memory */
     int first, n;         /* pages first, first + DECODE_WARPS, ...: n of them */
     int end;              /* positions from here on are zeros */
     int ids;              /* in lane l: table entry of page base + l, of this warp's */
+
+    __device__ void look_up(int i)
+    {
+        const int lane = threadIdx.x % WARP;
+        ids = i + lane < n ? table[first + (i + lane) * DECODE_WARPS] : 0;
+    }
 
     /* Begin to copy half `unit`: of this warp's page unit / 2, the keys or the values. */
     __device__ void start(int unit)
@@ -58,11 +76,10 @@ template <int D> struct page_reader {
         const int i = unit / 2, lane = threadIdx.x % WARP;
         if (i < n) {
             const int page = first + i * DECODE_WARPS;
-            if (unit % 2 == 0 && i % WARP == 0)
-                ids = i + lane < n ? table[page + lane * DECODE_WARPS] : 0;
+            if (unit % 2 == 0 && i > 0 && i % WARP == 0) look_up(i);
             const int block = __shfl_sync(~0u, ids, i % WARP);
             const bf16 *from = (unit % 2 ? v : k) + block * block_stride;
-            const uint32_t to = queue + unit % QUEUE * (KV_BLOCK * pitch<D>() * 2);
+            const uint32_t to = copies + unit % queue<D>() * (KV_BLOCK * pitch<D>() * 2);
 #pragma unroll
             for (int j = 0; j < D / 16; j++) {
                 const int part = j * WARP + lane, row = part / (D / 8), column = part % (D / 8) * 8;
@@ -102,7 +119,7 @@ static __device__ void combine(bf16 *y, const struct decode_parts &parts, size_t
         const int head = i / (D / 4), column = i % (D / 4) * 4;
         const float *sums = parts.sums + (head0 + head) * parts.max_splits * D + column;
         float4 sum = make_float4(0, 0, 0, 0);
-#pragma unroll 8
+#pragma unroll 16
         for (int s = 0; s < splits; s++) {
             const float4 part = __ldcg((const float4 *)(sums + (size_t)s * D));
             const float w = weight[head][s];
@@ -137,25 +154,24 @@ static __global__ void __launch_bounds__(DECODE_BLOCK)
 
     const int end = args.kv_len[row], begin = first_seen(args, end - 1);
     const int page0 = begin / KV_BLOCK, n_pages = ceil_div(end, KV_BLOCK) - page0;
-    const int splits = decode_splits(n_pages);
-    const int pages = ceil_div(n_pages, splits);
-    const int split_begin = page0 + blockIdx.x * pages;
-    const int split_end = min_int(split_begin + pages, page0 + n_pages);
+    const int splits = ceil_div(n_pages, parts.pages);
+    const int split_begin = page0 + blockIdx.x * parts.pages;
+    const int split_end = min_int(split_begin + parts.pages, page0 + n_pages);
 
     page_reader<D> reader;
     reader.k = k + (size_t)g * KV_BLOCK * D;
     reader.v = v + (size_t)g * KV_BLOCK * D;
     reader.table = args.block_table + (size_t)row * args.max_blocks;
     reader.block_stride = (size_t)G * KV_BLOCK * D;
-    reader.queue = shared_address(shared) + warp * queue_bytes<D>();
+    reader.copies = shared_address(shared) + warp * queue_bytes<D>();
     reader.first = split_begin + warp;
     reader.n = ceil_div(max_int(0, split_end - reader.first), DECODE_WARPS);
     reader.end = end;
-    reader.ids = 0;
+    reader.look_up(0); /* the table was uploaded */
     grid_wait();
     /* The whole block: a longer row is attention_prefill's. */
     if (n_tokens != 1 || (int)blockIdx.x >= splits) return;
-    for (int unit = 0; unit < QUEUE - 1; unit++) reader.start(unit);
+    for (int unit = 0; unit < queue<D>() - 1; unit++) reader.start(unit);
 
     /* Q^T: column lane / 4 is head h0 + lane / 4. */
     uint32_t q[D / 16][2];
@@ -171,9 +187,9 @@ static __global__ void __launch_bounds__(DECODE_BLOCK)
     float max[2] = {-INFINITY, -INFINITY}, total[2] = {}; /* of heads 2 (lane % 4) and the next */
     for (int i = 0; i < reader.n; i++) {
         float score[2][4] = {};
-        copy_wait<QUEUE - 2>();
+        copy_wait<queue<D>() - 2>();
         __syncwarp();
-        const uint32_t key = reader.queue + 2 * i % QUEUE * (KV_BLOCK * pitch<D>() * 2) +
+        const uint32_t key = reader.copies + 2 * i % queue<D>() * (KV_BLOCK * pitch<D>() * 2) +
                              (lane % 16 * pitch<D>() + lane / 16 * 8) * 2;
 #pragma unroll
         for (int s = 0; s < D / 16; s++) {
@@ -182,7 +198,7 @@ static __global__ void __launch_bounds__(DECODE_BLOCK)
             mma_bf16(score[s % 2], a, q[s][0], q[s][1]);
         }
         __syncwarp(); /* all lanes have read what the next copy overwrites later */
-        reader.start(2 * i + QUEUE - 1);
+        reader.start(2 * i + queue<D>() - 1);
 
         const int p = (reader.first + i * DECODE_WARPS) * KV_BLOCK + lane / 4;
         float weight[4]; /* of (token p, two heads), (token p + 8, two heads) */
@@ -210,9 +226,10 @@ static __global__ void __launch_bounds__(DECODE_BLOCK)
         const uint32_t p0 = transpose_matrix(pack_bf16(weight[0], weight[1]));
         const uint32_t p1 = transpose_matrix(pack_bf16(weight[2], weight[3]));
 
-        copy_wait<QUEUE - 2>();
+        copy_wait<queue<D>() - 2>();
         __syncwarp();
-        const uint32_t value = reader.queue + (2 * i + 1) % QUEUE * (KV_BLOCK * pitch<D>() * 2) +
+        const uint32_t value = reader.copies +
+                               (2 * i + 1) % queue<D>() * (KV_BLOCK * pitch<D>() * 2) +
                                ((lane % 8 + lane / 16 * 8) * pitch<D>() + lane / 8 % 2 * 8) * 2;
 #pragma unroll
         for (int s = 0; s < D / 16; s++) {
@@ -221,7 +238,7 @@ static __global__ void __launch_bounds__(DECODE_BLOCK)
             mma_bf16(out[s], a, p0, p1);
         }
         __syncwarp();
-        reader.start(2 * i + 1 + QUEUE - 1);
+        reader.start(2 * i + 1 + queue<D>() - 1);
     }
     copy_wait<0>();
     __syncthreads(); /* the queues become the place where the warps' results are merged */
@@ -273,14 +290,27 @@ static __global__ void __launch_bounds__(DECODE_BLOCK)
 
 /* ---- launchers ---------------------------------------------------------------------------- */
 
+/* How many pages of the cache a split has: as many as let the rows fill the chip about once, were
+ * all as long as the longest, but not so many that one long row among short ones is slow. So the
+ * places where a row is cut, and the rounding of its sum, depend on how many rows there are and
+ * on the longest; nothing else of a row depends on its neighbours. */
+static int split_pages(const struct cuda_device *cuda, int rows_of_heads, int max_pages)
+{
+    const int splits = max_int(1, cuda->n_sms * BLOCKS_AT_A_TIME / rows_of_heads);
+    const int pages =
+        min_int(SPLIT_PAGES_MAX, max_int(SPLIT_PAGES_MIN, ceil_div(max_pages, splits)));
+    return max_int(pages, ceil_div(max_pages, SPLITS_MAX));
+}
+
 template <int D>
 static void launch(struct cuda_device *cuda, bf16 *y, const bf16 *qkv, const bf16 *k, const bf16 *v,
                    const struct attention_args *args, int max_kv)
 {
     const int head_parts = ceil_div(args->H / args->G, DECODE_HEADS);
     const int max_pages = ceil_div(max_kv, KV_BLOCK);
-    struct decode_parts parts = {NULL, NULL,
-                                 min_int(SPLITS_MAX, max_int(1, max_pages / SPLIT_PAGES_MIN))};
+    struct decode_parts parts = {};
+    parts.pages = split_pages(cuda, args->Q * args->G * head_parts, max_pages);
+    parts.max_splits = max_int(1, ceil_div(max_pages, parts.pages));
     const dim3 grid(parts.max_splits, args->G * head_parts, args->Q);
 
     if (parts.max_splits > 1) {
