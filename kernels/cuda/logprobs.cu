@@ -104,8 +104,8 @@ static __global__ void __launch_bounds__(ROW_BLOCK, 1)
     if (n < V) {
         unsigned long long n_reached = 0;
         floor = smallest_kept(
-            &memory, part, floor, min, max, (unsigned)n, 0.0, &n_reached,
-            [](int, float logit) { return logit; }, [](float) { return 1u; });
+            &memory, part, floor, min, max, (unsigned)n, 0.0, &n_reached, [](int, float(&)[4]) {},
+            [](float) { return 1u; });
         /* Fewer than n are above -infinity: the rest is -infinity. */
         if (n_reached < (unsigned long long)n) floor = -INFINITY;
     }

@@ -1,5 +1,6 @@
 /* The next token of each row, as kernels/cpu/sample.c defines it. A cluster of blocks a row. Bound
- * by reading the logits (from L2) two to six times, and by the arithmetic of each pass. */
+ * by reading the logits (from L2) two to six times, and by the arithmetic of each pass: where few
+ * can be drawn, they are gathered in the second. */
 #include "kernels/cuda/select.cuh"
 
 /* ---- kernels ------------------------------------------------------------------------------ */
@@ -39,24 +40,34 @@ static constexpr float GUMBEL_MAX = 22.9f, GUMBEL_MIN = -3.2f;
 struct wanted_row {
     const uint32_t *touched; /* [V] bits: tokens of the history; NULL: no penalties */
     const int32_t *counts;   /* [V] of the touched ones: how often they are in the output */
-    struct sampling sampling;
-    float max;
+    const struct sampling *sampling;
+    float max, temperature;
 
     __device__ float penalized(int v, float logit) const
     {
-        if (!touched || !(touched[v / 32] >> v % 32 & 1)) return logit;
-        const float penalty = sampling.repetition_penalty;
+        const float penalty = sampling->repetition_penalty;
         logit = logit > 0 ? logit / penalty : logit * penalty;
         const int32_t n = __ldcg(&counts[v]); /* the cluster's first block counted */
         if (n == 0) return logit;
         const float less =
-            __fadd_rn(sampling.presence_penalty, __fmul_rn(sampling.frequency_penalty, (float)n));
+            __fadd_rn(sampling->presence_penalty, __fmul_rn(sampling->frequency_penalty, (float)n));
         return __fsub_rn(logit, less);
     }
 
-    __device__ float scaled(int v, float logit) const
+    /* The logits of v to v + 3, v a multiple of four. */
+    __device__ void penalize(int v, float (&four)[4]) const
     {
-        return (penalized(v, logit) - max) / sampling.temperature;
+        if (!touched) return;
+        const unsigned bits = touched[v / 32] >> v % 32 & 15;
+        if (bits == 0) return;
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            if (bits >> i & 1) four[i] = penalized(v + i, four[i]);
+    }
+
+    __device__ float scaled(float penalized) const
+    {
+        return (penalized - max) / temperature;
     }
 };
 
@@ -83,15 +94,22 @@ struct candidate {
     int id;
 };
 
+static __device__ float noisy(float z, int v, const struct sampling &sampling)
+{
+    uint32_t words[4];
+    philox4x32(words, (uint32_t)v / 4, sampling.draw, sampling.seed);
+    const uint32_t low = v & 1 ? words[1] : words[0], high = v & 1 ? words[3] : words[2];
+    return z + gumbel(v & 2 ? high : low);
+}
+
 static __device__ struct candidate better(struct candidate a, struct candidate b)
 {
     return b.value > a.value || (b.value == a.value && b.id < a.id) ? b : a;
 }
 
-/* The largest value over the cluster with the lowest id of equals, for every thread. `memory`
- * [WARP + 1] of each block. */
-static __device__ struct candidate cluster_largest(struct candidate *memory, struct candidate best,
-                                                   int parts)
+/* The largest value over the block with the lowest id of equals, in memory[WARP] and thread 0.
+ * `memory` [WARP + 1]. */
+static __device__ struct candidate block_largest(struct candidate *memory, struct candidate best)
 {
     for (int step = WARP / 2; step > 0; step /= 2) {
         const struct candidate other = {__shfl_xor_sync(~0u, best.value, step),
@@ -104,11 +122,146 @@ static __device__ struct candidate cluster_largest(struct candidate *memory, str
         for (int i = 1; i < ROW_BLOCK / WARP; i++) best = better(best, memory[i]);
         memory[WARP] = best;
     }
+    return best;
+}
+
+/* The same over the cluster, for every thread. */
+static __device__ struct candidate cluster_largest(struct candidate *memory, struct candidate best,
+                                                   int parts)
+{
+    block_largest(memory, best);
     cluster_sync();
     best = memory[WARP];
     for (int p = 0; p < parts; p++) best = better(best, *cluster_block(&memory[WARP], p));
     cluster_sync(); /* the memory may be used again, and the others may end */
     return best;
+}
+
+/* The few that can be drawn, where they are few: of the cluster's first block. */
+enum { FEW = 512, FEW_WANTED = 384, TOP_P_FEW = 320 };
+
+struct few_memory {
+    struct candidate list[FEW];
+    unsigned weight[FEW];
+    unsigned n, kept;           /* kept: sort key of the smallest */
+    unsigned long long all;     /* weight of what top_k keeps */
+    unsigned long long row_all; /* weight of the row, for top_p alone */
+    unsigned bound;             /* of each block: a sort key, see reached_by() */
+    bool enough;
+};
+
+static __device__ unsigned likelihood(float z)
+{
+    return __float2uint_rn(expf(z) * 0x1p31f);
+}
+
+/* A number that at least `wanted` of the row's logits reach, and not many more where they lie in
+ * no order: that many threads have one so large. `mine` is a thread's largest. */
+static __device__ float reached_by(struct few_memory *few, float mine, int wanted,
+                                   const struct row_part &part)
+{
+    const bool all_blocks = part.V >= part.parts * ROW_BLOCK * 4; /* have logits in each thread */
+    const int of_block = all_blocks ? ceil_div(wanted, part.parts) : wanted;
+    const unsigned key = sort_key(mine);
+    unsigned bound = 0;
+    for (unsigned bit = 1u << 31; bit >= 1u << 12; bit /= 2)
+        if (__syncthreads_count(key >= (bound | bit)) >= of_block) bound |= bit;
+    if (threadIdx.x == 0) {
+        few->bound = bound;
+        few->n = 0;
+        few->kept = ~0u;
+        few->all = few->row_all = 0;
+    }
+    cluster_sync();
+    for (int p = 0; p < part.parts; p++) {
+        const unsigned other = cluster_block(few, p)->bound;
+        bound = all_blocks ? min(bound, other) : max(bound, other);
+    }
+    return bound > sort_key(-INFINITY) ? from_sort_key(bound) : -INFINITY;
+}
+
+/* Draw from the list, in the first block: the smallest of its values that top_k, then top_p
+ * keep, by comparing each with all, then the best of those with their noise. */
+static __device__ struct candidate draw_few(struct few_memory *few, const struct sampling &sampling,
+                                            bool by_number)
+{
+    const int n = (int)few->n, i = threadIdx.x;
+    const struct candidate mine = i < n ? few->list[i] : candidate{-INFINITY, 0};
+    unsigned greater = 0;
+    unsigned long long before = 0;
+
+    if (i < n) few->weight[i] = likelihood(mine.value);
+    __syncthreads();
+    if (i < n) {
+        for (int j = 0; j < n; j++)
+            if (few->list[j].value > mine.value) {
+                greater++;
+                before += few->weight[j];
+            }
+        if (!by_number || greater < (unsigned)sampling.top_k) {
+            atomicMin(&few->kept, sort_key(mine.value));
+            if (by_number) atomicAdd(&few->all, (unsigned long long)few->weight[i]);
+        }
+    }
+    __syncthreads();
+    bool keep = i < n && sort_key(mine.value) >= few->kept;
+    if (sampling.top_p < 1.0f) {
+        const unsigned long long all = by_number ? few->all : few->row_all;
+        const unsigned long long wanted =
+            (unsigned long long)((double)sampling.top_p * (double)all);
+        keep = keep && before < (wanted > 0 ? wanted : 1);
+    }
+    if (sampling.min_p > 0.0f) keep = keep && expf(mine.value) >= sampling.min_p;
+    if (!keep) return {-INFINITY, INT32_MAX};
+    return {noisy(mine.value, mine.id, sampling), mine.id};
+}
+
+/* Gather what may be drawn in the first block's list. False where that is too much, or top_p
+ * needs more than what was gathered; *row_all is the row's weight then. */
+static __device__ bool gather_few(struct few_memory *few, const struct row_part &part,
+                                  const struct wanted_row &row, float least, bool by_number,
+                                  unsigned long long *row_all)
+{
+    struct few_memory *shared = cluster_block(few, 0);
+    const float least_z = row.scaled(least); /* -infinity: all */
+    const bool sums = !by_number;
+    unsigned long long sum = 0;
+
+    for_fours(part, [&](int v, float(&four)[4]) {
+        row.penalize(v, four);
+        if (!sums) { /* nothing below `least` but what rounding makes equal */
+            const float largest = fmaxf(fmaxf(four[0], four[1]), fmaxf(four[2], four[3]));
+            if (row.scaled(largest) < least_z) return;
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const float z = row.scaled(four[i]);
+            if (sums) sum += likelihood(z);
+            if (z < least_z || z == -INFINITY) continue;
+            const unsigned at = atomicAdd(&shared->n, 1u);
+            if (at < FEW) shared->list[at] = {z, v + i};
+        }
+    });
+    if (sums) {
+        for (int step = WARP / 2; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+        if (threadIdx.x % WARP == 0) atomicAdd(&shared->row_all, sum);
+    }
+    cluster_sync();
+    if (part.part == 0 && sums) {
+        /* Whether the list's weights reach the share: then what top_p keeps is all in it. */
+        const int n = min_int((int)few->n, FEW);
+        if ((int)threadIdx.x < n)
+            atomicAdd(&few->all, (unsigned long long)likelihood(few->list[threadIdx.x].value));
+        __syncthreads();
+        if (threadIdx.x == 0)
+            few->enough = few->all >=
+                          (unsigned long long)((double)row.sampling->top_p * (double)few->row_all);
+    }
+    cluster_sync();
+    const bool fits = shared->n <= FEW && (!sums || shared->enough);
+    *row_all = shared->row_all;
+    cluster_sync(); /* the first block may end */
+    return fits;
 }
 
 /* ids[q] = the token drawn from logits[q, :]
@@ -120,7 +273,10 @@ static __global__ void __launch_bounds__(ROW_BLOCK, 1)
                   int V, bool whole)
 {
     extern __shared__ uint32_t touched[];
-    __shared__ struct select_memory memory;
+    __shared__ union {
+        struct select_memory select;
+        struct few_memory few;
+    } memory;
     __shared__ struct candidate candidates[WARP + 1];
     __shared__ unsigned bar_key; /* of the best value of this block so far */
     grid_begin();
@@ -128,8 +284,8 @@ static __global__ void __launch_bounds__(ROW_BLOCK, 1)
     const struct row_part part = {logits + (size_t)q * V, V, whole, (int)blockIdx.z,
                                   (int)gridDim.z};
     const int n_history = view.history_start[q + 1] - view.history_start[q];
-    struct wanted_row wanted = {NULL, NULL, view.sampling[q], 0.0f};
-    const struct sampling &sampling = wanted.sampling;
+    struct wanted_row wanted = {NULL, NULL, &view.sampling[q], 0.0f, view.sampling[q].temperature};
+    const struct sampling &sampling = *wanted.sampling;
 
     if (n_history > 0) { /* the whole cluster */
         wanted.touched = touched;
@@ -139,15 +295,17 @@ static __global__ void __launch_bounds__(ROW_BLOCK, 1)
     }
 
     struct candidate best = {-INFINITY, V}, least = {-INFINITY, 0};
-    for_fours(part, [&](int v, const float(&four)[4]) {
+    for_fours(part, [&](int v, float(&four)[4]) {
+        wanted.penalize(v, four);
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            const float logit = wanted.penalized(min_int(v + i, V - 1), four[i]);
+            const float logit = four[i];
             if (logit > best.value) best = {logit, v + i};
             if (logit > -INFINITY) least.value = fmaxf(least.value, -logit);
             if (!(logit < INFINITY)) least.id = -1; /* NaN too */
         }
     });
+    const float mine = best.value;
     best = cluster_largest(candidates, best, part.parts);
     const bool damaged =
         cluster_largest(candidates, {least.id < 0 ? 1.0f : 0.0f, 0}, part.parts).value > 0.0f;
@@ -158,20 +316,44 @@ static __global__ void __launch_bounds__(ROW_BLOCK, 1)
     }
 
     wanted.max = best.value;
-    const auto scaled = [&](int v, float logit) { return wanted.scaled(min_int(v, V - 1), logit); };
+    const auto scaled = [&](int v, float(&four)[4]) {
+        wanted.penalize(v, four);
+#pragma unroll
+        for (int i = 0; i < 4; i++) four[i] = wanted.scaled(four[i]);
+    };
     float floor = -INFINITY;
     const bool by_number = sampling.top_k > 0 && sampling.top_k < V;
+    unsigned long long row_all = 0;
+    const int few = by_number ? sampling.top_k : TOP_P_FEW;
+    if ((by_number || sampling.top_p < 1.0f) && few <= FEW_WANTED) {
+        const float reached = reached_by(&memory.few, mine, few, part);
+        if (gather_few(&memory.few, part, wanted, reached, by_number, &row_all)) {
+            if (part.part > 0) return; /* the whole block */
+            best = draw_few(&memory.few, sampling, by_number);
+            best = block_largest(candidates, best);
+            if (threadIdx.x == 0) ids[q] = best.id;
+            return;
+        }
+    }
     if (by_number || sampling.top_p < 1.0f) {
         unsigned long long n_reached;
         least = cluster_largest(candidates, {least.value, 0}, part.parts);
         const float low = (-least.value - wanted.max) / sampling.temperature;
         if (by_number)
-            floor = smallest_kept(&memory, part, floor, low, 0.0f, sampling.top_k, 0.0, &n_reached,
-                                  scaled, [](float) { return 1u; });
-        if (sampling.top_p < 1.0f)
-            floor =
-                smallest_kept(&memory, part, floor, low, 0.0f, 0, sampling.top_p, &n_reached,
-                              scaled, [](float z) { return __float2uint_rn(expf(z) * 0x1p31f); });
+            floor = smallest_kept(&memory.select, part, floor, low, 0.0f, sampling.top_k, 0.0,
+                                  &n_reached, scaled, [](float) { return 1u; });
+        if (sampling.top_p < 1.0f && !by_number) {
+            /* Those that are under half of an even share of 1 - top_p are not among the most
+             * likely that make up top_p, as in the CPU's. */
+            floor = logf(0.5f * (1.0f - sampling.top_p) * (float)row_all * 0x1p-31f / (float)V);
+            const unsigned long long share =
+                (unsigned long long)((double)sampling.top_p * (double)row_all);
+            floor = smallest_kept(&memory.select, part, floor, fmaxf(low, floor), 0.0f,
+                                  share > 0 ? share : 1, 0.0, &n_reached, scaled, likelihood);
+        } else if (sampling.top_p < 1.0f) {
+            floor = smallest_kept(&memory.select, part, floor, low, 0.0f, 0, sampling.top_p,
+                                  &n_reached, scaled, likelihood);
+        }
     }
 
     /* Noise is at most -log(1 - u). What cannot win by that, or could not have some time before,
@@ -180,22 +362,26 @@ static __global__ void __launch_bounds__(ROW_BLOCK, 1)
     best = {-INFINITY, V};
     if (threadIdx.x == 0) bar_key = sort_key(GUMBEL_MIN); /* the largest, 0, will have that */
     __syncthreads();
-    for_fours(part, [&](int v, const float(&four)[4]) {
+    for_fours(part, [&](int v, float(&four)[4]) {
         const float bar = from_sort_key(*(volatile unsigned *)&bar_key) - margin;
+        const float least = fmaxf(bar - GUMBEL_MAX, floor - margin);
         float about[4];
         bool any = false;
+        wanted.penalize(v, four);
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            about[i] = (wanted.penalized(min_int(v + i, V - 1), four[i]) - wanted.max) * inverse;
-            any |= about[i] >= fmaxf(bar - GUMBEL_MAX, floor - margin);
+            about[i] = (four[i] - wanted.max) * inverse;
+            any |= about[i] >= least;
         }
         if (!any) return;
         uint32_t words[4];
         philox4x32(words, (uint32_t)v / 4, sampling.draw, sampling.seed);
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            if (((float)words[i] + 0.5f) * 0x1p-32f > __expf(about[i] - bar)) continue;
-            const float z = scaled(v + i, four[i]);
+            /* 1 + word / 2^32, rounded down in its 23 bits */
+            const float u = __uint_as_float(0x3f800000u | words[i] >> 9);
+            if (u > 1.000001f + __expf(about[i] - bar)) continue;
+            const float z = wanted.scaled(four[i]);
             if (!(z >= floor) || z == -INFINITY) continue;
             if (sampling.min_p > 0.0f && expf(z) < sampling.min_p) continue;
             best = better(best, {z + gumbel(words[i]), v + i});

@@ -47,8 +47,8 @@ struct row_part {
     int part, parts;
 };
 
-/* Call f4(v, values of v to v + 3) for this block's part of the row, spread over its threads;
- * values past V are -infinity. */
+/* Call f4(v, values of v to v + 3, which it may change) for this block's part of the row, spread
+ * over its threads; values past V are -infinity. */
 template <typename F> static inline __device__ void for_fours(const struct row_part &part, F &&f4)
 {
     const int step = part.parts * ROW_BLOCK * 4;
@@ -77,12 +77,6 @@ template <typename F> static inline __device__ void for_fours(const struct row_p
 static inline __device__ unsigned long long bin_sum(const struct select_memory *memory, int bin)
 {
     return (unsigned long long)memory->high[bin] << 32 | memory->low[bin];
-}
-
-static inline __device__ void bin_add(struct select_memory *memory, int bin, unsigned weight)
-{
-    const unsigned old = atomicAdd(&memory->low[bin], weight);
-    if (old + weight < old) atomicAdd(&memory->high[bin], 1u);
 }
 
 /* Add the other blocks' bins to the first block's, which calls it. */
@@ -132,20 +126,29 @@ static __device__ void find_bin(struct select_memory *memory)
 }
 
 /* Half of the work of smallest_kept(): the bins, and the bin that is looked at alone. */
-template <typename Counts, typename BinOf, typename Value, typename Weight>
+template <typename Counts, typename BinOf, typename Values, typename Weight>
 static __device__ void select_bin(struct select_memory *memory, const struct row_part &part,
-                                  double share, Counts &&counts, BinOf &&bin_of, Value &&value,
+                                  double share, Counts &&counts, BinOf &&bin_of, Values &&values,
                                   Weight &&weight)
 {
     for (int i = threadIdx.x; i < BINS; i += ROW_BLOCK) memory->low[i] = memory->high[i] = 0;
     if (threadIdx.x == 0) memory->n_list = 0, memory->smallest = ~0u, memory->largest = 0;
     __syncthreads();
-    for_fours(part, [&](int v, const float(&four)[4]) {
+    for_fours(part, [&](int v, float(&four)[4]) {
+        unsigned old[4], added[4]; /* four additions are under way before the first is looked at */
+        int bin[4];
+        values(v, four);
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            const float z = value(v + i, four[i]);
-            if (counts(z)) bin_add(memory, bin_of(z), weight(z));
+            added[i] = 0;
+            if (!counts(four[i])) continue;
+            bin[i] = bin_of(four[i]);
+            added[i] = weight(four[i]);
+            old[i] = atomicAdd(&memory->low[bin[i]], added[i]);
         }
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            if (added[i] && old[i] + added[i] < old[i]) atomicAdd(&memory->high[bin[i]], 1u);
     });
     cluster_sync();
     if (part.part == 0) {
@@ -170,12 +173,13 @@ static __device__ void select_bin(struct select_memory *memory, const struct row
 /* The smallest value of the shortest list of largest values (and equals of its last) whose
  * weights reach `wanted`, or `share` of all weights where share > 0. Values below `floor` and
  * -infinity do not count; `low` and `high` are the least and the greatest of the rest, or wider.
- * value(v, row[v]) and weight(value) are the caller's. All threads of the cluster call it and get
+ * values(v, four), which makes the values of row[v] to row[v + 3] in place, and weight(value) are
+ * the caller's. All threads of the cluster call it and get
  * the same answer; *n_reached is how many values there are down to it, or more. */
-template <typename Value, typename Weight>
+template <typename Values, typename Weight>
 static __device__ float smallest_kept(struct select_memory *memory, const struct row_part &part,
-                                      float floor, float low, float high, unsigned wanted,
-                                      double share, unsigned long long *n_reached, Value &&value,
+                                      float floor, float low, float high, unsigned long long wanted,
+                                      double share, unsigned long long *n_reached, Values &&values,
                                       Weight &&weight)
 {
     struct select_memory *shared = cluster_block(memory, 0);
@@ -190,13 +194,14 @@ static __device__ float smallest_kept(struct select_memory *memory, const struct
         const auto counts = [&](float z) {
             return z >= floor && z > -INFINITY && z <= high && (first || z >= low);
         };
-        select_bin(memory, part, first ? share : 0.0, counts, bin_of, value, weight);
+        select_bin(memory, part, first ? share : 0.0, counts, bin_of, values, weight);
 
         const int bin = shared->bin;
-        for_fours(part, [&](int v, const float(&four)[4]) {
+        for_fours(part, [&](int v, float(&four)[4]) {
+            values(v, four);
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                const float z = value(v + i, four[i]);
+                const float z = four[i];
                 if (!counts(z) || bin_of(z) != bin) continue;
                 const unsigned at = atomicAdd(&shared->n_list, 1u);
                 if (at < LIST) shared->list[at] = z;
