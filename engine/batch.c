@@ -148,6 +148,7 @@ static void build_lora(struct batch *batch, const struct plan *plan, const int32
     lora->factors = registry->dev_table;
     lora->own = registry->dev_own;
     lora->L = registry->n_layers + 1;
+    lora->mode = batch->lora_mode;
     for (int q = 0; q < Q; q++) {
         const struct request *request = plan->rows[q].request;
         const struct registered *entry = request->adapter;

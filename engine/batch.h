@@ -24,6 +24,7 @@ struct batch {
     struct lora_view head_lora;    /* of the rows that go through the head: batch_head_rows() */
     int32_t *head_host, *head_dev; /* [HEAD_ARRAYS, max Q + 1] what head_lora points to */
     int max_rows;
+    mlora_lora_mode lora_mode;  /* for `lora`, set by the owner */
     const int32_t *block_table; /* [Q, max_blocks] */
     int max_blocks;
     const int32_t *sample_tokens;      /* [n_samples] index in the step of each row's last token */

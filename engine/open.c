@@ -30,6 +30,7 @@ static mlora_status check_options(const mlora_options *o)
     } ranges[] = {
         {"backend", (int)o->backend, MLORA_BACKEND_CUDA},
         {"dtype", (int)o->dtype, MLORA_DTYPE_BF16},
+        {"lora_mode", (int)o->lora_mode, MLORA_LORA_FUSED},
         {"n_threads", o->n_threads, MAX_THREADS},
         {"max_model_len", o->max_model_len, 1 << 24},
         {"max_num_seqs", o->max_num_seqs, MAX_NUM_SEQS},
@@ -194,6 +195,7 @@ mlora_status engine_open(struct mlora_engine **out, const mlora_options *options
     if (status != MLORA_OK) goto failed;
     status = batch_open(&engine->batch, engine->dev, n_tokens, n_seqs, engine->max_model_len);
     if (status != MLORA_OK) goto failed;
+    engine->batch.lora_mode = options->lora_mode;
     status = engine->dev->ops->sync(engine->dev);
     if (status != MLORA_OK) goto failed;
 

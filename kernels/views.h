@@ -125,6 +125,7 @@ struct lora_view {
     int n_tokens;                       /* tokens with an adapter                                */
     int max_rank;                       /* largest rank among the segments: pitch of h           */
     int max_segment;                    /* tokens of the longest segment                         */
+    int mode;                           /* mlora_lora_mode: how, never what; the CPU has one way */
     const int32_t *slot;                /* [T] slot of each token, -1: base model only           */
     const int32_t *segment_slot;        /* [n_segments]                                          */
     const int32_t *segment_start;       /* [n_segments + 1] into `order`                         */

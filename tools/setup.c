@@ -73,6 +73,10 @@ const struct option_spec setup_specs[] = {
      .help = "where to compute", .fallback = "cuda if there is one"},
     {.name = "dtype", .kind = OPTION_CHOICE, AT(dtype), .choices = "auto|f32|bf16",
      .help = "of activations and KV cache", .fallback = "f32 on the CPU, bf16 on a GPU"},
+    {.name = "mode", .kind = OPTION_CHOICE, AT(lora_mode),
+     .choices = "auto|loop|gbmm|bgmv|sgmv|fused",
+     .help = "how a GPU makes the adapters' products; the CPU has one way",
+     .fallback = "the fastest for each step"},
     {.name = "threads", .letter = 't', .kind = OPTION_INT, AT(n_threads), .argument = "N",
      .min = 1, .max = 4096, .help = "worker threads of the CPU backend",
      .fallback = "one per core"},
@@ -280,6 +284,7 @@ mlora_status setup_open(mlora_engine **out, const struct setup *setup)
     if (status != MLORA_OK) return status;
     options.backend = (mlora_backend)setup->backend;
     options.dtype = (mlora_dtype)setup->dtype;
+    options.lora_mode = (mlora_lora_mode)setup->lora_mode;
     options.n_threads = (int)setup->n_threads;
     options.max_model_len = (int)setup->max_model_len;
     options.max_num_seqs = (int)setup->max_num_seqs;

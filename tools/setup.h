@@ -11,7 +11,7 @@ struct setup {
     const char *merge;              /* the adapter that is folded into the weights */
     struct adapter_source *sources; /* [n_sources], in the order given */
     int n_sources;
-    int backend, dtype; /* mlora_backend, mlora_dtype */
+    int backend, dtype, lora_mode; /* mlora_backend, mlora_dtype, mlora_lora_mode */
     /* 0: default */
     int64_t n_threads, max_model_len, max_num_seqs, max_batch_tokens, kv_blocks, max_queue;
     bool no_prefix_cache;

@@ -10,7 +10,8 @@ struct lora_args {
     const struct lora_factors *factors; /* [S, L, LORA_LINEARS] */
     const int32_t *slot;                /* [T] */
     const int32_t *segment_slot, *segment_start, *order;
-    int L, n_segments, max_rank;
+    int L, n_segments, n_tokens, max_rank, max_segment;
+    bool is_part; /* one segment of several: it need not begin at order[0], nor have n_tokens */
     int layer, linear, n_slices, K, N;
     int offset[LORA_SLICES_MAX], width[LORA_SLICES_MAX];
 };
@@ -26,7 +27,9 @@ static inline struct lora_args lora_args(const struct lora_view *lora, const str
     args.order = lora->order;
     args.L = lora->L;
     args.n_segments = lora->n_segments;
+    args.n_tokens = lora->n_tokens;
     args.max_rank = lora->max_rank;
+    args.max_segment = lora->max_segment;
     args.layer = layer;
     args.linear = site->linear;
     args.n_slices = site->n_slices;
@@ -39,16 +42,44 @@ static inline struct lora_args lora_args(const struct lora_view *lora, const str
     return args;
 }
 
+/* Segment s alone. The host does not know how long it is, only how long the longest is. */
+static inline struct lora_args lora_part(const struct lora_args *args, int s)
+{
+    struct lora_args part = *args;
+    part.segment_slot += s;
+    part.segment_start += s;
+    part.n_segments = 1;
+    part.n_tokens = part.max_segment;
+    part.is_part = true;
+    return part;
+}
+
 /* Tokens of one adapter that a block works on: order[first] to order[first + n - 1]. */
 struct lora_tile {
     int slot, first, n;
 };
 
 /* Tiles of up to `size` tokens of all segments are never more than this. */
-static inline int lora_tiles(const struct lora_view *lora, int size)
+static inline int lora_tiles(const struct lora_args *args, int size)
 {
-    return lora->n_tokens / size + lora->n_segments;
+    return args->n_tokens / size + args->n_segments;
 }
+
+/* The two halves, token by token for any types and sizes, and in tiles of an adapter's tokens on
+ * tensor cores; the gathered products of `gbmm`. */
+void lora_shrink_by_row(struct cuda_device *cuda, float *h, const void *x,
+                        const struct lora_args *args, enum dtype dtype);
+void lora_expand_by_row(struct cuda_device *cuda, void *y, const float *h,
+                        const struct lora_args *args, enum dtype dtype);
+bool lora_shrink_has_tiles(const void *x, const struct lora_args *args, enum dtype dtype);
+void lora_shrink_by_tile(struct cuda_device *cuda, float *h, const bf16 *x,
+                         const struct lora_args *args);
+void lora_expand_by_tile(struct cuda_device *cuda, bf16 *y, const float *h,
+                         const struct lora_args *args);
+void lora_shrink_gathered(struct cuda_device *cuda, float *h, const void *x,
+                          const struct lora_args *args, enum dtype dtype);
+void lora_expand_gathered(struct cuda_device *cuda, void *y, const float *h,
+                          const struct lora_args *args, enum dtype dtype);
 
 #ifdef __CUDACC__
 
@@ -57,6 +88,22 @@ static inline __device__ const struct lora_factors *lora_factors_of(const struct
 {
     const size_t layer = (size_t)slot * args.L + args.layer;
     return &args.factors[layer * LORA_LINEARS + args.linear + slice];
+}
+
+/* Token number i of those with an adapter, in the segments' order; -1: there is none. */
+static inline __device__ int lora_token(const struct lora_args &args, int i)
+{
+    if (!args.is_part) return args.order[i];
+    i += args.segment_start[0];
+    return i < args.segment_start[args.n_segments] ? args.order[i] : -1;
+}
+
+/* The factors of a token and slice; a is NULL where there are none, or no token. */
+static inline __device__ struct lora_factors lora_factors_of_token(const struct lora_args &args,
+                                                                   int t, int slice)
+{
+    struct lora_factors none = {};
+    return t < 0 ? none : *lora_factors_of(args, args.slot[t], slice);
 }
 
 /* h[t, slice, :] */

@@ -108,11 +108,11 @@ static __global__ void __launch_bounds__(ROW_BLOCK, 5)
                            int chunk)
 {
     grid_release();
-    const int t = args.order[blockIdx.y];
+    const int t = lora_token(args, blockIdx.y);
     int slice, first;
     struct lora_factors f = {};
     if (find_chunk(&slice, &first, blockIdx.x, args, chunk))
-        f = *lora_factors_of(args, args.slot[t], slice);
+        f = lora_factors_of_token(args, t, slice);
     if (!f.a) { /* the whole block */
         grid_wait();
         return;
@@ -409,26 +409,26 @@ enum { WAVE = 6 }; /* blocks a multiprocessor holds, about */
  * before. */
 template <typename X>
 static void expand_by_row(struct cuda_device *cuda, X *y, const float *h,
-                          const struct lora_view *lora, const struct lora_args *args)
+                          const struct lora_args *args)
 {
     const int round = ROW_WARPS * (WARP / lanes_a_row(args->max_rank)) * GROUP;
-    const long long blocks = (long long)count_chunks(args, round) * lora->n_tokens;
+    const long long blocks = (long long)count_chunks(args, round) * args->n_tokens;
     const int rounds = (int)(blocks / (WAVE * cuda->n_sms)) + 1;
     const int chunk = round * min_int(rounds, 16);
-    const dim3 grid(count_chunks(args, chunk), lora->n_tokens);
+    const dim3 grid(count_chunks(args, chunk), args->n_tokens);
     cuda_launch(cuda, "lora_expand", lora_expand_row_kernel<X>, grid, ROW_BLOCK, 0, 1, y, h, *args,
                 chunk);
 }
 
 /* Tiles of as many tokens as leave a wave of blocks: B is read once for each. */
-static void expand_by_tile(struct cuda_device *cuda, bf16 *y, const float *h,
-                           const struct lora_view *lora, const struct lora_args *args)
+void lora_expand_by_tile(struct cuda_device *cuda, bf16 *y, const float *h,
+                         const struct lora_args *args)
 {
     const int chunks = count_chunks(args, TILE_N);
-    int eights = min_int(16, ceil_div(lora->max_segment, 8));
-    while (eights > 1 && lora_tiles(lora, 8 * eights) * chunks < WAVE / 2 * cuda->n_sms)
+    int eights = min_int(16, ceil_div(args->max_segment, 8));
+    while (eights > 1 && lora_tiles(args, 8 * eights) * chunks < WAVE / 2 * cuda->n_sms)
         eights /= 2;
-    const dim3 grid(chunks, lora_tiles(lora, 8 * eights));
+    const dim3 grid(chunks, lora_tiles(args, 8 * eights));
     assert(grid.y <= 65535);
     const auto kernel = args->max_rank <= 16   ? lora_expand_tile_kernel<1>
                         : args->max_rank <= 32 ? lora_expand_tile_kernel<2>
@@ -437,25 +437,11 @@ static void expand_by_tile(struct cuda_device *cuda, bf16 *y, const float *h,
     cuda_launch(cuda, "lora_expand", kernel, grid, TILE_BLOCK, 0, 1, y, h, *args, eights);
 }
 
-void cuda_lora_expand(struct device *dev, void *y, const float *h, const struct lora_view *lora,
-                      const struct lora_site *site, int layer, enum dtype dtype)
+void lora_expand_by_row(struct cuda_device *cuda, void *y, const float *h,
+                        const struct lora_args *args, enum dtype dtype)
 {
-    struct cuda_device *cuda = cuda_begin(dev);
-    if (!cuda || lora->n_segments == 0 || lora->n_tokens == 0) return;
-    if (lora->expands_more) {
-        cuda_lora_expand_more(dev, y, h, lora, site, layer, dtype);
-        return;
-    }
-    if (lora->max_rank == 0) return; /* nothing that the linears know of */
-    assert(lora->max_rank > 0 && lora->max_rank <= LORA_RANK_MAX && lora->n_tokens <= 65535);
-    assert(site->n_slices > 0 && site->n_slices <= LORA_SLICES_MAX);
-
-    const struct lora_args args = lora_args(lora, site, layer);
-    if (dtype == DTYPE_BF16 && lora->max_segment > 1)
-        expand_by_tile(cuda, (bf16 *)y, h, lora, &args);
-    else
-        with_activation(dtype, [&](auto type) {
-            using X = decltype(type);
-            expand_by_row(cuda, (X *)y, h, lora, &args);
-        });
+    with_activation(dtype, [&](auto type) {
+        using X = decltype(type);
+        expand_by_row(cuda, (X *)y, h, args);
+    });
 }

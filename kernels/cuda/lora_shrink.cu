@@ -62,8 +62,8 @@ static __global__ void __launch_bounds__(ROW_BLOCK, 3)
 {
     __shared__ float shared[ROW_WARPS][ROWS];
     grid_release();
-    const int t = args.order[blockIdx.z], slice = blockIdx.y, first = blockIdx.x * ROWS;
-    const struct lora_factors f = *lora_factors_of(args, args.slot[t], slice);
+    const int t = lora_token(args, blockIdx.z), slice = blockIdx.y, first = blockIdx.x * ROWS;
+    const struct lora_factors f = lora_factors_of_token(args, t, slice);
     if (!f.a || first >= f.R) { /* the whole block */
         grid_wait();
         return;
@@ -311,9 +311,9 @@ static __global__ void __launch_bounds__(TILE_BLOCK, 2)
 
 template <typename X, int ROWS>
 static void launch_rows(struct cuda_device *cuda, float *h, const X *x,
-                        const struct lora_view *lora, const struct lora_args *args)
+                        const struct lora_args *args)
 {
-    const dim3 grid(ceil_div(args->max_rank, ROWS), args->n_slices, lora->n_tokens);
+    const dim3 grid(ceil_div(args->max_rank, ROWS), args->n_slices, args->n_tokens);
     cuda_launch(cuda, "lora_shrink", lora_shrink_row_kernel<X, ROWS>, grid, ROW_BLOCK, 0, 1, h, x,
                 *args);
 }
@@ -321,22 +321,22 @@ static void launch_rows(struct cuda_device *cuda, float *h, const X *x,
 /* As many rows of A a block as leave two blocks for each multiprocessor. */
 template <typename X>
 static void shrink_by_row(struct cuda_device *cuda, float *h, const X *x,
-                          const struct lora_view *lora, const struct lora_args *args)
+                          const struct lora_args *args)
 {
-    const long long rows = (long long)lora->n_tokens * args->n_slices * args->max_rank;
+    const long long rows = (long long)args->n_tokens * args->n_slices * args->max_rank;
     if (rows >= 16LL * cuda->n_sms)
-        launch_rows<X, 8>(cuda, h, x, lora, args);
+        launch_rows<X, 8>(cuda, h, x, args);
     else if (rows >= 4LL * cuda->n_sms)
-        launch_rows<X, 2>(cuda, h, x, lora, args);
+        launch_rows<X, 2>(cuda, h, x, args);
     else
-        launch_rows<X, 1>(cuda, h, x, lora, args);
+        launch_rows<X, 1>(cuda, h, x, args);
 }
 
 template <int MT, int NT, int AHEAD>
 static void launch_tiles(struct cuda_device *cuda, float *h, const bf16 *x,
-                         const struct lora_view *lora, const struct lora_args *args)
+                         const struct lora_args *args)
 {
-    const int tiles = lora_tiles(lora, 8 * NT);
+    const int tiles = lora_tiles(args, 8 * NT);
     const int row_tiles = args->n_slices * ceil_div(args->max_rank, 16);
     const int groups = ceil_div(row_tiles, MT), steps = args->K / STEP_K;
     /* A block for each multiprocessor, which leaves room for the next kernel's to begin, of two
@@ -358,38 +358,33 @@ static void launch_tiles(struct cuda_device *cuda, float *h, const bf16 *x,
 
 /* The smallest tiles that are no more than the chip does at once, each a whole cluster; else as
  * large as the longest segment, and for long ones x is read once for several row tiles. */
-static void shrink_by_tile(struct cuda_device *cuda, float *h, const bf16 *x,
-                           const struct lora_view *lora, const struct lora_args *args)
+void lora_shrink_by_tile(struct cuda_device *cuda, float *h, const bf16 *x,
+                         const struct lora_args *args)
 {
     const int row_tiles = args->n_slices * ceil_div(args->max_rank, 16);
     const int at_once = cuda->n_sms / CLUSTER_MAX / row_tiles;
-    if (lora->max_segment <= 8 || lora_tiles(lora, 8) <= at_once)
-        launch_tiles<1, 1, 4>(cuda, h, x, lora, args);
-    else if (lora->max_segment <= 16 || lora_tiles(lora, 16) <= at_once)
-        launch_tiles<1, 2, 4>(cuda, h, x, lora, args);
-    else if (lora->max_segment < 256 || row_tiles == 1)
-        launch_tiles<1, 4, 2>(cuda, h, x, lora, args);
+    if (args->max_segment <= 8 || lora_tiles(args, 8) <= at_once)
+        launch_tiles<1, 1, 4>(cuda, h, x, args);
+    else if (args->max_segment <= 16 || lora_tiles(args, 16) <= at_once)
+        launch_tiles<1, 2, 4>(cuda, h, x, args);
+    else if (args->max_segment < 256 || row_tiles == 1)
+        launch_tiles<1, 4, 2>(cuda, h, x, args);
     else if (row_tiles % 3 == 0)
-        launch_tiles<3, 4, 1>(cuda, h, x, lora, args);
+        launch_tiles<3, 4, 1>(cuda, h, x, args);
     else
-        launch_tiles<2, 4, 1>(cuda, h, x, lora, args);
+        launch_tiles<2, 4, 1>(cuda, h, x, args);
 }
 
-void cuda_lora_shrink(struct device *dev, float *h, const void *x, const struct lora_view *lora,
-                      const struct lora_site *site, int layer, enum dtype dtype)
+void lora_shrink_by_row(struct cuda_device *cuda, float *h, const void *x,
+                        const struct lora_args *args, enum dtype dtype)
 {
-    struct cuda_device *cuda = cuda_begin(dev);
-    if (!cuda || lora->n_segments == 0 || lora->n_tokens == 0) return;
-    if (lora->max_rank == 0) return; /* there is no A */
-    assert(lora->max_rank > 0 && lora->max_rank <= LORA_RANK_MAX && lora->n_tokens <= 65535);
-    assert(site->n_slices > 0 && site->n_slices <= LORA_SLICES_MAX);
+    with_activation(dtype, [&](auto type) {
+        using X = decltype(type);
+        shrink_by_row(cuda, h, (const X *)x, args);
+    });
+}
 
-    const struct lora_args args = lora_args(lora, site, layer);
-    if (dtype == DTYPE_BF16 && lora->max_segment > 1 && site->K % STEP_K == 0 && is_aligned(x))
-        shrink_by_tile(cuda, h, (const bf16 *)x, lora, &args);
-    else
-        with_activation(dtype, [&](auto type) {
-            using X = decltype(type);
-            shrink_by_row<X>(cuda, h, (const X *)x, lora, &args);
-        });
+bool lora_shrink_has_tiles(const void *x, const struct lora_args *args, enum dtype dtype)
+{
+    return dtype == DTYPE_BF16 && args->K % STEP_K == 0 && is_aligned(x);
 }

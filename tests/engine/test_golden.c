@@ -14,6 +14,7 @@ enum { CASES = 3 };
 
 static mlora_dtype dtype; /* of the activations in this test */
 static struct answer answers[32];
+static mlora_lora_mode mode_under_test; /* for messages */
 
 /* Where the two best logits are closer than this, rounding may choose either. */
 static double margin(void)
@@ -106,7 +107,7 @@ static void check_greedy(mlora_engine *engine, const char *model, const char *na
         char what[128], tensor[64];
         int64_t V;
 
-        snprintf(what, sizeof what, "%s %s case %d", model, name, c);
+        snprintf(what, sizeof what, "%s %s case %d, mode %d", model, name, c, (int)mode_under_test);
         cr_assert_eq(got->n_prompt, (int)json_array_size(prompt_ids), "%s", what);
         for (int i = 0; i < got->n_prompt; i++)
             cr_assert_eq(got->prompt[i].id,
@@ -191,11 +192,18 @@ static const char *const llama2_names[] = {"pirate", "json",    "sql",   "mood",
 static const char *const llama3_names[] = {"pirate", "json", "mood"};
 enum { N_LLAMA2 = 8, N_LLAMA3 = 3, N_MIXED = 7 }; /* PEFT itself cannot mix DoRA with others */
 
-static mlora_engine *open_in(enum mlora_dtype type, const char *model, const char *const *names,
-                             int n)
+/* A GPU makes the adapters' products in several ways; the CPU in one. */
+static int last_mode(void)
+{
+    return backend_under_test() == MLORA_BACKEND_CUDA ? MLORA_LORA_FUSED : MLORA_LORA_AUTO;
+}
+
+static mlora_engine *open_in(enum mlora_dtype type, int mode, const char *model,
+                             const char *const *names, int n)
 {
     mlora_options options = options_for(model);
     options.dtype = dtype = type;
+    options.lora_mode = mode_under_test = (mlora_lora_mode)mode;
     mlora_engine *engine = open_engine(&options);
     for (int i = 0; i < n; i++) load_adapter(engine, model, names[i]);
     return engine;
@@ -204,10 +212,12 @@ static mlora_engine *open_in(enum mlora_dtype type, const char *model, const cha
 static void check_model(enum mlora_dtype type, const char *model, const char *const *names, int n,
                         void (*check)(mlora_engine *, const char *, const char *))
 {
-    mlora_engine *engine = open_in(type, model, names, n);
-    check(engine, model, "base");
-    for (int i = 0; i < n; i++) check(engine, model, names[i]);
-    mlora_close(engine);
+    for (int mode = 0; mode <= last_mode(); mode++) {
+        mlora_engine *engine = open_in(type, mode, model, names, n);
+        if (mode == 0) check(engine, model, "base");
+        for (int i = 0; i < n; i++) check(engine, model, names[i]);
+        mlora_close(engine);
+    }
 }
 
 Test(golden, llama2_generates_what_transformers_and_peft_generate)
@@ -250,9 +260,9 @@ Test(golden, llama3_in_bf16_predicts_the_same_but_near_ties)
     check_model(MLORA_DTYPE_BF16, LLAMA3, llama3_names, N_LLAMA3, check_argmax);
 }
 
-static void check_mixed_batch(enum mlora_dtype type)
+static void check_mixed_batch(enum mlora_dtype type, int mode)
 {
-    mlora_engine *engine = open_in(type, LLAMA2, llama2_names, N_MIXED);
+    mlora_engine *engine = open_in(type, mode, LLAMA2, llama2_names, N_MIXED);
 
     for (int i = 0; i <= N_MIXED; i++) {
         const char *adapter = i < N_MIXED ? llama2_names[i] : "base";
@@ -273,10 +283,10 @@ static void check_mixed_batch(enum mlora_dtype type)
 
 Test(golden, a_mixed_batch_gives_what_pefts_own_mixed_batch_gives)
 {
-    check_mixed_batch(MLORA_DTYPE_F32);
+    for (int mode = 0; mode <= last_mode(); mode++) check_mixed_batch(MLORA_DTYPE_F32, mode);
 }
 
 Test(golden, a_mixed_batch_in_bf16_gives_the_same_within_rounding)
 {
-    check_mixed_batch(MLORA_DTYPE_BF16);
+    for (int mode = 0; mode <= last_mode(); mode++) check_mixed_batch(MLORA_DTYPE_BF16, mode);
 }

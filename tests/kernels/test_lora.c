@@ -124,11 +124,11 @@ Test(lora_expand, adds_the_scaled_product_to_its_slice)
     adapters_free(&adapters);
 }
 
-/* Six adapters of all kinds: ranks from 1 to 130, types, linears left alone. */
+/* Six adapters of all kinds: ranks from 1 to 512, types, linears left alone. */
 static void adapters_random(struct adapters *adapters, struct numbers *numbers,
                             const struct lora_site *site)
 {
-    static const int ranks[S_MAX] = {1, 8, 16, 5, 130, 64};
+    static const int ranks[S_MAX] = {1, 8, 16, 5, LORA_RANK_MAX, 64};
 
     *adapters = (struct adapters){.S = S_MAX};
     for (int s = 0; s < S_MAX; s++) {
@@ -148,10 +148,12 @@ static void adapters_random(struct adapters *adapters, struct numbers *numbers,
 }
 
 /* y += scale B A x for these tokens. */
-static void run(float *y_out, const struct adapters *adapters, const struct lora_site *site,
-                const int32_t *slot, const float *x, const float *y0, int T, enum dtype dtype)
+static void run_mode(float *y_out, mlora_lora_mode mode, const struct adapters *adapters,
+                     const struct lora_site *site, const int32_t *slot, const float *x,
+                     const float *y0, int T, enum dtype dtype)
 {
-    const struct lora_view view = view_of(adapters, site, slot, T);
+    struct lora_view view = view_of(adapters, site, slot, T);
+    view.mode = mode;
     float *h = device_memory((size_t)(T * site->n_slices * view.max_rank) * sizeof *h);
     void *x_device = upload_as(dtype, x, (size_t)(T * site->K));
     void *y = upload_as(dtype, y0, (size_t)(T * site->N));
@@ -161,7 +163,14 @@ static void run(float *y_out, const struct adapters *adapters, const struct lora
     download_f32(y_out, y, dtype, (size_t)(T * site->N));
 }
 
-static void check_random(const struct lora_site *site, int T, int n_kinds, enum dtype dtype)
+static void run(float *y_out, const struct adapters *adapters, const struct lora_site *site,
+                const int32_t *slot, const float *x, const float *y0, int T, enum dtype dtype)
+{
+    run_mode(y_out, MLORA_LORA_AUTO, adapters, site, slot, x, y0, T, dtype);
+}
+
+static void check_random(const struct lora_site *site, int T, int n_kinds, enum dtype dtype,
+                         mlora_lora_mode mode)
 {
     struct numbers numbers = {(uint64_t)T};
     struct adapters adapters;
@@ -172,8 +181,10 @@ static void check_random(const struct lora_site *site, int T, int n_kinds, enum 
     float *y0 = next_floats(&numbers, (size_t)(T * site->N), dtype);
     float *got = zeros((size_t)(T * site->N), sizeof *got);
 
-    run(got, &adapters, site, slot, x, y0, T, dtype);
+    run_mode(got, mode, &adapters, site, slot, x, y0, T, dtype);
     for (int t = 0; t < T; t++) {
+        if (slot[t] < 0)
+            cr_expect_arr_eq(got + t * site->N, y0 + t * site->N, (size_t)site->N * sizeof *got);
         for (int i = 0; i < site->n_slices; i++) {
             static const struct lora_factors none;
             const struct lora_factors *factors =
@@ -207,19 +218,35 @@ static void check_random(const struct lora_site *site, int T, int n_kinds, enum 
     adapters_free(&adapters);
 }
 
-Test(lora, is_right_for_mixed_adapters_ranks_and_types)
+Test(lora, is_right_for_mixed_adapters_ranks_and_types_in_every_mode)
 {
     const struct lora_site qkv = {LORA_Q, 3, 70, 85, {0, 50, 67}, {50, 17, 18}, NULL};
     const struct lora_site down = {LORA_DOWN, 1, 200, 49, {0}, {49}, NULL};
     const struct lora_site gate_up = {LORA_GATE, 2, 33, 2000, {0, 1000}, {1000, 1000}, NULL};
+    const struct lora_site even = {LORA_Q, 3, 96, 80, {0, 48, 64}, {48, 16, 16}, NULL};
+    const struct lora_site long_k = {LORA_DOWN, 1, 1056, 129, {0}, {129}, NULL};
+    const int n_modes = device_is_cpu() ? 1 : MLORA_LORA_FUSED + 1;
 
-    for (int bf16 = 0; bf16 < 2; bf16++) {
-        const enum dtype dtype = bf16 ? DTYPE_BF16 : DTYPE_F32;
-        check_random(&qkv, 40, S_MAX + 1, dtype);
-        check_random(&qkv, 3, S_MAX + 1, dtype);
-        check_random(&down, 150, 3, dtype); /* long segments */
-        check_random(&gate_up, 17, S_MAX + 1, dtype);
+    for (int mode = 0; mode < n_modes; mode++) {
+        for (int bf16 = 0; bf16 < 2; bf16++) {
+            const enum dtype dtype = bf16 ? DTYPE_BF16 : DTYPE_F32;
+            check_random(&qkv, 40, S_MAX + 1, dtype, (mlora_lora_mode)mode);
+            check_random(&qkv, 3, S_MAX + 1, dtype, (mlora_lora_mode)mode);
+            check_random(&down, 150, 3, dtype, (mlora_lora_mode)mode); /* long segments */
+            check_random(&gate_up, 17, S_MAX + 1, dtype, (mlora_lora_mode)mode);
+            check_random(&even, 50, S_MAX + 1, dtype, (mlora_lora_mode)mode);
+            check_random(&even, 1, 3, dtype, (mlora_lora_mode)mode);
+            check_random(&long_k, 60, 3, dtype, (mlora_lora_mode)mode);
+        }
     }
+}
+
+Test(lora, adds_nothing_where_no_token_has_an_adapter_in_any_mode)
+{
+    const struct lora_site site = {LORA_O, 1, 32, 40, {0}, {40}, NULL};
+
+    for (int mode = 0; mode <= MLORA_LORA_FUSED; mode++)
+        check_random(&site, 5, 1, DTYPE_F32, (mlora_lora_mode)mode);
 }
 
 Test(lora, gives_a_token_the_same_bits_alone_and_in_a_mixed_batch)

@@ -1,0 +1,73 @@
+/* The LoRA ops: each mode's way through the kernels of lora_shrink.cu, lora_expand.cu and
+ * lora_gbmm.cu. */
+#include "kernels/cuda/lora.cuh"
+
+/* Segments are worked on together, or, in mode `loop`, one after another. */
+template <typename F>
+static void for_parts(const struct lora_view *lora, const struct lora_args *args, F &&f)
+{
+    if (lora->mode != MLORA_LORA_LOOP) {
+        f(args);
+        return;
+    }
+    for (int s = 0; s < lora->n_segments; s++) {
+        const struct lora_args part = lora_part(args, s);
+        f(&part);
+    }
+}
+
+/* Whether tokens go in tiles of one adapter; else one by one. */
+static bool wants_tiles(const struct lora_view *lora)
+{
+    if (lora->mode == MLORA_LORA_BGMV) return false;
+    return lora->mode == MLORA_LORA_SGMV || lora->max_segment > 1;
+}
+
+static void check_sizes(const struct lora_view *lora, const struct lora_site *site)
+{
+    (void)lora, (void)site;
+    assert(lora->max_rank > 0 && lora->max_rank <= LORA_RANK_MAX && lora->n_tokens <= 65535);
+    assert(site->n_slices > 0 && site->n_slices <= LORA_SLICES_MAX);
+}
+
+void cuda_lora_shrink(struct device *dev, float *h, const void *x, const struct lora_view *lora,
+                      const struct lora_site *site, int layer, enum dtype dtype)
+{
+    struct cuda_device *cuda = cuda_begin(dev);
+    if (!cuda || lora->n_segments == 0 || lora->n_tokens == 0) return;
+    check_sizes(lora, site);
+
+    const struct lora_args args = lora_args(lora, site, layer);
+    if (lora->mode == MLORA_LORA_GBMM) {
+        lora_shrink_gathered(cuda, h, x, &args, dtype);
+        return;
+    }
+    const bool tiles = wants_tiles(lora) && lora_shrink_has_tiles(x, &args, dtype);
+    for_parts(lora, &args, [&](const struct lora_args *part) {
+        if (tiles)
+            lora_shrink_by_tile(cuda, h, (const bf16 *)x, part);
+        else
+            lora_shrink_by_row(cuda, h, x, part, dtype);
+    });
+}
+
+void cuda_lora_expand(struct device *dev, void *y, const float *h, const struct lora_view *lora,
+                      const struct lora_site *site, int layer, enum dtype dtype)
+{
+    struct cuda_device *cuda = cuda_begin(dev);
+    if (!cuda || lora->n_segments == 0 || lora->n_tokens == 0) return;
+    check_sizes(lora, site);
+
+    const struct lora_args args = lora_args(lora, site, layer);
+    if (lora->mode == MLORA_LORA_GBMM) {
+        lora_expand_gathered(cuda, y, h, &args, dtype);
+        return;
+    }
+    const bool tiles = wants_tiles(lora) && dtype == DTYPE_BF16;
+    for_parts(lora, &args, [&](const struct lora_args *part) {
+        if (tiles)
+            lora_expand_by_tile(cuda, (bf16 *)y, h, part);
+        else
+            lora_expand_by_row(cuda, y, h, part, dtype);
+    });
+}
