@@ -92,12 +92,12 @@ typedef enum mlora_dtype {
 /* How the adapters' products are made on a GPU. Every way gives the same results up to the order
  * of sums; a backend that has one way (the CPU) takes any. */
 typedef enum mlora_lora_mode {
-    MLORA_LORA_AUTO = 0,  /* whichever is fastest for the adapters and tokens of the step         */
-    MLORA_LORA_LOOP = 1,  /* one adapter after another                                            */
-    MLORA_LORA_GBMM = 2,  /* factors gathered for every token, then batched products (cuBLAS)     */
-    MLORA_LORA_BGMV = 3,  /* tokens one by one, factors read where they lie                       */
-    MLORA_LORA_SGMV = 4,  /* tokens sorted by adapter, on tensor cores (those of f32: as bgmv)    */
-    MLORA_LORA_FUSED = 5  /* the second product inside rope, activation and residual kernels      */
+    MLORA_LORA_AUTO = 0, /* whichever is fastest for the adapters and tokens of the step         */
+    MLORA_LORA_LOOP = 1, /* one adapter after another                                            */
+    MLORA_LORA_GBMM = 2, /* factors gathered for every token, then batched products (cuBLAS)     */
+    MLORA_LORA_BGMV = 3, /* tokens one by one, factors read where they lie                       */
+    MLORA_LORA_SGMV = 4, /* tokens sorted by adapter, on tensor cores (those of f32: as bgmv)    */
+    MLORA_LORA_FUSED = 5 /* the second product inside rope, activation and residual kernels      */
 } mlora_lora_mode;
 
 /* Called now and then while weights are read: `done` of `total` bytes. */

@@ -177,6 +177,13 @@ struct kernels {
      *   token_position[t] = token_kv_len[t] - 1, token_request[t] = b, token_adapter[t] = adapter[b]
      * Lengths and totals stay on the device: nothing waits. */
     void (*extend_metadata)(struct device *dev, const struct extend_view *extend);
+
+    /* ---- lora_expand and the op that reads its result, in one ------------------------------- */
+
+    /* lora_expand(gate_up), silu_mul; what gate_up holds after that is undefined. */
+    void (*lora_expand_silu_mul)(struct device *dev, void *y, void *gate_up, const float *h,
+                                 const struct lora_view *lora, const struct lora_site *site,
+                                 int layer, int T, enum dtype dtype);
 };
 
 struct device {

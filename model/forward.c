@@ -39,16 +39,13 @@ static struct sites sites_of(const struct model_config *config)
     };
 }
 
-/* y += s B(A x) for each row, of its own adapter. */
-static void add_lora(const struct model *model, const struct workspace *ws, void *y,
-                     enum dtype y_dtype, const void *x, const struct lora_view *lora,
-                     const struct lora_site *site, int layer)
+/* h = A x for each row, of its own adapter. It goes before the base product of the same x: there
+ * it overlaps with the end of the op that makes x. */
+static void shrink(const struct model *model, const struct workspace *ws, const void *x,
+                   const struct lora_view *lora, const struct lora_site *site, int layer)
 {
-    struct device *dev = model->dev;
-
     assert(lora->max_rank <= ws->max_rank);
-    dev->ops->lora_shrink(dev, ws->shrunk, x, lora, site, layer, model->dtype);
-    dev->ops->lora_expand(dev, y, ws->shrunk, lora, site, layer, y_dtype);
+    model->dev->ops->lora_shrink(model->dev, ws->shrunk, x, lora, site, layer, model->dtype);
 }
 
 /* y = W x + bias, and what each row's own adapter adds. */
@@ -56,12 +53,34 @@ static void project(const struct model *model, const struct workspace *ws, void 
                     const struct matrix *w, const float *bias, int T, const struct lora_view *lora,
                     const struct lora_site *site, int layer)
 {
+    const struct kernels *op = model->dev->ops;
     struct lora_site here = *site;
 
-    model->dev->ops->matmul(model->dev, y, model->dtype, x, w, bias, T, model->dtype);
-    if (lora->n_segments == 0) return;
     here.bias = bias;
-    add_lora(model, ws, y, model->dtype, x, lora, &here, layer);
+    if (lora->n_segments > 0) shrink(model, ws, x, lora, &here, layer);
+    op->matmul(model->dev, y, model->dtype, x, w, bias, T, model->dtype);
+    if (lora->n_segments > 0)
+        op->lora_expand(model->dev, y, ws->shrunk, lora, &here, layer, model->dtype);
+}
+
+/* ws->mlp = silu(gate) up of ws->norm. */
+static void project_gate(const struct model *model, const struct workspace *ws,
+                         const struct layer_weights *w, int T, const struct lora_view *lora,
+                         const struct lora_site *site, int layer)
+{
+    const struct kernels *op = model->dev->ops;
+    struct device *dev = model->dev;
+    struct lora_site here = *site;
+
+    here.bias = w->gate_up_bias;
+    if (lora->n_segments > 0) shrink(model, ws, ws->norm, lora, &here, layer);
+    op->matmul(dev, ws->gate_up, model->dtype, ws->norm, &w->gate_up, w->gate_up_bias, T,
+               model->dtype);
+    if (lora->n_segments > 0)
+        op->lora_expand_silu_mul(dev, ws->mlp, ws->gate_up, ws->shrunk, lora, &here, layer, T,
+                                 model->dtype);
+    else
+        op->silu_mul(dev, ws->mlp, ws->gate_up, T, model->config->mlp_size, model->dtype);
 }
 
 /* ws->x = the embedding of each token, as its own adapter has it. */
@@ -172,9 +191,7 @@ void forward(const struct model *model, const struct workspace *ws, const struct
         project(model, ws, ws->delta, ws->heads, &w->o, w->o_bias, T, lora, &sites.o, l);
 
         add_norm(model, ws, ws->delta, w->mlp_norm, T, lora, l, NORM_MLP);
-        project(model, ws, ws->gate_up, ws->norm, &w->gate_up, w->gate_up_bias, T, lora,
-                &sites.gate_up, l);
-        op->silu_mul(dev, ws->mlp, ws->gate_up, T, config->mlp_size, dtype);
+        project_gate(model, ws, w, T, lora, &sites.gate_up, l);
         project(model, ws, ws->delta, ws->mlp, &w->down, w->down_bias, T, lora, &sites.down, l);
         delta = ws->delta;
     }
@@ -196,7 +213,8 @@ void forward_head(const struct model *model, const struct workspace *ws, float *
                      model->dtype);
     if (!lora->changes_head || lora->n_segments == 0) return;
     dev->ops->lora_head(dev, logits, ws->delta, lora, V, D, model->dtype);
-    add_lora(model, ws, logits, DTYPE_F32, ws->delta, lora, &site, lora->L - 1);
+    shrink(model, ws, ws->delta, lora, &site, lora->L - 1);
+    dev->ops->lora_expand(dev, logits, ws->shrunk, lora, &site, lora->L - 1, DTYPE_F32);
 }
 
 /* ---- memory --------------------------------------------------------------------------------- */

@@ -204,6 +204,7 @@ static const struct kernels cpu_kernels = {
     .lora_head_norm = cpu_lora_head_norm,
     .lora_row_norms = cpu_lora_row_norms,
     .extend_metadata = cpu_extend_metadata,
+    .lora_expand_silu_mul = cpu_lora_expand_silu_mul,
 };
 
 mlora_status cpu_device_open(struct device **out, int n_threads)

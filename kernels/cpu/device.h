@@ -135,6 +135,9 @@ void cpu_lora_expand(struct device *dev, void *y, const float *h, const struct l
                      const struct lora_site *site, int layer, enum dtype dtype);
 void cpu_lora_head(struct device *dev, float *logits, const void *x, const struct lora_view *lora,
                    int V, int D, enum dtype dtype);
+void cpu_lora_expand_silu_mul(struct device *dev, void *y, void *gate_up, const float *h,
+                              const struct lora_view *lora, const struct lora_site *site, int layer,
+                              int T, enum dtype dtype);
 
 /* dora.c */
 void cpu_lora_row_norms(struct device *dev, float *norm, const struct matrix *w, const float *a,

@@ -248,3 +248,11 @@ void cpu_lora_head(struct device *dev, float *logits, const void *x, const struc
         lora_run(dev, &op, V, shrink_units, "lora_head");
     }
 }
+
+void cpu_lora_expand_silu_mul(struct device *dev, void *y, void *gate_up, const float *h,
+                              const struct lora_view *lora, const struct lora_site *site, int layer,
+                              int T, enum dtype dtype)
+{
+    cpu_lora_expand(dev, gate_up, h, lora, site, layer, dtype);
+    cpu_silu_mul(dev, y, gate_up, T, site->width[0], dtype);
+}

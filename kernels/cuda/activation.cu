@@ -5,7 +5,7 @@
 
 enum { SILU_BLOCK = 256 };
 
-/* y[t, f] = round(silu(gate_up[t, f])) * gate_up[t, F + f], eight elements a thread
+/* y[t, f] = silu(gate_up[t, f]) * gate_up[t, F + f], eight elements a thread
  *
  *   y [T, F] X    gate_up [T, 2 F] X
  *   grid T F / (GROUP SILU_BLOCK)    block SILU_BLOCK */
@@ -23,7 +23,7 @@ static __global__ void silu_mul_kernel(X *y, const X *gate_up, int T, int F, boo
     load_some(gate, gate_up + t * 2 * F + f, F - f, aligned);
     load_some(up, gate_up + t * 2 * F + F + f, F - f, aligned);
 #pragma unroll
-    for (int i = 0; i < GROUP; i++) gate[i] = gate[i] / (1.0f + expf(-gate[i])) * up[i];
+    for (int i = 0; i < GROUP; i++) gate[i] = silu<X>(gate[i]) * up[i];
     store_some(y + t * F + f, gate, F - f, aligned);
 }
 

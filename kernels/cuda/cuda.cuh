@@ -201,6 +201,9 @@ void cuda_lora_head_norm(struct device *dev, void *qkv, const float *q_weight,
                          const struct heads *heads, int T, float eps, enum dtype dtype);
 void cuda_lora_row_norms(struct device *dev, float *norm, const struct matrix *w, const float *a,
                          const float *b, int R, float scale);
+void cuda_lora_expand_silu_mul(struct device *dev, void *y, void *gate_up, const float *h,
+                               const struct lora_view *lora, const struct lora_site *site,
+                               int layer, int T, enum dtype dtype);
 void cuda_sample(struct device *dev, int32_t *ids, const float *logits,
                  const struct sample_view *view, int V);
 void cuda_logprobs(struct device *dev, float *logprob, int32_t *top_ids, float *top_logprobs,
@@ -251,6 +254,19 @@ static inline __device__ float fast_exp2(float x)
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
+}
+
+/* x / (1 + e^-x). For bf16 in few instructions: to three units of f32. */
+template <typename T> static inline __device__ float silu(float x);
+template <> inline __device__ float silu<float>(float x)
+{
+    return x / (1.0f + expf(-x));
+}
+template <> inline __device__ float silu<bf16>(float x)
+{
+    float reciprocal;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(1.0f + fast_exp2(-1.442695041f * x)));
+    return x * reciprocal;
 }
 
 /* Two bf16 in a register, `low` first in memory. */
@@ -471,6 +487,21 @@ static inline __device__ void cluster_sync()
                      : "memory");
 #else
     __syncthreads();
+#endif
+}
+
+/* Its two halves: a block may write to another's memory once it knows that it has begun. */
+static inline __device__ void cluster_arrive()
+{
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+#endif
+}
+
+static inline __device__ void cluster_wait()
+{
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 #endif
 }
 

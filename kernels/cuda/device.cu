@@ -196,6 +196,7 @@ static const struct kernels cuda_kernels = {
     cuda_lora_head_norm,
     cuda_lora_row_norms,
     cuda_extend_metadata,
+    cuda_lora_expand_silu_mul,
 };
 
 /* The parts that need the device to be current. */

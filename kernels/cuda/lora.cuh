@@ -59,11 +59,15 @@ struct lora_tile {
     int slot, first, n;
 };
 
-/* Tiles of up to `size` tokens of all segments are never more than this. */
+/* Tiles of up to `size` tokens of all segments are never more than this; where each segment is
+ * one, exactly this. */
 static inline int lora_tiles(const struct lora_args *args, int size)
 {
-    return args->n_tokens / size + args->n_segments;
+    return args->max_segment <= size ? args->n_segments : args->n_tokens / size + args->n_segments;
 }
+
+/* Whether expand is made inside the op that reads its result. */
+bool lora_is_fused(const struct lora_view *lora);
 
 /* The two halves, token by token for any types and sizes, and in tiles of an adapter's tokens on
  * tensor cores; the gathered products of `gbmm`. */

@@ -1,7 +1,7 @@
 /* The second half of LoRA: the rank to y, added with one rounding. Bound by reading B once for
  * each adapter in use and by y, read and written (from L2 at decode); at few adapters by latency,
  * so B is on its way before h and y are waited for. */
-#include "kernels/cuda/lora.cuh"
+#include "kernels/cuda/lora_tile.cuh"
 
 /* ---- kernels ------------------------------------------------------------------------------ */
 
@@ -159,48 +159,6 @@ enum {
     TILE_N = TILE_WARPS * WARP_N,
 };
 
-/* Of eight rows of B from n on, this lane's four elements from r on (bf16, R a multiple of 4):
- * operands of four products of 16 x 16. Zeros past R, the last row again past N. */
-static __device__ void load_b(uint32_t (&a)[4][4], const bf16 *b, int n, int N, int R, int r)
-{
-#pragma unroll
-    for (int j = 0; j < 8; j++) {
-        const uint2 bits =
-            r < R ? *(const uint2 *)(b + (size_t)min_int(n + j, N - 1) * R + r) : make_uint2(0, 0);
-        a[j / 2][j % 2] = bits.x;
-        a[j / 2][j % 2 + 2] = bits.y;
-    }
-}
-
-/* Of a row of h, four elements from r on. Zeros past R. */
-static __device__ float4 load_h(const float *h, int r, int R, bool whole)
-{
-    if (whole && r < R) return *(const float4 *)(h + r);
-    return make_float4(r < R ? h[r] : 0.0f, r + 1 < R ? h[r + 1] : 0.0f,
-                       r + 2 < R ? h[r + 2] : 0.0f, r + 3 < R ? h[r + 3] : 0.0f);
-}
-
-/* As two parts of bf16: 16 bits. */
-static __device__ void split_h(uint32_t (&b)[2][2], const float4 &h)
-{
-    uint32_t part[2];
-    split_pair<2>(part, h.x, h.y);
-    b[0][0] = part[0], b[1][0] = part[1];
-    split_pair<2>(part, h.z, h.w);
-    b[0][1] = part[0], b[1][1] = part[1];
-}
-
-/* sum[i] += rows a[i] of B times h */
-static __device__ void multiply(float (&sum)[4][4], const uint32_t (&a)[4][4],
-                                const uint32_t (&x)[2][2])
-{
-#pragma unroll
-    for (int m = 0; m < 4; m++) {
-        mma_bf16(sum[m], a[m], x[0][0], x[0][1]);
-        mma_bf16(sum[m], a[m], x[1][0], x[1][1]);
-    }
-}
-
 /* What a warp of the tile kernel works on. */
 struct expand_tile {
     bf16 *y;              /* this lane's first output of token 0 of the step */
@@ -213,26 +171,6 @@ struct expand_tile {
     int n_tokens, n, N;             /* this lane's eight outputs, of N in the slice */
     bool whole_y, whole_h, whole_b; /* aligned */
 };
-
-/* Of rows n + first and the next of B, four elements from r on, of any type and rank, as two
- * parts of bf16. */
-static __device__ void load_b_any(uint32_t (&a)[2][4], const struct expand_tile &tile, int first,
-                                  int r)
-{
-#pragma unroll
-    for (int j = 0; j < 2; j++) {
-        const size_t at = (size_t)min_int(tile.n + first + j, tile.N - 1) * tile.R + r;
-        float w[4];
-        load_factor(w, tile.b, tile.dtype, at, tile.R - r, tile.whole_b && r < tile.R);
-#pragma unroll
-        for (int pair = 0; pair < 2; pair++) {
-            uint32_t part[2];
-            split_pair<2>(part, w[2 * pair], w[2 * pair + 1]);
-            a[0][j + 2 * pair] = part[0];
-            a[1][j + 2 * pair] = part[1];
-        }
-    }
-}
 
 /* y of this lane's eight outputs and token i + 2 (lane % 4) + c, or the last. */
 static __device__ bf16 *y_of(const struct expand_tile &tile, int i, int c)
@@ -340,7 +278,7 @@ static __device__ void expand_any(const struct expand_tile &tile)
 #pragma unroll
             for (int m = 0; m < 4; m++) {
                 uint32_t b[2][4];
-                load_b_any(b, tile, 2 * m, r);
+                load_b_any(b, tile.b, tile.dtype, tile.n + 2 * m, tile.N, tile.R, r, tile.whole_b);
                 mma_bf16(sum[m], b[0], x[0][0], x[0][1]);
                 mma_bf16(sum[m], b[0], x[1][0], x[1][1]);
                 mma_bf16(sum[m], b[1], x[0][0], x[0][1]);

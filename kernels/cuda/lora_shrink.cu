@@ -92,7 +92,8 @@ static __global__ void __launch_bounds__(ROW_BLOCK, 3)
     h[lora_h_row(args, t, slice) + first + r] = total;
 }
 
-enum { TILE_BLOCK = 256, TILE_WARPS = TILE_BLOCK / WARP, STEP_K = 32, CLUSTER_MAX = 8 };
+enum { TILE_BLOCK = 256, TILE_WARPS = TILE_BLOCK / WARP, STEP_K = 32 };
+enum { CLUSTER_MAX = 16, PARTS_MAX = 8 }; /* blocks that share a sum */
 
 /* The 16 rows of A of one slice that are the rows of a small product. */
 struct row_tile {
@@ -215,7 +216,8 @@ static __global__ void __launch_bounds__(TILE_BLOCK, 2)
                             const __grid_constant__ struct lora_args args)
 {
     enum { SUMS = NT * 128 }; /* of a row tile */
-    __shared__ float of_warp[TILE_WARPS][SUMS], of_block[MT * SUMS];
+    /* With clusters, of_block holds the parts of all blocks of the sums that this one finishes. */
+    __shared__ float of_warp[TILE_WARPS][SUMS], of_block[MT * SUMS + CLUSTER_MAX];
     grid_release();
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     const int splits = gridDim.z, tiles_a_slice = ceil_div(args.max_rank, 16);
@@ -243,6 +245,8 @@ static __global__ void __launch_bounds__(TILE_BLOCK, 2)
         grid_wait();
         return;
     }
+    const bool is_cluster = splits > 1 && has_clusters;
+    if (is_cluster) cluster_arrive(); /* waited for before the others' memory is written */
 
     const bf16 *rows[NT]; /* of x: token 8 n + lane / 4, the last one where there is none */
 #pragma unroll
@@ -260,6 +264,9 @@ static __global__ void __launch_bounds__(TILE_BLOCK, 2)
         shrink_steps_any<MT, NT>(sum, tiles, rows, args.K, begin + warp, end);
     }
 
+    /* A block finishes `own` of the sums: the blocks write their parts of those into its memory. */
+    const int own = is_cluster ? ceil_div(MT * SUMS, splits) : MT * SUMS;
+    if (is_cluster) cluster_wait();
 #pragma unroll
     for (int m = 0; m < MT; m++) {
 #pragma unroll
@@ -271,29 +278,32 @@ static __global__ void __launch_bounds__(TILE_BLOCK, 2)
             float total = 0.0f;
 #pragma unroll
             for (int w = 0; w < TILE_WARPS; w++) total += of_warp[w][i];
-            of_block[m * SUMS + i] = total;
+            const int j = m * SUMS + i;
+            if (is_cluster)
+                *cluster_block(&of_block[blockIdx.z * own + j % own], j / own) = total;
+            else
+                of_block[j] = total;
         }
         __syncthreads();
     }
 
     const size_t item = (size_t)blockIdx.y * gridDim.x + blockIdx.x;
-    int first = threadIdx.x, step = TILE_BLOCK; /* of the sums that this thread finishes */
-    if (splits > 1 && has_clusters) {
+    if (is_cluster) {
         cluster_sync();
-        first += blockIdx.z * TILE_BLOCK;
-        step *= splits;
     } else if (splits > 1) {
         for (int i = threadIdx.x; i < MT * SUMS; i += TILE_BLOCK)
             parts[(item * splits + blockIdx.z) * (MT * SUMS) + i] = of_block[i];
         if (!arrives_last(&counters[item], splits)) return;
     }
-    for (int i = first; i < MT * SUMS; i += step) {
-        float total = of_block[i];
+    const int before = is_cluster ? blockIdx.z * own : 0;
+    for (int j = threadIdx.x; j < own && before + j < MT * SUMS; j += TILE_BLOCK) {
+        const int i = before + j;
+        float total = of_block[j];
         if (splits > 1) {
             total = 0.0f;
             for (int s = 0; s < splits; s++)
-                total += has_clusters ? *cluster_block(&of_block[i], s)
-                                      : __ldcg(&parts[(item * splits + s) * (MT * SUMS) + i]);
+                total += is_cluster ? of_block[s * own + j]
+                                    : __ldcg(&parts[(item * splits + s) * (MT * SUMS) + i]);
         }
         const int m = i / SUMS, e = i / WARP % 4, from = i % WARP;
         const int r = from / 4 + e / 2 * 8, n = i % SUMS / 128 * 8 + from % 4 * 2 + e % 2;
@@ -304,7 +314,6 @@ static __global__ void __launch_bounds__(TILE_BLOCK, 2)
         if (!tile.a || n >= tokens.n || tile.first + r >= tile.R) continue;
         h[lora_h_row(args, args.order[tokens.first + n], tile.slice) + tile.first + r] = total;
     }
-    if (splits > 1 && has_clusters) cluster_sync(); /* the others may still read this block */
 }
 
 /* ---- launchers ---------------------------------------------------------------------------- */
@@ -340,17 +349,24 @@ static void launch_tiles(struct cuda_device *cuda, float *h, const bf16 *x,
     const int row_tiles = args->n_slices * ceil_div(args->max_rank, 16);
     const int groups = ceil_div(row_tiles, MT), steps = args->K / STEP_K;
     /* A block for each multiprocessor, which leaves room for the next kernel's to begin, of two
-     * steps for each warp or more. */
+     * steps for each warp or more. Clusters of a power of two find room most easily. */
     int splits = min_int(cuda->n_sms / (tiles * groups), steps / (2 * TILE_WARPS));
-    splits = min_int(CLUSTER_MAX, max_int(1, splits));
+    splits = min_int(cuda->is_hopper ? CLUSTER_MAX : PARTS_MAX, max_int(1, splits));
     if (!cuda->is_hopper && (long long)tiles * groups > COUNTERS) splits = 1;
-    splits = ceil_div(steps, ceil_div(steps, splits)); /* none is empty */
+    while (splits & (splits - 1)) splits &= splits - 1;
+    while (splits > 1 && ceil_div(steps, splits) * (splits - 1) >= steps)
+        splits /= 2; /* no empty */
     float *parts = NULL;
     if (splits > 1 && !cuda->is_hopper) {
         const size_t n = (size_t)tiles * groups * splits * MT * NT * 128;
         parts = (float *)cuda_scratch(cuda, n * sizeof *parts, "lora_shrink");
         if (!parts) return;
     }
+    if (cuda->is_hopper && splits > 8) /* more than every Hopper promises: these have it */
+        cuda_check(cuda,
+                   cudaFuncSetAttribute(lora_shrink_tile_kernel<MT, NT, AHEAD>,
+                                        cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
+                   "lora_shrink");
     cuda_launch(cuda, "lora_shrink", lora_shrink_tile_kernel<MT, NT, AHEAD>,
                 dim3(tiles, groups, splits), TILE_BLOCK, 0, cuda->is_hopper ? splits : 1, h, x,
                 parts, cuda->counters, cuda->is_hopper, *args);
@@ -362,7 +378,7 @@ void lora_shrink_by_tile(struct cuda_device *cuda, float *h, const bf16 *x,
                          const struct lora_args *args)
 {
     const int row_tiles = args->n_slices * ceil_div(args->max_rank, 16);
-    const int at_once = cuda->n_sms / CLUSTER_MAX / row_tiles;
+    const int at_once = cuda->n_sms / PARTS_MAX / row_tiles;
     if (args->max_segment <= 8 || lora_tiles(args, 8) <= at_once)
         launch_tiles<1, 1, 4>(cuda, h, x, args);
     else if (args->max_segment <= 16 || lora_tiles(args, 16) <= at_once)

@@ -50,6 +50,10 @@ Test(open, refuses_options_out_of_range)
     options.max_queue = -1;
     expect_error(mlora_open(&engine, &options), MLORA_EINVAL, "max_queue is -1");
     options = options_for(LLAMA2);
+    options.lora_mode = (mlora_lora_mode)6;
+    expect_error(mlora_open(&engine, &options), MLORA_EINVAL,
+                 "lora_mode is 6, must be from 0 to 5");
+    options = options_for(LLAMA2);
     options.max_batch_tokens = 31; /* max_num_seqs is 32 */
     expect_error(mlora_open(&engine, &options), MLORA_EINVAL, "max_batch_tokens is 31");
 }

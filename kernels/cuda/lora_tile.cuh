@@ -1,0 +1,74 @@
+/* Products of rows of B with h on tensor cores, as expand and what is fused with it make them: a
+ * warp does 64 outputs of eight tokens, eight neighbouring outputs to a lane, so that it reads and
+ * writes 16 bytes of y. Rows of the small products are outputs; h goes in as two parts of bf16. */
+#ifndef MLORA_KERNELS_CUDA_LORA_TILE_CUH
+#define MLORA_KERNELS_CUDA_LORA_TILE_CUH
+
+#include "kernels/cuda/lora.cuh"
+
+#ifdef __CUDACC__
+
+/* Of eight rows of B from n on, this lane's four elements from r on (bf16, R a multiple of 4):
+ * operands of four products of 16 x 16. Zeros past R, the last row again past N. */
+static inline __device__ void load_b(uint32_t (&a)[4][4], const bf16 *b, int n, int N, int R, int r)
+{
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+        const uint2 bits =
+            r < R ? *(const uint2 *)(b + (size_t)min_int(n + j, N - 1) * R + r) : make_uint2(0, 0);
+        a[j / 2][j % 2] = bits.x;
+        a[j / 2][j % 2 + 2] = bits.y;
+    }
+}
+
+/* Of a row of h, four elements from r on. Zeros past R. */
+static inline __device__ float4 load_h(const float *h, int r, int R, bool whole)
+{
+    if (whole && r < R) return *(const float4 *)(h + r);
+    return make_float4(r < R ? h[r] : 0.0f, r + 1 < R ? h[r + 1] : 0.0f,
+                       r + 2 < R ? h[r + 2] : 0.0f, r + 3 < R ? h[r + 3] : 0.0f);
+}
+
+/* As two parts of bf16: 16 bits. */
+static inline __device__ void split_h(uint32_t (&b)[2][2], const float4 &h)
+{
+    uint32_t part[2];
+    split_pair<2>(part, h.x, h.y);
+    b[0][0] = part[0], b[1][0] = part[1];
+    split_pair<2>(part, h.z, h.w);
+    b[0][1] = part[0], b[1][1] = part[1];
+}
+
+/* sum[i] += rows a[i] of B times h */
+static inline __device__ void multiply(float (&sum)[4][4], const uint32_t (&a)[4][4],
+                                       const uint32_t (&x)[2][2])
+{
+#pragma unroll
+    for (int m = 0; m < 4; m++) {
+        mma_bf16(sum[m], a[m], x[0][0], x[0][1]);
+        mma_bf16(sum[m], a[m], x[1][0], x[1][1]);
+    }
+}
+
+/* Of rows n and the next of B, four elements from r on, of any type and rank, as two parts of
+ * bf16. */
+static inline __device__ void load_b_any(uint32_t (&a)[2][4], const void *b, int dtype, int n,
+                                         int N, int R, int r, bool whole)
+{
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+        const size_t at = (size_t)min_int(n + j, N - 1) * R + r;
+        float w[4];
+        load_factor(w, b, dtype, at, R - r, whole && r < R);
+#pragma unroll
+        for (int pair = 0; pair < 2; pair++) {
+            uint32_t part[2];
+            split_pair<2>(part, w[2 * pair], w[2 * pair + 1]);
+            a[0][j + 2 * pair] = part[0];
+            a[1][j + 2 * pair] = part[1];
+        }
+    }
+}
+
+#endif
+#endif
