@@ -29,8 +29,8 @@ Q := $(if $(V),,@)
 
 # ---- sources --------------------------------------------------------------------------------
 
-LIB_C   := $(wildcard engine/*.c engine/base/*.c kernels/cpu/*.c model/*.c tokenizer/*.c lora/*.c)
-TOOLS_C := $(wildcard tools/*.c)
+LIB_C   := $(wildcard engine/*.c engine/base/*.c kernels/*.c kernels/cpu/*.c model/*.c tokenizer/*.c lora/*.c)
+TOOLS_C := $(wildcard tools/*.c tools/bench/*.c)
 SUITES  := $(patsubst tests/%/,%,$(sort $(dir $(wildcard tests/*/test_*.c))))
 SUITES  := $(filter-out api,$(SUITES))
 EXAMPLES := $(patsubst tools/examples/%.c,%,$(wildcard tools/examples/*.c))
@@ -191,7 +191,7 @@ check: setup
 	./tools/check-includes
 	cppcheck --quiet --std=c11 --error-exitcode=1 --inline-suppr -I. -D__linux__ \
 	    --enable=warning,performance,portability --suppress=missingIncludeSystem \
-	    engine kernels/cpu model tokenizer lora tools
+	    engine kernels/*.c kernels/cpu model tokenizer lora tools
 
 install: all
 	install -D -m 755 $(BUILD)/mlora $(DESTDIR)$(PREFIX)/bin/mlora

@@ -1,6 +1,7 @@
 /* The public functions: check arguments, then call the engine. */
 #include "engine/mlora.h"
 
+#include <jansson.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -8,6 +9,7 @@
 #include "engine/engine.h"
 #include "engine/inspect.h"
 #include "engine/merge.h"
+#include "kernels/profile.h"
 #include "lora/random.h"
 #include "tokenizer/chat.h"
 #include "tokenizer/unicode.h"
@@ -106,6 +108,36 @@ void mlora_engine_stats(const mlora_engine *engine, mlora_stats *out)
     out->n_cached_tokens = engine->scheduler.n_found;
     out->n_missed_tokens = engine->scheduler.n_missed;
     out->n_free_kv_blocks = engine->kvcache.n_free;
+}
+
+mlora_status mlora_engine_profile(mlora_engine *engine, char **json)
+{
+    int n_lines;
+
+    if (!json) return null_argument("mlora_engine_profile", "json");
+    *json = NULL;
+    if (!engine) return null_argument("mlora_engine_profile", "engine");
+    if (!engine->dev->profile)
+        return error_set(MLORA_EINVAL,
+                         "there is no profile: open the engine with option profile 1");
+
+    const struct profile_line *lines = profile_lines(engine->dev, &n_lines);
+    json_t *all = json_array();
+    bool ok = all != NULL;
+    for (int i = 0; i < n_lines && ok; i++) {
+        const struct profile_line *line = &lines[i];
+        json_t *launches = line->n_launches < 0 ? json_null() : json_integer(line->n_launches);
+        json_t *item =
+            json_pack("{s:s, s:s, s:I, s:o, s:f, s:f, s:f}", "op", line->op, "shape", line->shape,
+                      "calls", (json_int_t)line->n_calls, "launches", launches, "seconds",
+                      line->seconds, "bytes", line->bytes, "flops", line->flops);
+        ok = json_array_append_new(all, item) == 0;
+    }
+    *json = ok ? json_dumps(all, JSON_COMPACT) : NULL;
+    json_decref(all);
+    if (!*json) return error_set(MLORA_ENOMEM, "out of memory: a profile");
+    profile_start(engine->dev);
+    return MLORA_OK;
 }
 
 mlora_status mlora_step(mlora_engine *engine, int *n_active)

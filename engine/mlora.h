@@ -130,6 +130,7 @@ typedef struct mlora_options {
     const char
         *cache_dir; /* folder for what was measured on this GPU, for the next process;       */
                     /* made if need be; NULL: nothing is kept                               */
+    int profile; /* 1: mlora_engine_profile() can be called                                       */
     mlora_progress_fn on_progress;
     void *user; /* given to on_progress */
 } mlora_options;
@@ -336,6 +337,16 @@ typedef struct mlora_stats {
 
 /* Thread: the engine's. */
 MLORA_API void mlora_engine_stats(const mlora_engine *engine, mlora_stats *out);
+
+/* What the ops of a step cost, with mlora_options.profile: the first call starts the clock, which
+ * makes steps slower; each call gives what was spent since the one before.
+ *
+ * json   receives text, freed with mlora_free(): an array with an object for each op and shape:
+ *        op, shape, calls, launches (of kernels; null: not known), seconds, bytes (that have to be
+ *        read and written), flops
+ *
+ * Returns OK, EINVAL (opened without `profile`) or ENOMEM. Thread: the engine's. */
+MLORA_API mlora_status mlora_engine_profile(mlora_engine *engine, char **json);
 
 /* ---- tokenizer ---------------------------------------------------------------------------- */
 

@@ -7,6 +7,7 @@
 
 #include "engine/base/error.h"
 #include "engine/outputs.h"
+#include "kernels/profile.h"
 #include "lora/merge.h"
 
 enum { DEFAULT_NUM_SEQS = 64, DEFAULT_BATCH_TOKENS = 512, DEFAULT_QUEUE = 16384 };
@@ -157,6 +158,8 @@ mlora_status engine_open(struct mlora_engine **out, const mlora_options *options
     if (status != MLORA_OK) goto failed;
 
     status = open_device(&engine->dev, options);
+    if (status != MLORA_OK) goto failed;
+    if (options->profile) status = profile_open(engine->dev);
     if (status != MLORA_OK) goto failed;
     status = options->random_weights
                  ? weights_random(&engine->weights, engine->dev, &engine->config)

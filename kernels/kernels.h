@@ -24,6 +24,14 @@
 
 struct device;
 
+enum { MARKS = 1 << 14 };
+
+/* The time between two marks. */
+struct lap {
+    double seconds;
+    int launches; /* kernels and copies that were started between them; -1: not known */
+};
+
 struct kernels {
     /* ---- memory --------------------------------------------------------------------------- */
 
@@ -39,6 +47,8 @@ struct kernels {
      * alloc_host: after sync. `to` holds the data when download returns. */
     void (*upload)(struct device *dev, void *to, const void *from, size_t bytes);
     void (*download)(struct device *dev, void *to, const void *from, size_t bytes);
+    /* Within the device; the two do not overlap. */
+    void (*copy)(struct device *dev, void *to, const void *from, size_t bytes);
     /* Wait for all ops. Returns OK or EDEVICE, the text naming the op that failed first. */
     mlora_status (*sync)(struct device *dev);
     /* Bytes that can still be allocated, and that the device has in all. */
@@ -141,6 +151,14 @@ struct kernels {
     bool (*replay)(struct device *dev, const void *key, size_t bytes);
     void (*record_end)(struct device *dev);
 
+    /* ---- the clock ------------------------------------------------------------------------ */
+
+    /* Note the time when all ops before this are done, as number `mark`, below MARKS. Among the
+     * ops of a recording it is noted anew at each replay. */
+    void (*mark)(struct device *dev, int mark);
+    /* From one mark to a later one, after sync(). */
+    struct lap (*elapsed)(struct device *dev, int from, int to);
+
     /* ---- the rest of PEFT ----------------------------------------------------------------- */
 
     /* y[t, :] = own embedding[ids[t], :] for tokens whose adapter replaces that row, and
@@ -190,6 +208,7 @@ struct device {
     const struct kernels *ops;
     const char *backend;  /* "cpu" or "cuda" */
     char description[96]; /* such as "avx512, 8 threads" */
+    struct profile *profile; /* NULL, or what times its ops: kernels/profile.h */
 };
 
 /* n_threads 0: one per core. Returns OK or ENOMEM. */

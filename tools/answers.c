@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "engine/base/error.h"
+#include "tools/io.h"
 #include "tools/text.h"
 
 /* ---- text --------------------------------------------------------------------------------- */

@@ -3,6 +3,7 @@
 #include <errno.h>
 #include <stdbool.h>
 #include <string.h>
+#include <time.h>
 
 #include "engine/base/error.h"
 #include "tools/options.h"
@@ -77,4 +78,12 @@ int finish_output(FILE *out)
     fprintf(stderr, "mlora: the output cannot be written: %s\n",
             errno ? strerror(errno) : "an earlier write failed");
     return 1;
+}
+
+double seconds(void)
+{
+    struct timespec now;
+
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }

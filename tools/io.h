@@ -21,4 +21,6 @@ mlora_status read_ids(int32_t **ids, int *n_ids, const char *text, const char *w
 /* Whether all that was printed has arrived; if not, says so and returns 1. */
 int finish_output(FILE *out);
 
+double seconds(void); /* a clock that only goes forward */
+
 #endif

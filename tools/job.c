@@ -4,10 +4,10 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "engine/base/error.h"
+#include "tools/io.h"
 #include "tools/text.h"
 
 /* ---- the list ----------------------------------------------------------------------------- */
@@ -69,14 +69,6 @@ static void on_interrupt(int number)
 bool jobs_interrupted(void)
 {
     return n_interrupts > 0;
-}
-
-double seconds(void)
-{
-    struct timespec now;
-
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
 
 static mlora_status keep_event(struct job *job, const mlora_event *event)

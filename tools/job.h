@@ -84,6 +84,4 @@ mlora_status job_prompt_text(struct buffer *out, const mlora_engine *engine, con
 const char *job_finish_name(mlora_finish finish);    /* "stop", "length", ... */
 const char *job_adapter_name(const struct job *job); /* "base" for the base model */
 
-double seconds(void); /* a clock that only goes forward */
-
 #endif

@@ -272,6 +272,19 @@ static mlora_status choose_model(mlora_options *options, char **folder, char **t
                                    "the weights and the tokenizer");
 }
 
+mlora_status setup_folder(char **out, const struct setup *setup)
+{
+    mlora_options options = {0};
+    char *folder = NULL, *tokenizer = NULL;
+
+    *out = NULL;
+    mlora_status status = choose_model(&options, &folder, &tokenizer, setup);
+    if (status == MLORA_OK) *out = folder ? folder : strdup(options.model);
+    if (status == MLORA_OK && !*out) status = error_set(MLORA_ENOMEM, "out of memory for a path");
+    free(tokenizer);
+    return status;
+}
+
 mlora_status setup_open(mlora_engine **out, const struct setup *setup)
 {
     mlora_options options;
@@ -293,6 +306,7 @@ mlora_status setup_open(mlora_engine **out, const struct setup *setup)
     options.max_queue = (int)setup->max_queue;
     options.no_prefix_cache = setup->no_prefix_cache;
     options.lenient = setup->lenient;
+    options.profile = setup->profile;
     char *cache = cache_folder();
     options.cache_dir = cache;
     const bool bar = isatty(STDERR_FILENO) && !setup->quiet;

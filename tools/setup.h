@@ -19,6 +19,7 @@ struct setup {
     bool quiet;
     int load_format;    /* enum load_format */
     const char *config; /* of dummy weights: NULL: that of `model` */
+    bool profile;       /* not a flag of its own: bench sets it */
 };
 
 /* An item of --adapters. */
@@ -28,6 +29,9 @@ struct adapter_source {
 };
 
 extern const struct option_spec setup_specs[]; /* the target is a struct setup */
+
+/* The folder with config.json that setup_open() would read, freed with free(). */
+mlora_status setup_folder(char **out, const struct setup *setup);
 
 /* Open the engine, with a progress bar if stderr is a terminal, and load the adapters. An adapter
  * of a folder that is refused is said on stderr and left out; one that was named is an error. */

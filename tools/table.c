@@ -1,12 +1,13 @@
 #include "tools/table.h"
 
+#include <math.h>
 #include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "tools/text.h"
 
-enum { MAX_COLUMNS = 12 };
+enum { MAX_COLUMNS = 16 };
 
 static bool ends_with(const char *text, const char *end)
 {
@@ -25,7 +26,9 @@ static mlora_status add_number(struct buffer *out, const char *key, const json_t
         return buffer_printf(out, "%s", human_count(text, json_integer_value(value)));
     if (json_is_integer(value))
         return buffer_printf(out, "%lld", (long long)json_integer_value(value));
-    return buffer_printf(out, "%.6g", json_real_value(value));
+    const double real = json_real_value(value), size = fabs(real);
+    if (size >= 0.1) return buffer_printf(out, "%.*f", size < 10 ? 2 : size < 1000 ? 1 : 0, real);
+    return buffer_printf(out, "%.2g", real);
 }
 
 mlora_status table_cell(struct buffer *out, const char *key, const json_t *value)

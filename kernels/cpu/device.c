@@ -57,6 +57,29 @@ static void cpu_download(struct device *dev, void *to, const void *from, size_t 
     if (bytes) memcpy(to, from, bytes);
 }
 
+struct copy {
+    char *to;
+    const char *from;
+    size_t bytes;
+};
+
+enum { COPY_PIECE = 1 << 20 };
+
+static void copy_pieces(void *context, int begin, int end, int thread)
+{
+    const struct copy *op = context;
+    const size_t first = (size_t)begin * COPY_PIECE, last = (size_t)end * COPY_PIECE;
+
+    (void)thread;
+    memcpy(op->to + first, op->from + first, (last < op->bytes ? last : op->bytes) - first);
+}
+
+static void cpu_copy(struct device *dev, void *to, const void *from, size_t bytes)
+{
+    struct copy op = {to, from, bytes};
+    cpu_parallel(dev, (int)((bytes + COPY_PIECE - 1) / COPY_PIECE), 1, copy_pieces, &op);
+}
+
 static mlora_status cpu_sync(struct device *dev)
 {
     const struct cpu_device *cpu = cpu_device(dev);
@@ -159,6 +182,7 @@ static void cpu_close(struct device *dev)
     struct cpu_device *cpu = cpu_device(dev);
     threads_close(cpu->threads);
     for (int use = 0; use < SCRATCH_USES; use++) free(cpu->scratch[use]);
+    free(cpu->marks);
     free(cpu);
 }
 
@@ -181,6 +205,7 @@ static const struct kernels cpu_kernels = {
     .free_host = cpu_free,
     .upload = cpu_upload,
     .download = cpu_download,
+    .copy = cpu_copy,
     .sync = cpu_sync,
     .memory = cpu_memory,
     .metadata = cpu_metadata,
@@ -198,6 +223,8 @@ static const struct kernels cpu_kernels = {
     .logprobs = cpu_logprobs,
     .replay = cpu_replay,
     .record_end = cpu_record_end,
+    .mark = cpu_mark,
+    .elapsed = cpu_elapsed,
     .lora_embed = cpu_lora_embed,
     .lora_head = cpu_lora_head,
     .lora_add_rms_norm = cpu_lora_add_rms_norm,

@@ -25,6 +25,7 @@ struct cpu_device {
     size_t scratch_bytes[SCRATCH_USES];
     const char *failed_op; /* the first that ran out of memory: all later ones do nothing */
     size_t failed_bytes;
+    double *marks; /* [MARKS] seconds; NULL before the first mark */
 };
 
 static inline struct cpu_device *cpu_device(struct device *device)
@@ -88,6 +89,10 @@ const float *const *cpu_rows_f32(struct device *dev, const void *x, const int32_
 void cpu_parallel(struct device *dev, int n_items, int grain, threads_fn fn, void *context);
 
 /* The ops, each defined in the file that the comment names; the formulas are in kernels.h. */
+
+/* clock.c */
+void cpu_mark(struct device *dev, int mark);
+struct lap cpu_elapsed(struct device *dev, int from, int to);
 
 /* metadata.c */
 void cpu_extend_metadata(struct device *dev, const struct extend_view *extend);

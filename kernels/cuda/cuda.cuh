@@ -31,6 +31,7 @@ enum {
 
 struct blas;
 struct recordings;
+struct clock_marks;
 
 /* Pinned host memory through which small transfers go: the copy engine reads it without a copy of
  * the driver's, and the call does not wait. Uploads fill one half, then the other; `left` is
@@ -51,6 +52,7 @@ struct cuda_device {
     cudaStream_t stream;
     struct blas *blas;
     struct recordings *recordings;
+    struct clock_marks *marks; /* NULL before the first mark */
     /* [COUNTERS] zero between ops: blocks count here who of them is the last to finish a common
      * sum; that one adds the parts up in their order and sets the counter back. */
     int *counters;
@@ -213,6 +215,9 @@ bool cuda_replay(struct device *dev, const void *key, size_t bytes);
 void cuda_record_end(struct device *dev);
 mlora_status recordings_open(struct recordings **out);
 void recordings_close(struct recordings *recordings); /* accepts NULL */
+void cuda_mark(struct device *dev, int mark);
+struct lap cuda_elapsed(struct device *dev, int from, int to);
+void clock_close(struct clock_marks *marks); /* accepts NULL */
 /* cublasLt, for cuda->blas, which is to be closed after a failure, too. */
 mlora_status blas_open(struct cuda_device *cuda, const char *cache_dir, const char *gpu);
 void blas_close(struct blas *blas); /* accepts NULL */

@@ -131,6 +131,14 @@ static void device_download(struct device *dev, void *to, const void *from, size
     if (landing != to) memcpy(to, landing, bytes);
 }
 
+static void device_copy(struct device *dev, void *to, const void *from, size_t bytes)
+{
+    struct cuda_device *cuda = cuda_begin(dev);
+    if (!cuda || bytes == 0) return;
+    cuda_check(cuda, cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, cuda->stream),
+               "copy");
+}
+
 static mlora_status device_sync(struct device *dev)
 {
     struct cuda_device *cuda = cuda_begin(dev);
@@ -159,6 +167,7 @@ static void device_close(struct device *dev)
     for (int half = 0; half < 2; half++)
         if (cuda->staging.left[half]) cudaEventDestroy(cuda->staging.left[half]);
     recordings_close(cuda->recordings);
+    clock_close(cuda->marks);
     blas_close(cuda->blas);
     if (cuda->stream) cudaStreamDestroy(cuda->stream);
     free(cuda);
@@ -173,6 +182,7 @@ static const struct kernels cuda_kernels = {
     device_free_host,
     device_upload,
     device_download,
+    device_copy,
     device_sync,
     device_memory,
     cuda_metadata,
@@ -190,6 +200,8 @@ static const struct kernels cuda_kernels = {
     cuda_logprobs,
     cuda_replay,
     cuda_record_end,
+    cuda_mark,
+    cuda_elapsed,
     cuda_lora_embed,
     cuda_lora_head,
     cuda_lora_add_rms_norm,
