@@ -403,6 +403,13 @@ static void timed_lora_head_norm(struct device *dev, void *qkv, const float *q_w
     end(dev, note, "lora_head_norm", "%d x %d heads", T, heads->H + heads->G);
 }
 
+static void timed_extend_metadata(struct device *dev, const struct extend_view *extend)
+{
+    struct note *note = begin(dev, 8.0 * extend->bs + 20.0 * extend->capacity, 0);
+    dev->profile->ops->extend_metadata(dev, extend);
+    end(dev, note, "extend_metadata", "%d requests", extend->bs);
+}
+
 /* ---- the profile ---------------------------------------------------------------------------- */
 
 mlora_status profile_open(struct device *dev)
@@ -437,6 +444,7 @@ mlora_status profile_open(struct device *dev)
     if (dev->ops->lora_head) timed->lora_head = timed_lora_head;
     if (dev->ops->lora_add_rms_norm) timed->lora_add_rms_norm = timed_lora_add_rms_norm;
     if (dev->ops->lora_head_norm) timed->lora_head_norm = timed_lora_head_norm;
+    timed->extend_metadata = timed_extend_metadata;
     dev->profile = profile;
     dev->ops = timed;
     return MLORA_OK;

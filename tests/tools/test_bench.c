@@ -1,43 +1,340 @@
-/* mlora bench: the table says what was run. Speeds are looked at, not asserted. */
+/* mlora bench: the tables say what was run, and their numbers agree with each other. Speeds are
+ * looked at, not asserted. */
 #include <criterion/criterion.h>
-#include <stdio.h>
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "tests/tools/run.h"
+
+#define SHAPE "tools/shapes/llama-test"
+
+/* Run a bench on the CPU with --json; its report, freed with json_decref(). */
+static json_t *bench(const char *name, const char *arguments)
+{
+    char path[64];
+
+    snprintf(path, sizeof path, "build/bench-%s-%d.json", name, (int)getpid());
+    struct outcome outcome =
+        run(NULL, "bench %s --backend cpu %s --json %s", name, arguments, path);
+    cr_assert_eq(outcome.status, 0, "%s", outcome.err);
+    outcome_free(&outcome);
+    json_t *report = golden(path);
+    unlink(path);
+    return report;
+}
+
+static const json_t *cases(const json_t *report, size_t n)
+{
+    const json_t *rows = json_object_get(report, "cases");
+    cr_assert_eq(json_array_size(rows), n, "%zu cases", json_array_size(rows));
+    return rows;
+}
+
+static double number(const json_t *row, const char *key)
+{
+    const json_t *value = json_object_get(row, key);
+    cr_assert(json_is_number(value), "%s is not a number", key);
+    return json_number_value(value);
+}
+
+static const char *text(const json_t *row, const char *key)
+{
+    const char *value = json_string_value(json_object_get(row, key));
+    cr_assert(value, "%s is not a string", key);
+    return value;
+}
+
+/* ---- reports -------------------------------------------------------------------------------- */
+
+Test(bench, a_report_says_where_and_how_it_was_made)
+{
+    json_t *report = bench("metadata", "--batch-size 3");
+    const json_t *machine = json_object_get(report, "machine");
+
+    cr_expect_str_eq(text(report, "bench"), "metadata");
+    cr_expect_str_eq(text(report, "backend"), "cpu");
+    cr_expect_eq(strncmp(text(report, "command"), "mlora bench metadata --backend cpu", 34), 0);
+    cr_expect(strlen(text(report, "version")) > 0);
+    cr_expect(strlen(text(report, "device")) > 0);
+    cr_expect(strlen(text(machine, "system")) > 0);
+    cr_expect_geq(number(machine, "cores"), 1);
+    cr_expect_gt(number(report, "bytes_per_second"), 1e8);
+    json_decref(report);
+}
+
+/* ---- generate ------------------------------------------------------------------------------- */
 
 Test(bench, runs_every_case_to_its_last_token)
 {
     size_t i;
-    const json_t *item;
-    const int batches[] = {1, 1, 3, 3}, adapters[] = {0, 2, 0, 2};
+    const json_t *row;
+    static const struct {
+        const char *mode;
+        int batch, adapters;
+    } want[] = {{"base", 1, 0}, {"auto", 1, 2}, {"loop", 1, 2},
+                {"base", 3, 0}, {"auto", 3, 2}, {"loop", 3, 2}};
 
-    struct outcome outcome =
-        run(NULL, "bench generate --backend cpu --load-format dummy --config llama-test "
-                  "--batch-size 1,3 --num-adapters 0,2 --rank 3 --prompt-tokens 5 "
-                  "--max-new-tokens 7 --repeat 2 --json build/bench.json");
-    cr_assert_eq(outcome.status, 0, "%s", outcome.err);
-    cr_expect(strstr(outcome.out, "tokens/s"), "%s", outcome.out);
-    outcome_free(&outcome);
-
-    json_t *result = golden("build/bench.json");
-    const json_t *cases = json_object_get(result, "cases");
-    cr_expect_str_eq(json_string_value(json_object_get(result, "backend")), "cpu");
-    cr_assert_eq(json_array_size(cases), 4);
-    json_array_foreach(cases, i, item)
+    json_t *report = bench("generate", "--model " SHAPE " --random-weights --modes auto,loop "
+                                       "--batch-size 1,3 --num-adapters 0,2 --rank 3 "
+                                       "--prompt-tokens 5 --max-new-tokens 7 --repeat 2");
+    json_array_foreach(cases(report, 6), i, row)
     {
-        const double speed = json_number_value(json_object_get(item, "tokens/s"));
-        cr_expect_eq(json_integer_value(json_object_get(item, "batch")), batches[i]);
-        cr_expect_eq(json_integer_value(json_object_get(item, "adapters")), adapters[i]);
-        cr_expect_eq(json_integer_value(json_object_get(item, "tokens")), 7 * batches[i]);
-        cr_expect_geq(speed, json_number_value(json_object_get(item, "min")));
-        cr_expect_leq(speed, json_number_value(json_object_get(item, "max")));
-        cr_expect_gt(json_number_value(json_object_get(item, "ms/step")), 0);
-        if (adapters[i] == 0)
-            cr_expect_eq(json_number_value(json_object_get(item, "% of base")), 100);
+        const double speed = number(row, "tokens/s");
+        cr_expect_str_eq(text(row, "mode"), want[i].mode);
+        cr_expect_eq(number(row, "batch"), want[i].batch);
+        cr_expect_eq(number(row, "adapters"), want[i].adapters);
+        cr_expect_eq(number(row, "rank"), want[i].adapters ? 3 : 0);
+        cr_expect_eq(number(row, "tokens"), 7 * want[i].batch);
+        cr_expect_float_eq(speed, number(row, "tokens") / number(row, "seconds"), 1e-6 * speed);
+        cr_expect_geq(speed, number(row, "min"));
+        cr_expect_leq(speed, number(row, "max"));
+        cr_expect_gt(number(row, "ms/step"), 0);
+        cr_expect_geq(number(row, "x slowest"), 1);
+        cr_expect_gt(number(row, "% of limit"), 0);
+        cr_expect_gt(number(row, "peak bytes"), 1e6);
+        if (want[i].adapters == 0) cr_expect_eq(number(row, "% of base"), 100);
     }
-    json_decref(result);
+    json_decref(report);
 }
+
+Test(bench, a_sweep_runs_all_combinations)
+{
+    size_t i;
+    const json_t *row;
+
+    json_t *report = bench("generate", "--model " SHAPE " --random-weights --max-new-tokens 2 "
+                                       "--repeat 1 --sweep batch=1,2 adapters=1,2 rank=2,4");
+    json_array_foreach(cases(report, 2 + 8), i, row)
+    {
+        cr_expect_eq(number(row, "batch"), i < 5 ? 1 : 2);
+        cr_expect_eq(number(row, "adapters"), i % 5 == 0 ? 0 : i % 5 < 3 ? 1 : 2);
+        cr_expect_eq(number(row, "rank"), i % 5 == 0 ? 0 : i % 5 % 2 == 1 ? 2 : 4);
+    }
+    json_decref(report);
+}
+
+/* ---- kernels -------------------------------------------------------------------------------- */
+
+/* Times and limits are there, and the share is one by the other. */
+static void expect_times(const json_t *row)
+{
+    cr_expect_gt(number(row, "us"), 0);
+    cr_expect_gt(number(row, "limit us"), 0);
+    cr_expect_float_eq(number(row, "% of limit"), 100 * number(row, "limit us") / number(row, "us"),
+                       1e-6 * number(row, "% of limit"));
+}
+
+Test(bench, kernels_has_the_adapters_beside_their_baselines)
+{
+    static const char *const ways[] = {"loop rows", "cheat_bmm", "auto"};
+    size_t i;
+    const json_t *row;
+
+    json_t *report = bench("kernels", "--model " SHAPE " --only lora --batch-size 4 "
+                                      "--num-adapters 2 --rank 8");
+    json_array_foreach(cases(report, 3), i, row)
+    {
+        cr_expect_str_eq(text(row, "kernel"), "lora");
+        cr_expect_str_eq(text(row, "case"), ways[i]);
+        expect_times(row);
+        /* two adapters: rank 8 x the widths in and out of q, k, v, o, gate, up, down, in bf16 */
+        const double widths =
+            (128 + 128) + 2 * (128 + 64) + (128 + 128) + 2 * (128 + 256) + (256 + 128);
+        cr_expect_float_eq(number(row, "MB"), 1e-6 * 2 * 8 * 2 * widths, 1e-9);
+    }
+    json_decref(report);
+}
+
+Test(bench, kernels_has_the_ops_of_both_phases)
+{
+    size_t i;
+    const json_t *row;
+
+    json_t *report = bench("kernels", "--model " SHAPE " --only base --batch-size 2");
+    /* five products, attention over 300 and 1,024, norm, silu, three ways to sample */
+    json_array_foreach(cases(report, 12), i, row)
+    {
+        cr_expect_str_eq(text(row, "phase"), "decode");
+        expect_times(row);
+    }
+    cr_expect_gt(number(report, "flops_per_second"), 0);
+    json_decref(report);
+
+    report = bench("kernels", "--model " SHAPE " --phase prefill --batch-size 16 "
+                              "--num-adapters 2 --rank 4");
+    json_array_foreach(cases(report, 1 + 7), i, row)
+    {
+        cr_expect_str_eq(text(row, "phase"), "prefill");
+        expect_times(row);
+    }
+    json_decref(report);
+}
+
+Test(bench, metadata_times_every_way_for_random_and_static_lengths)
+{
+    static const char *const columns[] = {"host us",     "linear us",     "binary us",
+                                          "adaptive us", "by request us", "step us"};
+    size_t i;
+    const json_t *row;
+
+    json_t *report = bench("metadata", "--batch-size 1,40 --extend 3");
+    json_array_foreach(cases(report, 4), i, row)
+    {
+        cr_expect_eq(number(row, "requests"), i < 2 ? 1 : 40);
+        if (i % 2 == 1) cr_expect_eq(number(row, "tokens"), 3 * number(row, "requests"));
+        for (size_t c = 0; c < sizeof columns / sizeof *columns; c++)
+            cr_expect_gt(number(row, columns[c]), 0);
+    }
+    json_decref(report);
+}
+
+/* ---- requests that follow one another ------------------------------------------------------- */
+
+Test(bench, latency_times_every_token_of_every_request)
+{
+    static const char *const kinds[] = {"none", "warm", "cold"};
+    size_t i;
+    const json_t *row;
+
+    json_t *report = bench("latency", "--model " LLAMA2 " --adapters sql=" LLAMA2 "/adapters/sql "
+                                      "--concurrency 1,3 --requests 5 --prompt-tokens 4 "
+                                      "--max-new-tokens 3");
+    json_array_foreach(cases(report, 6), i, row)
+    {
+        cr_expect_str_eq(text(row, "adapter"), kinds[i % 3]);
+        cr_expect_eq(number(row, "concurrency"), i < 3 ? 1 : 3);
+        cr_expect_eq(number(row, "tokens"), 15);
+        cr_expect_gt(number(row, "first ms p50"), 0);
+        cr_expect_leq(number(row, "first ms p50"), number(row, "first ms p99"));
+        cr_expect_gt(number(row, "next ms p50"), 0);
+        cr_expect_leq(number(row, "next ms p50"), number(row, "next ms p99"));
+    }
+    json_decref(report);
+}
+
+Test(bench, adapters_asks_for_popular_ones_more_often)
+{
+    size_t i;
+    const json_t *row;
+
+    json_t *report = bench("adapters", "--model " SHAPE " --random-weights --num-adapters 1,30 "
+                                       "--batch-size 3 --requests 20 --max-new-tokens 2 --rank 2");
+    const json_t *rows = cases(report, 2);
+    json_array_foreach(rows, i, row)
+    {
+        cr_expect_eq(number(row, "tokens"), 40);
+    }
+    cr_expect_eq(number(json_array_get(rows, 0), "asked for"), 1);
+    cr_expect_eq(number(json_array_get(rows, 0), "% of first"), 100);
+    /* 20 draws from 30 that were all as likely would be 15 different ones */
+    cr_expect_gt(number(json_array_get(rows, 1), "asked for"), 3);
+    cr_expect_lt(number(json_array_get(rows, 1), "asked for"), 15);
+    json_decref(report);
+}
+
+Test(bench, load_adds_up_to_the_first_token)
+{
+    size_t i;
+    const json_t *row;
+
+    json_t *report =
+        bench("load", "--model " LLAMA2 " --adapters sql=" LLAMA2 "/adapters/sql --repeat 2");
+    json_array_foreach(cases(report, 2), i, row)
+    {
+        const double parts = number(row, "open seconds") + number(row, "adapter seconds") +
+                             1e-3 * number(row, "first token ms");
+        cr_expect_eq(number(row, "adapters"), 1);
+        cr_expect_float_eq(number(row, "total seconds"), parts, 1e-9);
+        cr_expect_gt(number(row, "resident bytes"), number(row, "weight bytes"));
+    }
+    json_decref(report);
+}
+
+/* ---- profile -------------------------------------------------------------------------------- */
+
+Test(bench, profile_puts_the_greatest_loss_first)
+{
+    size_t i;
+    const json_t *row;
+    double share = 0, before = HUGE_VAL;
+    int n_phases = 0, n_products = 0;
+
+    json_t *report = bench("profile", "--model " SHAPE " --random-weights --batch-size 2 "
+                                      "--num-adapters 1 --rank 4 --context 6 --prompt-tokens 8 "
+                                      "--steps 2");
+    json_array_foreach(json_object_get(report, "cases"), i, row)
+    {
+        const char *op = text(row, "op");
+        cr_expect_str_eq(text(row, "phase"), n_phases == 0 ? "decode" : "prefill");
+        if (strcmp(op, "all") == 0) {
+            cr_expect_float_eq(share, 100, 1e-6, "%g %%", share);
+            share = 0;
+            before = HUGE_VAL;
+            n_phases++;
+            continue;
+        }
+        share += number(row, "% of step");
+        cr_expect_leq(number(row, "lost us"), before);
+        before = number(row, "lost us");
+        if (n_phases > 0 || strcmp(op, "matmul") != 0) continue;
+        n_products += (int)number(row, "calls");
+        /* 128 x 128, two tokens, the model's two layers: bf16 weights, f32 in and out */
+        if (strcmp(text(row, "shape"), "128 x 128, T 2") == 0)
+            cr_expect_float_eq(number(row, "MB"), 2e-6 * (2 * 128 * 128 + 4 * 2 * 256), 1e-9);
+    }
+    cr_expect_eq(n_phases, 2);
+    cr_expect_eq(n_products, 2 * 4 + 1); /* four in each layer, and the head */
+    json_decref(report);
+}
+
+/* ---- pictures ------------------------------------------------------------------------------- */
+
+/* How the file begins, or what is said where there is no gnuplot. */
+static void expect_picture(const char *arguments, const char *file, const char *begins)
+{
+    char start[16] = "";
+
+    unlink(file);
+    struct outcome outcome = run(NULL, "%s", arguments);
+    if (system("command -v gnuplot >/dev/null 2>&1") != 0) {
+        expect_refusal_with(&outcome, "--plot needs gnuplot, which is not installed");
+        return;
+    }
+    cr_assert_eq(outcome.status, 0, "%s", outcome.err);
+    cr_expect_str_eq(outcome.err, "");
+    outcome_free(&outcome);
+    FILE *picture = fopen(file, "r");
+    cr_assert(picture, "%s was not made", file);
+    cr_assert_eq(fread(start, 1, sizeof start - 1, picture), sizeof start - 1);
+    fclose(picture);
+    cr_expect_eq(strncmp(start, begins, strlen(begins)), 0);
+    unlink(file);
+}
+
+Test(bench, draws_what_it_measures)
+{
+    expect_picture("bench generate --backend cpu --model " SHAPE " --random-weights --batch-size 2 "
+                   "--num-adapters 1 --max-new-tokens 2 --repeat 1 --plot build/bench-1.svg",
+                   "build/bench-1.svg", "<?xml");
+    expect_picture("bench kernels --backend cpu --model " SHAPE " --only lora --batch-size 1,2 "
+                   "--num-adapters 1 --rank 2 --plot build/bench-2.png",
+                   "build/bench-2.png", "\x89PNG");
+    expect_picture("bench kernels --backend cpu --model " SHAPE " --only lora --phase prefill "
+                   "--batch-size 4,8 --num-adapters 1 --rank 2 --plot build/bench-3.svg",
+                   "build/bench-3.svg", "<?xml");
+    expect_picture("bench adapters --backend cpu --model " SHAPE " --random-weights "
+                   "--num-adapters 1,2 --batch-size 2 --max-new-tokens 2 --rank 2 "
+                   "--plot build/bench-4.svg",
+                   "build/bench-4.svg", "<?xml");
+    expect_picture("bench latency --backend cpu --model " SHAPE " --random-weights "
+                   "--concurrency 1,2 --requests 2 --prompt-tokens 2 --max-new-tokens 2 --rank 2 "
+                   "--num-adapters 1 --plot build/bench-5.svg",
+                   "build/bench-5.svg", "<?xml");
+}
+
+/* ---- refusals ------------------------------------------------------------------------------- */
 
 Test(bench, refuses_lists_and_actions_that_mean_nothing)
 {
@@ -47,30 +344,38 @@ Test(bench, refuses_lists_and_actions_that_mean_nothing)
     expect_refusal_with(&outcome, "--num-adapters");
     outcome = run(NULL, "bench --model " LLAMA2);
     expect_refusal_with(&outcome, "mlora bench generate --model DIR");
+    outcome = run(NULL, "bench kernel --model " LLAMA2);
+    expect_refusal(&outcome, "unknown bench \"kernel\"; did you mean \"kernels\"?");
+    outcome = run(NULL, "bench generate --model " LLAMA2 " --modes loop,fast");
+    expect_refusal(&outcome, "--modes holds \"fast\", must be of auto|loop|gbmm|bgmv|sgmv|fused");
+    outcome = run(NULL, "bench generate --model " LLAMA2 " --modes ''");
+    expect_refusal(&outcome,
+                   "--modes is empty, at least one of auto|loop|gbmm|bgmv|sgmv|fused is needed");
+    outcome = run(NULL, "bench generate --model " LLAMA2 " --sweep ranks=3");
+    expect_refusal(&outcome, "--sweep: \"ranks=3\" is none of batch=N,... adapters=N,... "
+                             "rank=R,...");
+    outcome = run(NULL, "bench load --model " LLAMA2 " now");
+    expect_refusal(&outcome, "\"now\" is not a flag; mlora bench load --help lists the flags");
+    outcome = run(NULL, "bench profile");
+    expect_refusal_with(&outcome, "no model: give --model DIR");
 }
 
-Test(bench, finds_shapes_by_name_and_by_file)
+Test(bench, refuses_pictures_that_cannot_be_drawn)
 {
-    static const char flags[] = "--backend cpu --load-format dummy --batch-size 1 --num-adapters 0 "
-                                "--prompt-tokens 1 --max-new-tokens 1 --repeat 1";
-    char command[512];
-
-    snprintf(command, sizeof command,
-             "bench generate %s --config tools/shapes/llama-test/config.json", flags);
-    struct outcome outcome = run(NULL, command);
-    cr_expect_eq(outcome.status, 0, "%s", outcome.err);
-    outcome_free(&outcome);
-
-    snprintf(command, sizeof command, "bench generate %s --config llama-9", flags);
-    outcome = run(NULL, command);
-    expect_refusal(&outcome,
-                   "--config llama-9: no shape of that name: give llama-2-7b, llama-3.1-8b, "
-                   "llama-3.1-70b, llama-3.2-1b, llama-3.2-3b or tinyllama, or the path of a "
-                   "config.json");
-    snprintf(command, sizeof command, "bench generate %s --config llama-test -m " LLAMA2, flags);
-    outcome = run(NULL, command);
-    expect_refusal(&outcome, "--config and --model both say what the model is: give one");
-    outcome = run(NULL, "bench generate --config llama-test");
-    expect_refusal(&outcome, "--config is the shape of random weights: give --load-format dummy "
-                             "with it, or --model DIR instead");
+    struct outcome outcome = run(NULL, "bench load --model " LLAMA2 " --plot speed.jpg");
+    expect_refusal(&outcome, "--plot is \"speed.jpg\", must end in .svg or .png");
+    outcome = run(NULL, "bench plot only-one.json");
+    expect_refusal(&outcome, "mlora bench plot needs two files: REPORT.json and PICTURE.svg or "
+                             ".png");
+    outcome = run(NULL, "bench plot a b c");
+    expect_refusal(&outcome, "\"c\" is one file too many; mlora bench plot takes a report and the "
+                             "picture to make");
+    if (system("command -v gnuplot >/dev/null 2>&1") != 0) return;
+    outcome = run(NULL, "bench plot tools/shapes/llama-test/config.json build/no.svg");
+    expect_refusal(&outcome, "tools/shapes/llama-test/config.json: there are no cases: a report of "
+                             "mlora bench --json is needed");
+    outcome = run(NULL, "bench metadata --backend cpu --batch-size 1 --plot build/no.svg "
+                        ">/dev/null");
+    expect_refusal(&outcome, "there is no picture of bench metadata; generate, kernels, adapters "
+                             "and latency have one");
 }

@@ -1,4 +1,5 @@
-/* mlora bench metadata: rows to tokens, on the device and as a host would do it. */
+/* mlora bench metadata: lengths of requests to lengths and positions of their tokens, for each way
+ * in which the device finds a token's request, beside a host that does it. */
 #include <stdlib.h>
 #include <string.h>
 
@@ -6,55 +7,76 @@
 #include "tools/bench/ops.h"
 #include "tools/io.h"
 
-/* The lengths of a case: row q brings extend[q] tokens to a sequence that then has kv_len[q]. */
-struct rows {
+enum { TOPK = 2048 };
+
+/* Request b extends its sequence, kv_len[b] tokens then, by extend_len[b]. */
+struct requests {
     struct ops_bench *bench;
-    int Q, T;
-    int32_t *start, *kv_len; /* host: [Q + 1], [Q] */
-    int32_t *position, *row; /* host: [T] each */
-    void *dev_position, *dev_row;
-    struct batch_view batch;
+    int n, T;
+    int32_t *extend_len, *kv_len;    /* host, [n] */
+    int32_t *token_kv_len, *clamped; /* host, [T], what is right */
+    int32_t *start;                  /* host, [n + 1] */
+    struct extend_view extend;       /* device */
+    struct batch_view batch;         /* device: the same as rows of a step */
 };
 
 /* ---- ways to do it -------------------------------------------------------------------------- */
 
-static void run_op(void *context)
+static void run_extend(void *context)
 {
-    const struct rows *rows = context;
-    rows->bench->dev->ops->metadata(rows->bench->dev, &rows->batch);
+    const struct requests *requests = context;
+    requests->bench->dev->ops->extend_metadata(requests->bench->dev, &requests->extend);
 }
 
-/* What takes the place of the op: a loop on the host, and the two arrays uploaded. */
-static void expand_on_host(const struct rows *rows)
+static void run_rows(void *context)
 {
-    struct device *dev = rows->bench->dev;
-    const size_t bytes = (size_t)rows->T * sizeof(int32_t);
+    const struct requests *requests = context;
+    requests->bench->dev->ops->metadata(requests->bench->dev, &requests->batch);
+}
 
-    for (int q = 0; q < rows->Q; q++) {
-        const int n = rows->start[q + 1] - rows->start[q];
-        for (int j = 0; j < n; j++) {
-            rows->row[rows->start[q] + j] = q;
-            rows->position[rows->start[q] + j] = rows->kv_len[q] - n + j;
+/* The result of the way before is taken away first. */
+static double time_extend(struct requests *requests, enum extend_search search)
+{
+    struct device *dev = requests->bench->dev;
+    const size_t bytes = (size_t)requests->T * sizeof(int32_t);
+
+    memset(requests->clamped, 0, bytes);
+    dev->ops->upload(dev, requests->extend.token_kv_len, requests->clamped, bytes);
+    dev->ops->upload(dev, requests->extend.clamped_kv_len, requests->clamped, bytes);
+    requests->extend.search = search;
+    return ops_time(requests->bench, run_extend, requests);
+}
+
+static void expand_on_host(const struct requests *requests)
+{
+    int t = 0;
+
+    for (int b = 0; b < requests->n; b++) {
+        for (int j = 0; j < requests->extend_len[b]; j++, t++) {
+            const int32_t length = requests->kv_len[b] - requests->extend_len[b] + 1 + j;
+            requests->token_kv_len[t] = length;
+            requests->clamped[t] = length < TOPK ? length : TOPK;
         }
     }
-    dev->ops->upload(dev, rows->dev_position, rows->position, bytes);
-    dev->ops->upload(dev, rows->dev_row, rows->row, bytes);
 }
 
-static double time_op(struct rows *rows)
-{
-    return ops_time(rows->bench, run_op, rows);
-}
-
-static double time_host(struct rows *rows)
+/* The lengths come from the device, as drafts are accepted there, and the arrays go back. */
+static double time_host(struct requests *requests)
 {
     enum { RUNS = 50 };
+    const size_t in = (size_t)requests->n * sizeof(int32_t);
+    const size_t out = (size_t)requests->T * sizeof(int32_t);
+    struct device *dev = requests->bench->dev;
     double best = 1e9;
 
-    for (int i = 0; i < RUNS && rows->bench->status == MLORA_OK; i++) {
+    for (int i = 0; i < RUNS && requests->bench->status == MLORA_OK; i++) {
         const double start = seconds();
-        expand_on_host(rows);
-        rows->bench->status = rows->bench->dev->ops->sync(rows->bench->dev);
+        dev->ops->download(dev, requests->extend_len, requests->extend.extend_len, in);
+        dev->ops->download(dev, requests->kv_len, requests->extend.kv_len, in);
+        expand_on_host(requests);
+        dev->ops->upload(dev, requests->extend.token_kv_len, requests->token_kv_len, out);
+        dev->ops->upload(dev, requests->extend.clamped_kv_len, requests->clamped, out);
+        requests->bench->status = dev->ops->sync(dev);
         const double spent = seconds() - start;
         if (spent < best) best = spent;
     }
@@ -64,96 +86,119 @@ static double time_host(struct rows *rows)
 /* A column each. */
 static const struct {
     const char *column;
-    double (*time)(struct rows *rows);
-} ways[] = {
-    {"host us", time_host},
-    {"op us", time_op},
+    enum extend_search search;
+} searches[] = {
+    {"linear us", EXTEND_LINEAR},
+    {"binary us", EXTEND_BINARY},
+    {"adaptive us", EXTEND_ADAPTIVE},
+    {"by request us", EXTEND_BY_REQUEST},
 };
 
-/* ---- cases ---------------------------------------------------------------------------------- */
-
-static void free_rows(struct rows *rows)
+/* What the device has written is what the host computes, or the times mean nothing. */
+static void compare(struct requests *requests, const char *column)
 {
-    ops_release(rows->bench);
-    free(rows->start);
-    free(rows->kv_len);
-    free(rows->position);
-    free(rows->row);
-}
-
-/* Rows of 1 to `longest` tokens, or all of `longest`. */
-static void make_rows(struct rows *rows, int Q, int longest, bool random)
-{
-    struct ops_bench *bench = rows->bench;
-    uint64_t state = 1;
-    int max_row = 0;
-
-    rows->Q = Q;
-    rows->start = calloc((size_t)Q + 1, sizeof *rows->start);
-    rows->kv_len = calloc((size_t)Q, sizeof *rows->kv_len);
-    for (int q = 0; q < Q && rows->start && rows->kv_len; q++) {
-        state = state * 6364136223846793005u + 1442695040888963407u; /* Knuth's MMIX */
-        const int n = random ? 1 + (int)((state >> 33) % (uint64_t)longest) : longest;
-        rows->start[q + 1] = rows->start[q] + n;
-        rows->kv_len[q] = 1024 + n;
-        if (n > max_row) max_row = n;
-    }
-    rows->T = rows->start ? rows->start[Q] : 0;
-    rows->position = calloc((size_t)rows->T + 1, sizeof *rows->position);
-    rows->row = calloc((size_t)rows->T + 1, sizeof *rows->row);
-    if (!rows->start || !rows->kv_len || !rows->position || !rows->row) {
-        bench->status = error_set(MLORA_ENOMEM, "out of memory for rows");
-        return;
-    }
-    rows->dev_position = ops_memory(bench, (size_t)rows->T * sizeof(int32_t));
-    rows->dev_row = ops_memory(bench, (size_t)rows->T * sizeof(int32_t));
-    rows->batch = (struct batch_view){
-        .T = rows->T,
-        .Q = Q,
-        .max_row = max_row,
-        .max_kv = 1024 + max_row,
-        .row_start = ops_upload(bench, rows->start, ((size_t)Q + 1) * sizeof *rows->start),
-        .kv_len = ops_upload(bench, rows->kv_len, (size_t)Q * sizeof *rows->kv_len),
-        .position = rows->dev_position,
-        .row = rows->dev_row,
-    };
-}
-
-/* The same on either way, or the times mean nothing. */
-static void compare(struct rows *rows)
-{
-    struct ops_bench *bench = rows->bench;
-    const size_t bytes = (size_t)rows->T * sizeof(int32_t);
+    struct ops_bench *bench = requests->bench;
+    const size_t bytes = (size_t)requests->T * sizeof(int32_t);
     int32_t *got = malloc(2 * bytes + 1);
 
-    if (!got) bench->status = error_set(MLORA_ENOMEM, "out of memory for rows");
+    if (!got && bench->status == MLORA_OK)
+        bench->status = error_set(MLORA_ENOMEM, "out of memory for requests");
     if (bench->status == MLORA_OK) {
-        bench->dev->ops->download(bench->dev, got, rows->dev_position, bytes);
-        bench->dev->ops->download(bench->dev, got + rows->T, rows->dev_row, bytes);
-        expand_on_host(rows);
-        if (memcmp(got, rows->position, bytes) != 0 || memcmp(got + rows->T, rows->row, bytes) != 0)
-            bench->status =
-                error_set(MLORA_EDEVICE, "metadata of %d rows differs from the host's", rows->Q);
+        expand_on_host(requests);
+        bench->dev->ops->download(bench->dev, got, requests->extend.token_kv_len, bytes);
+        bench->dev->ops->download(bench->dev, got + requests->T, requests->extend.clamped_kv_len,
+                                  bytes);
+        if (memcmp(got, requests->token_kv_len, bytes) != 0 ||
+            memcmp(got + requests->T, requests->clamped, bytes) != 0)
+            bench->status = error_set(MLORA_EDEVICE,
+                                      "%s: the result for %d requests differs from "
+                                      "the host's",
+                                      column, requests->n);
     }
     free(got);
 }
 
-static void one_case(struct ops_bench *bench, int Q, int longest, bool random)
-{
-    struct rows rows = {.bench = bench};
+/* ---- cases ---------------------------------------------------------------------------------- */
 
-    make_rows(&rows, Q, longest, random);
-    json_t *row = json_pack("{s:i, s:s, s:i}", "batch", Q, "lengths", random ? "random" : "static",
-                            "tokens", rows.T);
-    for (size_t w = 0; w < sizeof ways / sizeof *ways && bench->status == MLORA_OK; w++)
-        json_object_set_new(row, ways[w].column, json_real(1e6 * ways[w].time(&rows)));
-    if (bench->status == MLORA_OK) run_op(&rows);
-    compare(&rows);
+static void free_requests(struct requests *requests)
+{
+    ops_release(requests->bench);
+    free(requests->extend_len);
+    free(requests->kv_len);
+    free(requests->start);
+    free(requests->token_kv_len);
+    free(requests->clamped);
+}
+
+/* Requests that extend by 1 to `longest` tokens, or all by `longest`. */
+static void make_requests(struct requests *requests, int n, int longest, bool random)
+{
+    struct ops_bench *bench = requests->bench;
+    const size_t in = (size_t)n * sizeof(int32_t), most = (size_t)n * (size_t)longest;
+    uint64_t state = 1;
+
+    requests->n = n;
+    requests->extend_len = malloc(in);
+    requests->kv_len = malloc(in);
+    requests->start = calloc((size_t)n + 1, sizeof *requests->start);
+    requests->token_kv_len = calloc(most, sizeof *requests->token_kv_len);
+    requests->clamped = calloc(most, sizeof *requests->clamped);
+    if (!requests->extend_len || !requests->kv_len || !requests->start || !requests->token_kv_len ||
+        !requests->clamped) {
+        bench->status = error_set(MLORA_ENOMEM, "out of memory for requests");
+        return;
+    }
+    for (int b = 0; b < n; b++) {
+        state = state * 6364136223846793005u + 1442695040888963407u; /* Knuth's MMIX */
+        const int length = random ? 1 + (int)((state >> 33) % (uint64_t)longest) : longest;
+        requests->extend_len[b] = length;
+        requests->kv_len[b] = 1024 + (int)((state >> 40) % 2048);
+        requests->start[b + 1] = requests->start[b] + length;
+    }
+    const int T = requests->T = requests->start[n];
+    requests->extend = (struct extend_view){
+        .bs = n,
+        .capacity = T,
+        .topk = TOPK,
+        .extend_len = ops_upload(bench, requests->extend_len, in),
+        .kv_len = ops_upload(bench, requests->kv_len, in),
+        .total = ops_memory(bench, sizeof(int32_t)),
+        .request_start = ops_upload(bench, requests->start, in + sizeof(int32_t)),
+        .token_kv_len = ops_memory(bench, (size_t)T * sizeof(int32_t)),
+        .clamped_kv_len = ops_memory(bench, (size_t)T * sizeof(int32_t)),
+    };
+    requests->batch = (struct batch_view){
+        .T = T,
+        .Q = n,
+        .max_row = longest,
+        .max_kv = 1024 + 2048,
+        .row_start = requests->extend.request_start,
+        .kv_len = requests->extend.kv_len,
+        .position = ops_memory(bench, (size_t)T * sizeof(int32_t)),
+        .row = ops_memory(bench, (size_t)T * sizeof(int32_t)),
+    };
+}
+
+static void one_case(struct ops_bench *bench, int n, int longest, bool random)
+{
+    struct requests requests = {.bench = bench};
+
+    make_requests(&requests, n, longest, random);
+    json_t *row = json_pack("{s:i, s:s, s:i, s:f}", "requests", n, "lengths",
+                            random ? "random" : "static", "tokens", requests.T, "host us",
+                            bench->status == MLORA_OK ? 1e6 * time_host(&requests) : 0);
+    for (size_t i = 0; i < sizeof searches / sizeof *searches && bench->status == MLORA_OK; i++) {
+        const double spent = time_extend(&requests, searches[i].search);
+        json_object_set_new(row, searches[i].column, json_real(1e6 * spent));
+        compare(&requests, searches[i].column);
+    }
+    if (bench->status == MLORA_OK)
+        json_object_set_new(row, "step us", json_real(1e6 * ops_time(bench, run_rows, &requests)));
     if (bench->status == MLORA_OK)
         bench->status = report_add(bench->report, row);
     else
         json_decref(row);
-    free_rows(&rows);
+    free_requests(&requests);
 }
 
 /* ---- the command ---------------------------------------------------------------------------- */
@@ -169,9 +214,9 @@ struct bench {
 #define AT(member) .offset = offsetof(struct bench, member)
 static const struct option_spec specs[] = {
     {.name = "batch-size", .kind = OPTION_TEXT, AT(batch_sizes), .argument = "N,...",
-     .help = "rows of a step", .fallback = "1,8,64,256,1024"},
-    {.name = "row-tokens", .kind = OPTION_INT, AT(longest), .argument = "N", .min = 1,
-     .max = 4096, .help = "that a row brings: all of it, and a random number up to it",
+     .help = "requests", .fallback = "1,8,64,256,1024"},
+    {.name = "extend", .kind = OPTION_INT, AT(longest), .argument = "N", .min = 1,
+     .max = 4096, .help = "tokens of a request: all of it (static), and 1 to it (random)",
      .fallback = "4"},
     {.name = NULL},
 };
@@ -217,11 +262,12 @@ static int run(int argc, char **argv)
 
 const struct command bench_metadata = {
     .name = "bench metadata",
-    .summary = "rows to tokens, on the device and on the host",
+    .summary = "lengths of requests to their tokens, four ways",
     .usage = "[FLAGS]",
-    .description = "Expand rows to their tokens' rows and positions: the op that does it on the "
-                   "device, and the host doing it and uploading the result.",
+    .description = "Requests extend their sequences by several tokens, as drafts do: compute each "
+                   "token's sequence length. \"host\" fetches the lengths, computes and uploads; "
+                   "the others are one op each; \"step\" is the op that every step begins with.",
     .groups = groups,
-    .examples = "  mlora bench metadata --backend cuda --batch-size 64,256,1024\n",
+    .examples = "  mlora bench metadata --backend cuda --batch-size 64,256,1024 --extend 8\n",
     .run = run,
 };
