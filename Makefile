@@ -6,6 +6,7 @@
 # make check    formatting, static analysis, who includes whom
 # make cuda-report   registers and spills of every CUDA kernel
 # make format   format all sources
+# make profile-ncu   Nsight Compute's reports of the kernels of a decode step, to build/ncu
 # make install  PREFIX=/usr/local DESTDIR=
 
 BUILD   ?= build
@@ -178,6 +179,26 @@ $(BUILD)/fuzz/%: tests/fuzz/%.c $(LIB_C)
 	@mkdir -p $(@D)
 	clang $(filter-out -fPIC,$(FLAGS)) -DMLORA_VERSION='"$(VERSION)"' -O1 -fsanitize=fuzzer,address,undefined -o $@ $< \
 	    $(filter-out kernels/cuda/none.c,$(LIB_C)) kernels/cuda/none.c -ljansson -lpcre2-8 -lutf8proc -lm
+
+# Every counter of each kernel that matters, once: build/ncu/<kernel>.ncu-rep, and its table as text.
+NCU := $(firstword $(shell command -v ncu 2>/dev/null) $(wildcard /usr/local/cuda/bin/ncu /opt/nvidia/nsight-compute/*/ncu))
+NCU_KERNELS := lora attention metadata
+.PHONY: profile-ncu
+profile-ncu: all
+	@[ -n "$(NCU)" ] || { echo "mlora: profile-ncu needs ncu (Nsight Compute, part of the CUDA toolkit), which is not installed" >&2; exit 2; }
+	@mkdir -p $(BUILD)/ncu
+	@for kernel in $(NCU_KERNELS); do \
+	    case $$kernel in \
+	    lora) bench="kernels --only lora --batch-size 64 --num-adapters 7" ;; \
+	    attention) bench="kernels --only base --batch-size 64" ;; \
+	    metadata) bench="metadata --batch-size 64" ;; \
+	    esac; \
+	    "$(NCU)" --set full --clock-control none --graph-profiling node -f -o $(BUILD)/ncu/$$kernel \
+	        -k regex:$$kernel -c 16 $(BUILD)/mlora bench $$bench --backend cuda \
+	        -m tools/shapes/llama-3.1-8b || exit 1; \
+	    "$(NCU)" -i $(BUILD)/ncu/$$kernel.ncu-rep --page details > $(BUILD)/ncu/$$kernel.txt || exit 1; \
+	done
+	@ls -l $(BUILD)/ncu
 
 # ---- care -----------------------------------------------------------------------------------
 

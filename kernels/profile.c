@@ -242,10 +242,11 @@ static void timed_embed(struct device *dev, void *y, const struct matrix *table,
 
 static double norm_bytes(int T, int D, bool adds, enum dtype dtype)
 {
-    return (double)T * D * (double)dtype_bytes(dtype) * (adds ? 4 : 2); /* x, delta, x, y */
+    const double element = (double)dtype_bytes(dtype); /* of y and delta; x is f32 */
+    return (double)T * D * (adds ? 2 * (sizeof(float) + element) : sizeof(float) + element);
 }
 
-static void timed_add_rms_norm(struct device *dev, void *y, void *x, const void *delta,
+static void timed_add_rms_norm(struct device *dev, void *y, float *x, const void *delta,
                                const float *weight, int T, int D, float eps, enum dtype dtype)
 {
     struct note *note = begin(dev, norm_bytes(T, D, delta != NULL, dtype), 0);
@@ -383,7 +384,7 @@ static void timed_lora_head(struct device *dev, float *logits, const void *x,
     end(dev, note, "lora_head", "%d x %d", lora->n_tokens, V);
 }
 
-static void timed_lora_add_rms_norm(struct device *dev, void *y, void *x, const void *delta,
+static void timed_lora_add_rms_norm(struct device *dev, void *y, float *x, const void *delta,
                                     const float *weight, const struct lora_view *lora, int layer,
                                     enum lora_norm norm, int T, int D, float eps, enum dtype dtype)
 {

@@ -138,7 +138,7 @@ static mlora_status run_cases(json_t *report, const struct bench *bench, mlora_e
     {
         const double speed = json_number_value(json_object_get(row, "tokens/s"));
         if (i == 0) first = speed;
-        json_object_set_new(row, "% of first", json_real(100 * speed / first));
+        json_object_set_new(row, "% of first", json_real(100 * (speed / first)));
     }
     return status;
 }

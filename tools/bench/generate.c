@@ -209,7 +209,7 @@ static mlora_status compare_rows(json_t *rows)
                 slowest = its;
         }
         ok = ok && json_object_set_new(row, "x slowest", json_real(speed / slowest)) == 0;
-        ok = ok && json_object_set_new(row, "% of base", json_real(100 * speed / base)) == 0;
+        ok = ok && json_object_set_new(row, "% of base", json_real(100 * (speed / base))) == 0;
     }
     return ok ? MLORA_OK : error_set(MLORA_ENOMEM, "out of memory for a result");
 }

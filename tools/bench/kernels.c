@@ -15,6 +15,7 @@ struct op_case {
     void *matrix;         /* [layers, N, K], or [layers, ...] keys and values */
     size_t matrix_values; /* of one layer */
     int N, K;
+    float *residual; /* [layers, T, D] */
     const float *weight;
     struct ops_rows rows;
     struct heads heads;
@@ -57,8 +58,8 @@ static void run_norm(void *context)
     struct device *dev = at->bench->dev;
 
     for (int l = 0; l < at->layers; l++)
-        dev->ops->add_rms_norm(dev, at->y, of_layer(at, 2 * l), of_layer(at, 2 * l + 1), at->weight,
-                               at->T, at->K, 1e-5f, at->bench->dtype);
+        dev->ops->add_rms_norm(dev, at->y, at->residual + (size_t)l * at->matrix_values,
+                               of_layer(at, l), at->weight, at->T, at->K, 1e-5f, at->bench->dtype);
 }
 
 static void run_silu(void *context)
@@ -184,14 +185,16 @@ static void norm_case(struct ops_bench *bench, const char *phase, int T)
 
     at.matrix_values = (size_t)T * (size_t)D;
     const double bytes = (double)at.matrix_values * (double)dtype_bytes(bench->dtype);
-    at.layers = ops_layers(bench, 2 * bytes);
-    at.matrix = ops_random(bench, 2 * (size_t)at.layers * at.matrix_values, bench->dtype);
+    const double x_bytes = (double)at.matrix_values * sizeof(float);
+    at.layers = ops_layers(bench, bytes + x_bytes);
+    at.matrix = ops_random(bench, (size_t)at.layers * at.matrix_values, bench->dtype);
+    at.residual = ops_random(bench, (size_t)at.layers * at.matrix_values, DTYPE_F32);
     at.y = ops_memory(bench, (size_t)bytes);
     at.weight = ops_random(bench, (size_t)D, DTYPE_F32);
     snprintf(shape, sizeof shape, "%d wide", D);
     const double seconds = ops_time(bench, run_norm, &at) / at.layers;
     ops_release(bench);
-    add_row(bench, "add_rms_norm", phase, T, shape, seconds, 4 * bytes, 0);
+    add_row(bench, "add_rms_norm", phase, T, shape, seconds, 2 * (bytes + x_bytes), 0);
 }
 
 static void silu_case(struct ops_bench *bench, const char *phase, int T)
