@@ -206,8 +206,8 @@ struct kernels {
 
 struct device {
     const struct kernels *ops;
-    const char *backend;  /* "cpu" or "cuda" */
-    char description[96]; /* such as "avx512, 8 threads" */
+    const char *backend;     /* "cpu" or "cuda" */
+    char description[96];    /* such as "avx512, 8 threads" */
     struct profile *profile; /* NULL, or what times its ops: kernels/profile.h */
 };
 

@@ -20,7 +20,7 @@ mlora_status bench_device_open(struct device **out, const struct setup *setup, c
 mlora_status bench_bandwidth(double *out, struct device *dev)
 {
     const bool cuda = strcmp(dev->backend, "cuda") == 0;
-    const size_t bytes = (size_t)1 << (cuda ? 30 : 26); /* more than caches hold */
+    const size_t bytes = (size_t)1 << (cuda ? 29 : 26); /* more than caches hold */
     enum { RUNS = 5 };
     void *from = NULL, *to = NULL;
     double best = 0;

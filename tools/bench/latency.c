@@ -86,16 +86,17 @@ enum { BASE, WARM, COLD, KINDS };
 static mlora_status run_case(json_t *report, struct bench *bench, mlora_engine *engine,
                              int concurrency, int kind)
 {
-    static const char *const names[KINDS] = {"none", "warm", "cold"};
-    mlora_status (*const adapters[KINDS])(void *, mlora_engine *, int, char[ADAPTER_NAME]) = {
-        no_adapter, warm_adapter, cold_adapter};
+    static const struct {
+        const char *name;
+        mlora_status (*adapter)(void *, mlora_engine *, int, char *);
+    } kinds[KINDS] = {{"none", no_adapter}, {"warm", warm_adapter}, {"cold", cold_adapter}};
     struct stream_load load = {.work = {.batch = concurrency,
                                         .prompt_tokens = bench->prompt_tokens,
                                         .max_tokens = bench->max_tokens,
                                         .temperature = 0.7,
                                         .top_p = 0.9},
                                .n_requests = concurrency > 8 ? 2 * concurrency : 16,
-                               .adapter = adapters[kind],
+                               .adapter = kinds[kind].adapter,
                                .user = bench};
     struct stream_times times = {0};
 
@@ -113,7 +114,7 @@ static mlora_status run_case(json_t *report, struct bench *bench, mlora_engine *
     if (status == MLORA_OK)
         status = report_add(
             report, json_pack("{s:i, s:s, s:i, s:I, s:f, s:f, s:f, s:f, s:f}", "concurrency",
-                              concurrency, "adapter", names[kind], "requests", load.n_requests,
+                              concurrency, "adapter", kinds[kind].name, "requests", load.n_requests,
                               "tokens", (json_int_t)times.n_tokens, "tokens/s",
                               (double)times.n_tokens / times.seconds, "first ms p50",
                               1e3 * percentile(times.first, times.n_first, 50), "first ms p99",
