@@ -195,7 +195,7 @@ profile-ncu: all
 	    esac; \
 	    "$(NCU)" --set full --clock-control none --graph-profiling node -f -o $(BUILD)/ncu/$$kernel \
 	        -k regex:$$kernel -c 16 $(BUILD)/mlora bench $$bench --backend cuda \
-	        -m tools/shapes/llama-3.1-8b || exit 1; \
+	        --config llama-3.1-8b --load-format dummy || exit 1; \
 	    "$(NCU)" -i $(BUILD)/ncu/$$kernel.ncu-rep --page details > $(BUILD)/ncu/$$kernel.txt || exit 1; \
 	done
 	@ls -l $(BUILD)/ncu

@@ -76,7 +76,7 @@ Test(bench, runs_every_case_to_its_last_token)
     } want[] = {{"base", 1, 0}, {"auto", 1, 2}, {"loop", 1, 2},
                 {"base", 3, 0}, {"auto", 3, 2}, {"loop", 3, 2}};
 
-    json_t *report = bench("generate", "--model " SHAPE " --random-weights --modes auto,loop "
+    json_t *report = bench("generate", "--config llama-test --load-format dummy --modes auto,loop "
                                        "--batch-size 1,3 --num-adapters 0,2 --rank 3 "
                                        "--prompt-tokens 5 --max-new-tokens 7 --repeat 2");
     json_array_foreach(cases(report, 6), i, row)
@@ -104,7 +104,7 @@ Test(bench, a_sweep_runs_all_combinations)
     size_t i;
     const json_t *row;
 
-    json_t *report = bench("generate", "--model " SHAPE " --random-weights --max-new-tokens 2 "
+    json_t *report = bench("generate", "--config llama-test --load-format dummy --max-new-tokens 2 "
                                        "--repeat 1 --sweep batch=1,2 adapters=1,2 rank=2,4");
     json_array_foreach(cases(report, 2 + 8), i, row)
     {
@@ -219,8 +219,9 @@ Test(bench, adapters_asks_for_popular_ones_more_often)
     size_t i;
     const json_t *row;
 
-    json_t *report = bench("adapters", "--model " SHAPE " --random-weights --num-adapters 1,30 "
-                                       "--batch-size 3 --requests 20 --max-new-tokens 2 --rank 2");
+    json_t *report =
+        bench("adapters", "--config llama-test --load-format dummy --num-adapters 1,30 "
+                          "--batch-size 3 --requests 20 --max-new-tokens 2 --rank 2");
     const json_t *rows = cases(report, 2);
     json_array_foreach(rows, i, row)
     {
@@ -261,7 +262,7 @@ Test(bench, profile_puts_the_greatest_loss_first)
     double share = 0, before = HUGE_VAL;
     int n_phases = 0, n_products = 0;
 
-    json_t *report = bench("profile", "--model " SHAPE " --random-weights --batch-size 2 "
+    json_t *report = bench("profile", "--config llama-test --load-format dummy --batch-size 2 "
                                       "--num-adapters 1 --rank 4 --context 6 --prompt-tokens 8 "
                                       "--steps 2");
     json_array_foreach(json_object_get(report, "cases"), i, row)
@@ -315,20 +316,21 @@ static void expect_picture(const char *arguments, const char *file, const char *
 
 Test(bench, draws_what_it_measures)
 {
-    expect_picture("bench generate --backend cpu --model " SHAPE " --random-weights --batch-size 2 "
-                   "--num-adapters 1 --max-new-tokens 2 --repeat 1 --plot build/bench-1.svg",
-                   "build/bench-1.svg", "<?xml");
+    expect_picture(
+        "bench generate --backend cpu --config llama-test --load-format dummy --batch-size 2 "
+        "--num-adapters 1 --max-new-tokens 2 --repeat 1 --plot build/bench-1.svg",
+        "build/bench-1.svg", "<?xml");
     expect_picture("bench kernels --backend cpu --model " SHAPE " --only lora --batch-size 1,2 "
                    "--num-adapters 1 --rank 2 --plot build/bench-2.png",
                    "build/bench-2.png", "\x89PNG");
     expect_picture("bench kernels --backend cpu --model " SHAPE " --only lora --phase prefill "
                    "--batch-size 4,8 --num-adapters 1 --rank 2 --plot build/bench-3.svg",
                    "build/bench-3.svg", "<?xml");
-    expect_picture("bench adapters --backend cpu --model " SHAPE " --random-weights "
+    expect_picture("bench adapters --backend cpu --config llama-test --load-format dummy "
                    "--num-adapters 1,2 --batch-size 2 --max-new-tokens 2 --rank 2 "
                    "--plot build/bench-4.svg",
                    "build/bench-4.svg", "<?xml");
-    expect_picture("bench latency --backend cpu --model " SHAPE " --random-weights "
+    expect_picture("bench latency --backend cpu --config llama-test --load-format dummy "
                    "--concurrency 1,2 --requests 2 --prompt-tokens 2 --max-new-tokens 2 --rank 2 "
                    "--num-adapters 1 --plot build/bench-5.svg",
                    "build/bench-5.svg", "<?xml");
@@ -378,4 +380,30 @@ Test(bench, refuses_pictures_that_cannot_be_drawn)
                         ">/dev/null");
     expect_refusal(&outcome, "there is no picture of bench metadata; generate, kernels, adapters "
                              "and latency have one");
+}
+
+Test(bench, finds_shapes_by_name_and_by_file)
+{
+    static const char flags[] = "--backend cpu --load-format dummy --batch-size 1 --num-adapters 0 "
+                                "--prompt-tokens 1 --max-new-tokens 1 --repeat 1";
+    char command[512];
+
+    snprintf(command, sizeof command,
+             "bench generate %s --config tools/shapes/llama-test/config.json", flags);
+    struct outcome outcome = run(NULL, command);
+    cr_expect_eq(outcome.status, 0, "%s", outcome.err);
+    outcome_free(&outcome);
+
+    snprintf(command, sizeof command, "bench generate %s --config llama-9", flags);
+    outcome = run(NULL, command);
+    expect_refusal(&outcome,
+                   "--config llama-9: no shape of that name: give llama-2-7b, llama-3.1-8b, "
+                   "llama-3.1-70b, llama-3.2-1b, llama-3.2-3b or tinyllama, or the path of a "
+                   "config.json");
+    snprintf(command, sizeof command, "bench generate %s --config llama-test -m " LLAMA2, flags);
+    outcome = run(NULL, command);
+    expect_refusal(&outcome, "--config and --model both say what the model is: give one");
+    outcome = run(NULL, "bench generate --config llama-test");
+    expect_refusal(&outcome, "--config is the shape of random weights: give --load-format dummy "
+                             "with it, or --model DIR instead");
 }

@@ -13,7 +13,6 @@ struct bench {
     const char *counts;
     int64_t batch, n_requests, rank, prompt_tokens, max_tokens;
     double skew;
-    bool random_weights;
 };
 
 /* clang-format off */
@@ -34,8 +33,6 @@ static const struct option_spec specs[] = {
     {.name = "max-new-tokens", .aliases = {"max-tokens"}, .kind = OPTION_INT, AT(max_tokens),
      .argument = "N", .min = 1, .max = 1 << 20, .help = "that each request generates",
      .fallback = "64"},
-    {.name = "random-weights", .kind = OPTION_FLAG, AT(random_weights),
-     .help = "read config.json and the tokenizer only; the weights are random"},
     {.name = NULL},
 };
 static const struct option_group groups[] = {
@@ -154,7 +151,6 @@ static mlora_status action(void *target, json_t *report)
 
     mlora_status status = read_list(&counts, &n, bench->counts, 1, 65536, "--num-adapters");
     if (status == MLORA_OK && bench->output.plot) status = plot_check(bench->output.plot);
-    bench->setup.random_weights = bench->random_weights;
     if (bench->setup.max_num_seqs == 0) bench->setup.max_num_seqs = bench->batch;
     if (status == MLORA_OK) status = setup_open(&engine, &bench->setup);
     if (status == MLORA_OK) status = report_add_both(report, engine, &bench->setup);

@@ -55,7 +55,7 @@ const struct command command_bench = {
     .groups = groups,
     .examples = "  mlora bench generate -m llama --batch-size 1,64 --num-adapters 1,7\n"
                 "  mlora bench kernels -m tools/shapes/llama-3.1-8b --phase prefill\n"
-                "  mlora bench profile -m tools/shapes/llama-3.1-8b --random-weights\n",
+                "  mlora bench profile --load-format dummy --config llama-3.1-8b\n",
     .run = run,
 };
 
@@ -135,4 +135,13 @@ mlora_status read_modes(int32_t **modes, int *n, const char *text)
     return *n > 0 ? MLORA_OK
                   : error_set(MLORA_EINVAL, "--modes is empty, at least one of %s is needed",
                               modes_text);
+}
+
+mlora_status check_modes(const int32_t *modes, int n, const char *backend)
+{
+    for (int m = 0; m < n; m++)
+        if (modes[m] != 0 && strcmp(backend, "cuda") == 0)
+            return error_set(MLORA_EUNSUPPORTED, "--modes %s: the CUDA backend has one way: auto",
+                             mode_name(modes[m]));
+    return MLORA_OK;
 }

@@ -11,7 +11,7 @@ mlora_status bench_device_open(struct device **out, const struct setup *setup, c
 {
     *out = NULL;
     if (strcmp(backend, "cpu") != 0) {
-        const mlora_status status = cuda_device_open(out, 0);
+        const mlora_status status = cuda_device_open(out, 0, NULL);
         if (status != MLORA_EUNSUPPORTED || strcmp(backend, "cuda") == 0) return status;
     }
     return cpu_device_open(out, (int)setup->n_threads);

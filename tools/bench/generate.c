@@ -15,7 +15,6 @@ struct bench {
     const char *modes, *batch_sizes, *n_adapters, *ranks; /* lists */
     int64_t prompt_tokens, max_tokens, repeat, seed;
     double temperature, top_p;
-    bool random_weights;
 };
 
 /* "batch=1,8,64" is another spelling of "--batch-size 1,8,64". */
@@ -66,8 +65,6 @@ static const struct option_spec specs[] = {
      .help = "of prompts and sampling", .fallback = "0"},
     {.name = "repeat", .kind = OPTION_INT, AT(repeat), .argument = "N", .min = 1,
      .max = MAX_REPEATS, .help = "runs of each case; the median counts", .fallback = "3"},
-    {.name = "random-weights", .kind = OPTION_FLAG, AT(random_weights),
-     .help = "read config.json and the tokenizer only; the weights are random"},
     {.name = NULL},
 };
 static const struct option_group groups[] = {
@@ -296,7 +293,8 @@ static mlora_status run_modes(struct session *session, const struct setup *setup
         status = setup_open(&session->engine, &own);
         if (status == MLORA_OK && m == 0) {
             mlora_engine_info(session->engine, &info);
-            status = bench_device_open(&session->dev, setup, info.backend);
+            status = check_modes(lists->modes, lists->n_modes, info.backend);
+            if (status == MLORA_OK) status = bench_device_open(&session->dev, setup, info.backend);
             if (status == MLORA_OK) status = bench_bandwidth(&session->bandwidth, session->dev);
             if (status == MLORA_OK)
                 status = report_add_device(session->report, session->dev, session->bandwidth);
@@ -311,6 +309,7 @@ static mlora_status run_modes(struct session *session, const struct setup *setup
 
 static mlora_status bench_action_generate(void *target, json_t *report)
 {
+    char *folder = NULL;
     struct bench *bench = target;
     struct session session = {.bench = bench, .report = report};
     struct lists lists = {0};
@@ -318,11 +317,10 @@ static mlora_status bench_action_generate(void *target, json_t *report)
 
     mlora_status status = read_lists(&lists, bench);
     if (status == MLORA_OK && bench->output.plot) status = plot_check(bench->output.plot);
-    if (status == MLORA_OK) status = setup_need_model(&bench->setup);
-    if (status == MLORA_OK) status = model_config_read(&session.config, bench->setup.model);
+    if (status == MLORA_OK) status = setup_folder(&folder, &bench->setup);
+    if (status == MLORA_OK) status = model_config_read(&session.config, folder);
     if (status != MLORA_OK) goto done;
 
-    bench->setup.random_weights = bench->random_weights;
     if (bench->setup.max_num_seqs == 0)
         bench->setup.max_num_seqs = list_largest(lists.batches, lists.n_batches);
     status = run_modes(&session, &bench->setup, &lists);
@@ -342,6 +340,7 @@ done:
     free(lists.batches);
     free(lists.counts);
     free(lists.ranks);
+    free(folder);
     return status;
 }
 
@@ -374,7 +373,7 @@ const struct command bench_generate = {
                    "decode steps must read, of the time that they took.",
     .groups = groups,
     .examples = "  mlora bench generate -m llama --modes loop,sgmv,auto --batch-size 64\n"
-                "  mlora bench generate -m tools/shapes/llama-3.1-8b --random-weights \\\n"
+                "  mlora bench generate --load-format dummy --config llama-3.1-8b \\\n"
                 "      --sweep batch=1,8,64 adapters=1,7,64 rank=8,16,64\n",
     .run = run,
 };

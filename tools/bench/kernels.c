@@ -320,6 +320,7 @@ static const struct option_group groups[] = {
 
 static mlora_status action(void *target, json_t *report)
 {
+    char *folder = NULL;
     struct bench *bench = target;
     struct ops_bench ops = {.report = report};
     int32_t *tokens = NULL, *adapters = NULL, *ranks = NULL, *modes = NULL;
@@ -336,9 +337,10 @@ static mlora_status action(void *target, json_t *report)
         status = read_list(&ranks, &lists.n_ranks, bench->ranks, 1, 512, "--rank");
     if (status == MLORA_OK) status = read_modes(&modes, &lists.n_modes, bench->modes);
     if (status == MLORA_OK && bench->output.plot) status = plot_check(bench->output.plot);
-    if (status == MLORA_OK) status = setup_need_model(&bench->setup);
-    if (status == MLORA_OK) status = model_config_read(&ops.config, bench->setup.model);
+    if (status == MLORA_OK) status = setup_folder(&folder, &bench->setup);
+    if (status == MLORA_OK) status = model_config_read(&ops.config, folder);
     if (status == MLORA_OK) status = ops_open(&ops, &bench->setup);
+    if (status == MLORA_OK) status = check_modes(modes, lists.n_modes, ops.dev->backend);
     if (status != MLORA_OK) goto done;
 
     lists.tokens = tokens, lists.adapters = adapters, lists.ranks = ranks, lists.modes = modes;
@@ -355,6 +357,7 @@ done:
     free(adapters);
     free(ranks);
     free(modes);
+    free(folder);
     return status;
 }
 

@@ -11,7 +11,6 @@ struct bench {
     struct bench_output output;
     const char *concurrency;
     int64_t n_requests, n_adapters, rank, prompt_tokens, max_tokens;
-    bool random_weights;
 };
 
 /* clang-format off */
@@ -30,8 +29,6 @@ static const struct option_spec specs[] = {
     {.name = "max-new-tokens", .aliases = {"max-tokens"}, .kind = OPTION_INT, AT(max_tokens),
      .argument = "N", .min = 1, .max = 1 << 20, .help = "that each request generates",
      .fallback = "64"},
-    {.name = "random-weights", .kind = OPTION_FLAG, AT(random_weights),
-     .help = "read config.json and the tokenizer only; the weights are random"},
     {.name = NULL},
 };
 static const struct option_group groups[] = {
@@ -134,7 +131,6 @@ static mlora_status action(void *target, json_t *report)
 
     mlora_status status = read_list(&concurrency, &n, bench->concurrency, 1, 4096, "--concurrency");
     if (status == MLORA_OK && bench->output.plot) status = plot_check(bench->output.plot);
-    bench->setup.random_weights = bench->random_weights;
     if (status == MLORA_OK && bench->setup.max_num_seqs == 0)
         bench->setup.max_num_seqs = list_largest(concurrency, n);
     if (status == MLORA_OK) status = setup_open(&engine, &bench->setup);

@@ -11,7 +11,6 @@ struct bench {
     struct setup setup;
     struct bench_output output;
     int64_t repeat;
-    bool random_weights;
 };
 
 /* clang-format off */
@@ -19,8 +18,6 @@ struct bench {
 static const struct option_spec specs[] = {
     {.name = "repeat", .kind = OPTION_INT, AT(repeat), .argument = "N", .min = 1, .max = 100,
      .help = "starts; the first finds the files cold if nothing has read them", .fallback = "3"},
-    {.name = "random-weights", .kind = OPTION_FLAG, AT(random_weights),
-     .help = "read config.json and the tokenizer only; the weights are random"},
     {.name = NULL},
 };
 static const struct option_group groups[] = {
@@ -81,14 +78,15 @@ static mlora_status run_start(json_t *report, const struct bench *bench, int num
 
 static mlora_status action(void *target, json_t *report)
 {
+    char *folder = NULL;
     struct bench *bench = target;
-    mlora_status status = setup_need_model(&bench->setup);
+    mlora_status status = setup_folder(&folder, &bench->setup);
 
     if (status == MLORA_OK && bench->output.plot) status = plot_check(bench->output.plot);
-    bench->setup.random_weights = bench->random_weights;
     for (int i = 0; i < bench->repeat && status == MLORA_OK; i++)
         status = run_start(report, bench, i);
     if (status == MLORA_OK) status = report_finish(report, &bench->output);
+    free(folder);
     return status;
 }
 

@@ -11,7 +11,6 @@ struct bench {
     struct setup setup;
     struct bench_output output;
     int64_t batch, n_adapters, rank, context, prompt_tokens, steps;
-    bool random_weights;
 };
 
 /* clang-format off */
@@ -30,8 +29,6 @@ static const struct option_spec specs[] = {
      .fallback = "2048"},
     {.name = "steps", .kind = OPTION_INT, AT(steps), .argument = "N", .min = 1, .max = 1000,
      .help = "decode steps that are timed; their mean counts", .fallback = "8"},
-    {.name = "random-weights", .kind = OPTION_FLAG, AT(random_weights),
-     .help = "read config.json and the tokenizer only; the weights are random"},
     {.name = NULL},
 };
 static const struct option_group groups[] = {
@@ -258,15 +255,15 @@ static mlora_status measure_device(struct ops_bench *ops, const struct setup *se
 
 static mlora_status action(void *target, json_t *report)
 {
+    char *folder = NULL;
     struct bench *bench = target;
     struct ops_bench ops = {.report = report};
     mlora_engine *engine = NULL;
     struct setup *setup = &bench->setup;
 
-    mlora_status status = setup_need_model(setup);
+    mlora_status status = setup_folder(&folder, setup);
     if (status == MLORA_OK && bench->output.plot) status = plot_check(bench->output.plot);
     if (status == MLORA_OK) status = measure_device(&ops, setup);
-    setup->random_weights = bench->random_weights;
     setup->profile = true;
     if (setup->max_num_seqs == 0) setup->max_num_seqs = bench->batch;
     if (setup->max_batch_tokens == 0)
@@ -280,6 +277,7 @@ static mlora_status action(void *target, json_t *report)
     if (status == MLORA_OK) json_object_set_new(report, "flops_per_second", json_real(ops.flops));
     if (status == MLORA_OK) status = report_finish(report, &bench->output);
     mlora_close(engine);
+    free(folder);
     return status;
 }
 
@@ -307,6 +305,6 @@ const struct command bench_profile = {
                    "The last row of a phase has the step as a whole, and what it takes when its "
                    "ops are not timed.",
     .groups = groups,
-    .examples = "  mlora bench profile -m tools/shapes/llama-3.1-8b --random-weights\n",
+    .examples = "  mlora bench profile --load-format dummy --config llama-3.1-8b\n",
     .run = run,
 };
