@@ -351,6 +351,16 @@ static void timed_lora_expand(struct device *dev, void *y, const float *h,
     end(dev, note, "lora_expand", "%d slices to %d", site->n_slices, site->N);
 }
 
+static void timed_lora_expand_silu_mul(struct device *dev, void *y, void *gate_up, const float *h,
+                                       const struct lora_view *lora, const struct lora_site *site,
+                                       int layer, int T, enum dtype dtype)
+{
+    struct note *note = begin_lora(dev, NOTE_EXPAND, 0, lora, site, layer, dtype);
+    if (note) note->bytes = T * 1.5 * site->N * (double)dtype_bytes(dtype);
+    dev->profile->ops->lora_expand_silu_mul(dev, y, gate_up, h, lora, site, layer, T, dtype);
+    end(dev, note, "lora_expand_silu_mul", "%d slices to %d", site->n_slices, site->N);
+}
+
 static void timed_sample(struct device *dev, int32_t *ids, const float *logits,
                          const struct sample_view *view, int V)
 {
@@ -446,6 +456,7 @@ mlora_status profile_open(struct device *dev)
     if (dev->ops->lora_add_rms_norm) timed->lora_add_rms_norm = timed_lora_add_rms_norm;
     if (dev->ops->lora_head_norm) timed->lora_head_norm = timed_lora_head_norm;
     timed->extend_metadata = timed_extend_metadata;
+    timed->lora_expand_silu_mul = timed_lora_expand_silu_mul;
     dev->profile = profile;
     dev->ops = timed;
     return MLORA_OK;

@@ -136,12 +136,3 @@ mlora_status read_modes(int32_t **modes, int *n, const char *text)
                   : error_set(MLORA_EINVAL, "--modes is empty, at least one of %s is needed",
                               modes_text);
 }
-
-mlora_status check_modes(const int32_t *modes, int n, const char *backend)
-{
-    for (int m = 0; m < n; m++)
-        if (modes[m] != 0 && strcmp(backend, "cuda") == 0)
-            return error_set(MLORA_EUNSUPPORTED, "--modes %s: the CUDA backend has one way: auto",
-                             mode_name(modes[m]));
-    return MLORA_OK;
-}

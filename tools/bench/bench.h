@@ -55,8 +55,6 @@ int32_t list_largest(const int32_t *values, int n);
 /* The ways to add the adapters' products: "loop,auto" to their numbers, as mlora_lora_mode. */
 mlora_status read_modes(int32_t **modes, int *n, const char *text);
 const char *mode_name(int mode);
-/* Refuse what a backend cannot tell apart; the CPU takes any mode, as it has one way. */
-mlora_status check_modes(const int32_t *modes, int n, const char *backend);
 
 /* Parse, and run `action` unless --help was given. Words that are no flags go to `operand` (NULL:
  * there may be none). Returns the exit status. */

@@ -288,13 +288,13 @@ static mlora_status run_modes(struct session *session, const struct setup *setup
         struct setup own = *setup;
         mlora_info info;
 
-        session->mode = lists->modes[m];
+        session->mode = own.lora_mode = lists->modes[m];
+        own.no_prefix_cache = true; /* every prompt is computed, and measured */
         session->n_adapters = session->rank = 0;
         status = setup_open(&session->engine, &own);
         if (status == MLORA_OK && m == 0) {
             mlora_engine_info(session->engine, &info);
-            status = check_modes(lists->modes, lists->n_modes, info.backend);
-            if (status == MLORA_OK) status = bench_device_open(&session->dev, setup, info.backend);
+            status = bench_device_open(&session->dev, setup, info.backend);
             if (status == MLORA_OK) status = bench_bandwidth(&session->bandwidth, session->dev);
             if (status == MLORA_OK)
                 status = report_add_device(session->report, session->dev, session->bandwidth);

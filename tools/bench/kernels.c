@@ -340,7 +340,6 @@ static mlora_status action(void *target, json_t *report)
     if (status == MLORA_OK) status = setup_folder(&folder, &bench->setup);
     if (status == MLORA_OK) status = model_config_read(&ops.config, folder);
     if (status == MLORA_OK) status = ops_open(&ops, &bench->setup);
-    if (status == MLORA_OK) status = check_modes(modes, lists.n_modes, ops.dev->backend);
     if (status != MLORA_OK) goto done;
 
     lists.tokens = tokens, lists.adapters = adapters, lists.ranks = ranks, lists.modes = modes;

@@ -133,6 +133,7 @@ static mlora_status action(void *target, json_t *report)
     if (status == MLORA_OK && bench->output.plot) status = plot_check(bench->output.plot);
     if (status == MLORA_OK && bench->setup.max_num_seqs == 0)
         bench->setup.max_num_seqs = list_largest(concurrency, n);
+    bench->setup.no_prefix_cache = true; /* every prompt is computed, and measured */
     if (status == MLORA_OK) status = setup_open(&engine, &bench->setup);
     if (status == MLORA_OK) status = report_add_both(report, engine, &bench->setup);
     if (status == MLORA_OK)

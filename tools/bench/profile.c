@@ -265,6 +265,7 @@ static mlora_status action(void *target, json_t *report)
     if (status == MLORA_OK && bench->output.plot) status = plot_check(bench->output.plot);
     if (status == MLORA_OK) status = measure_device(&ops, setup);
     setup->profile = true;
+    setup->no_prefix_cache = true; /* every prompt is computed, and measured */
     if (setup->max_num_seqs == 0) setup->max_num_seqs = bench->batch;
     if (setup->max_batch_tokens == 0)
         setup->max_batch_tokens =
