@@ -145,16 +145,16 @@ static void build_lora(struct batch *batch, const struct plan *plan, const int32
     struct lora_view *lora = &batch->lora;
 
     memset(lora, 0, sizeof *lora); /* its bytes are part of a recording's key */
-    lora->factors = registry->dev_table;
-    lora->own = registry->dev_own;
-    lora->L = registry->n_layers + 1;
+    lora->factors = registry->pool.dev_table;
+    lora->own = registry->pool.dev_own;
+    lora->L = registry->pool.n_layers + 1;
     lora->mode = batch->lora_mode;
     for (int q = 0; q < Q; q++) {
         const struct request *request = plan->rows[q].request;
         const struct registered *entry = request->adapter;
         const int before = entry ? request->adapter_from - request->n_computed : 0;
 
-        batch->slot_of_row[q] = entry ? entry->slot : -1;
+        batch->slot_of_row[q] = entry ? entry->resident.slot : -1;
         batch->first_of_row[q] = before >= plan->rows[q].n_tokens
                                      ? row_start[q + 1]
                                      : row_start[q] + (before > 0 ? before : 0);

@@ -73,8 +73,9 @@ static mlora_status take_submitted(struct mlora_engine *engine)
         pthread_mutex_unlock(&engine->lock);
         if (!request) break;
 
+        if (request->adapter) registry_prefetch(request->adapter);
         status = scheduler_add(&engine->scheduler, request);
-        if (status != MLORA_OK) engine_free_request(engine, request);
+        if (status != MLORA_OK) engine_free_request(request);
     }
     return status;
 }
@@ -93,6 +94,21 @@ static mlora_status take_cancelled(struct mlora_engine *engine)
 
         struct request *request = scheduler_find(&engine->scheduler, id);
         if (request) status = outputs_finish(engine, request, MLORA_FINISH_CANCEL);
+    }
+    return status;
+}
+
+/* What the loader has brought can be used; requests whose adapter it could not bring end. */
+static mlora_status begin_adapters(struct mlora_engine *engine)
+{
+    struct scheduler *scheduler = &engine->scheduler;
+    mlora_status status = MLORA_OK;
+
+    registry_begin_step(&engine->registry);
+    while (engine->registry.any_failed && status == MLORA_OK) {
+        struct request *failed = scheduler_failed(scheduler);
+        engine->registry.any_failed = failed != NULL;
+        if (failed) status = outputs_finish(engine, failed, MLORA_FINISH_ERROR);
     }
     return status;
 }
@@ -121,7 +137,11 @@ static mlora_status run(struct mlora_engine *engine)
     const struct plan *plan = scheduler_plan(&engine->scheduler, &engine->kvcache);
     const struct batch *batch = &engine->batch;
 
-    if (plan->n_rows == 0) return MLORA_OK;
+    scheduler_want_adapters(&engine->scheduler);
+    if (plan->n_rows == 0) {
+        registry_wait(&engine->registry);
+        return MLORA_OK;
+    }
     const int n_prompt = n_prompt_tokens(plan);
 
     mlora_status status = batch_build(&engine->batch, plan, &engine->registry);
@@ -150,7 +170,8 @@ mlora_status engine_step(struct mlora_engine *engine, int *n_active)
     if (engine->failed)
         return error_set(MLORA_EDEVICE, "the engine failed before: it can only be closed");
 
-    mlora_status status = take_submitted(engine);
+    mlora_status status = begin_adapters(engine);
+    if (status == MLORA_OK) status = take_submitted(engine);
     if (status == MLORA_OK) status = take_cancelled(engine);
     if (status == MLORA_OK) status = run(engine);
     if (status != MLORA_OK) engine->failed = true;

@@ -66,7 +66,7 @@ void engine_close(struct mlora_engine *engine);
 mlora_status engine_submit(struct mlora_engine *engine, struct request *request, uint64_t *id);
 
 /* Release the adapter of a request that is not scheduled, and free it. NULL is allowed. */
-void engine_free_request(struct mlora_engine *engine, struct request *request);
+void engine_free_request(struct request *request);
 void engine_cancel(struct mlora_engine *engine, uint64_t id);
 
 mlora_status engine_step(struct mlora_engine *engine, int *n_active);

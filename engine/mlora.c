@@ -96,6 +96,7 @@ void mlora_engine_info(const mlora_engine *engine, mlora_info *out)
         .max_batch_tokens = engine->scheduler.max_batch_tokens,
         .kv_blocks = engine->kvcache.n_blocks,
         .max_queue = engine->max_queue,
+        .adapter_bytes = engine->registry.pool.arena.capacity,
     };
 }
 
@@ -108,6 +109,10 @@ void mlora_engine_stats(const mlora_engine *engine, mlora_stats *out)
     out->n_cached_tokens = engine->scheduler.n_found;
     out->n_missed_tokens = engine->scheduler.n_missed;
     out->n_free_kv_blocks = engine->kvcache.n_free;
+    out->n_adapter_loads = engine->registry.n_loads;
+    out->n_adapter_evictions = engine->registry.pool.n_evictions;
+    out->adapter_bytes_used = engine->registry.pool.arena.used;
+    out->adapter_host_bytes_used = engine->registry.host_bytes;
 }
 
 mlora_status mlora_engine_profile(mlora_engine *engine, char **json)
@@ -149,13 +154,17 @@ mlora_status mlora_step(mlora_engine *engine, int *n_active)
 
 /* ---- adapters ------------------------------------------------------------------------------- */
 
-/* List it, or free it after a failure. */
-static mlora_status add_adapter(mlora_engine *engine, const char *name, struct adapter *adapter)
+/* List it under `name`, in the place of another with `replace`, or free it after a failure. */
+static mlora_status add_adapter(mlora_engine *engine, const char *name, struct adapter *adapter,
+                                struct source *source, bool replace)
 {
     mlora_status status = workspace_fit_rank(&engine->workspace, engine->dev, adapter->max_rank);
 
-    if (status == MLORA_OK) status = registry_add(&engine->registry, name, adapter);
-    adapter_free(adapter, engine->dev); /* empty if it was added */
+    if (status == MLORA_OK)
+        status = replace ? registry_replace(&engine->registry, name, adapter, source)
+                         : registry_add(&engine->registry, name, adapter, source);
+    adapter_free(adapter); /* empty if it was added */
+    free(source->directory);
     return status;
 }
 
@@ -167,37 +176,57 @@ static mlora_status check_unmerged(const mlora_engine *engine)
                                    "other can be loaded; open the model without merge");
 }
 
-mlora_status mlora_adapter_load(mlora_engine *engine, const char *dir, const char *name)
+static mlora_status load_adapter(mlora_engine *engine, const char *dir, const char *name,
+                                 bool replace)
 {
     struct adapter_plan plan = {0};
     struct adapter adapter = {0};
+    struct source source = {
+        .directory = strdup(dir), .lenient = engine->lenient, .hash_key = engine->hash_key};
 
-    if (!engine) return null_argument("mlora_adapter_load", "engine");
-    if (!dir) return null_argument("mlora_adapter_load", "dir");
-    if (!name) return null_argument("mlora_adapter_load", "name");
-
-    mlora_status status = check_unmerged(engine);
+    mlora_status status = source.directory ? MLORA_OK : error_set(MLORA_ENOMEM, "out of memory");
+    if (status == MLORA_OK) status = check_unmerged(engine);
     if (status == MLORA_OK)
         status = adapter_plan_read(&plan, dir, &engine->config, engine->lenient);
     plan.hash_key = engine->hash_key;
     if (status == MLORA_OK)
         status = adapter_load(&adapter, engine->dev, &plan, &engine->config, &engine->weights);
     adapter_plan_free(&plan);
-    return status == MLORA_OK ? add_adapter(engine, name, &adapter) : status;
+    if (status == MLORA_OK) return add_adapter(engine, name, &adapter, &source, replace);
+    free(source.directory);
+    return status;
+}
+
+mlora_status mlora_adapter_load(mlora_engine *engine, const char *dir, const char *name)
+{
+    if (!engine) return null_argument("mlora_adapter_load", "engine");
+    if (!dir) return null_argument("mlora_adapter_load", "dir");
+    if (!name) return null_argument("mlora_adapter_load", "name");
+    return load_adapter(engine, dir, name, false);
+}
+
+mlora_status mlora_adapter_replace(mlora_engine *engine, const char *dir, const char *name)
+{
+    if (!engine) return null_argument("mlora_adapter_replace", "engine");
+    if (!dir) return null_argument("mlora_adapter_replace", "dir");
+    if (!name) return null_argument("mlora_adapter_replace", "name");
+    const mlora_status status = load_adapter(engine, dir, name, true);
+    if (status == MLORA_OK) registry_sweep(&engine->registry);
+    return status;
 }
 
 mlora_status mlora_adapter_random(mlora_engine *engine, const char *name, int rank, uint64_t seed)
 {
     struct adapter adapter = {0};
+    struct source source = {.seed = seed};
 
     if (!engine) return null_argument("mlora_adapter_random", "engine");
     if (!name) return null_argument("mlora_adapter_random", "name");
     if (rank < 1 || rank > LORA_RANK_MAX)
         return error_set(MLORA_EINVAL, "rank is %d, must be from 1 to %d", rank, LORA_RANK_MAX);
     mlora_status status = check_unmerged(engine);
-    if (status == MLORA_OK)
-        status = adapter_random(&adapter, engine->dev, &engine->config, rank, seed);
-    return status == MLORA_OK ? add_adapter(engine, name, &adapter) : status;
+    if (status == MLORA_OK) status = adapter_random(&adapter, &engine->config, rank, seed);
+    return status == MLORA_OK ? add_adapter(engine, name, &adapter, &source, false) : status;
 }
 
 mlora_status mlora_adapter_unload(mlora_engine *engine, const char *name)
@@ -210,28 +239,48 @@ mlora_status mlora_adapter_unload(mlora_engine *engine, const char *name)
     return status;
 }
 
-/* The registry's lock is the one thing in it that reading changes. */
-static struct registry *registry_of(const mlora_engine *engine)
+mlora_status mlora_adapter_pin(mlora_engine *engine, const char *name, int pin)
 {
-    return (struct registry *)&engine->registry;
+    if (!engine) return null_argument("mlora_adapter_pin", "engine");
+    if (!name) return null_argument("mlora_adapter_pin", "name");
+    return registry_pin(&engine->registry, name, pin != 0);
+}
+
+mlora_status mlora_adapter_describe(const mlora_engine *engine, const char *name,
+                                    mlora_adapter_info *out)
+{
+    if (!engine) return null_argument("mlora_adapter_describe", "engine");
+    if (!name) return null_argument("mlora_adapter_describe", "name");
+    if (!out) return null_argument("mlora_adapter_describe", "out");
+
+    const struct registered *entry = registry_find(&engine->registry, name);
+    if (!entry) return error_set(MLORA_ENOTFOUND, "no adapter \"%s\"", name);
+    *out = (mlora_adapter_info){
+        .max_rank = entry->adapter.max_rank,
+        .bytes = entry->adapter.bytes,
+        .content_hash = entry->adapter.content.word[0],
+        .on_device = entry->resident.state == RESIDENT_HERE,
+        .pinned = entry->resident.pinned,
+        .n_requests = atomic_load(&entry->resident.users),
+        .error = registry_failure(entry),
+    };
+    return MLORA_OK;
 }
 
 int mlora_adapter_count(const mlora_engine *engine)
 {
-    int n = 0;
-    while (registry_at(registry_of(engine), n)) n++;
-    return n;
+    return registry_count(&engine->registry);
 }
 
 const char *mlora_adapter_name(const mlora_engine *engine, int index)
 {
-    const struct registered *entry = registry_at(registry_of(engine), index);
+    const struct registered *entry = registry_at(&engine->registry, index);
     return entry ? entry->name : NULL;
 }
 
 const char *mlora_adapter_warnings(const mlora_engine *engine, const char *name)
 {
-    const struct registered *entry = name ? registry_find(registry_of(engine), name) : NULL;
+    const struct registered *entry = name ? registry_find(&engine->registry, name) : NULL;
     if (!entry) return NULL;
     return entry->adapter.warnings ? entry->adapter.warnings : "";
 }
@@ -299,7 +348,7 @@ mlora_status mlora_submit(mlora_engine *engine, const mlora_request *from, uint6
                                 engine->config.vocab_size, engine->max_model_len);
     ids_free(&prompt);
     if (status != MLORA_OK) {
-        if (adapter) registry_release(&engine->registry, adapter);
+        if (adapter) registry_release(adapter);
         return status;
     }
     request->adapter = adapter;
@@ -312,7 +361,7 @@ mlora_status mlora_submit(mlora_engine *engine, const mlora_request *from, uint6
     }
     uint64_t given = 0;
     status = engine_submit(engine, request, &given);
-    if (status != MLORA_OK) engine_free_request(engine, request);
+    if (status != MLORA_OK) engine_free_request(request);
     if (id && status == MLORA_OK) *id = given;
     return status;
 }

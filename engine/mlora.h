@@ -25,8 +25,9 @@
  *
  * Threads: one thread at a time calls the functions of an engine ("the engine's thread"); where
  * a function may be called from any thread at any time, it says so. Different engines are
- * independent. The library starts no thread but the CPU backend's workers, prints nothing, never
- * exits, installs no signal handler and reads no environment variable.
+ * independent. The library starts no thread but the CPU backend's workers and the loader of
+ * adapters, prints nothing, never exits, installs no signal handler and reads no environment
+ * variable.
  *
  * Strings are UTF-8 and end with NUL unless a byte count is beside them. What a caller passes in
  * is copied before the call returns, unless "borrowed" is said. */
@@ -116,11 +117,21 @@ typedef struct mlora_options {
     int max_num_seqs;     /* requests that run at the same time; default 64                       */
     int max_batch_tokens; /* tokens of one step; default 512; at least max_num_seqs               */
     int kv_blocks;        /* KV cache, in blocks of 16 tokens; default: what max_num_seqs         */
-                          /* sequences can use, at most a quarter of the free memory              */
+                          /* sequences can use, at most half of what is left for them             */
     int max_queue;        /* requests that may wait beside max_num_seqs that run; default 16384   */
     int no_prefix_cache;  /* 1: KV of tokens that were computed before is not used again          */
-    int lenient;          /* 1: adapter tensors that no target matches, and unknown ones, are     */
-                          /* left out with a warning (mlora_adapter_warnings) instead of refused  */
+    /* Memory of the device that weights, KV cache and adapters may take together, as a part of all
+     * of it; default 0.9. Of what the weights leave of it the KV cache takes at most a half and
+     * adapters the rest. On the CPU both together take at most half of the free memory. */
+    float gpu_memory_utilization;
+    /* MiB of the device for adapters; default: see above. More of them may be loaded: those in use
+     * are there, the others come when they are. */
+    int adapter_memory;
+    /* MiB of host memory for adapters that are not on the device, or may leave it; default a quarter
+     * of the machine's. Those beyond it are read from their files again. */
+    int adapter_host_memory;
+    int lenient; /* 1: adapter tensors that no target matches, and unknown ones, are     */
+                 /* left out with a warning (mlora_adapter_warnings) instead of refused  */
     const char
         *merge; /* directory of an adapter that is folded into the weights while they are   */
                 /* loaded: requests that name no adapter are answered by it, at the cost of */
@@ -167,6 +178,7 @@ typedef struct mlora_info {
     int max_batch_tokens;
     int kv_blocks; /* of 16 tokens */
     int max_queue;
+    int64_t adapter_bytes; /* on the device, for all adapters that are there at a time */
 } mlora_info;
 
 /* Thread: any. */
@@ -180,10 +192,21 @@ MLORA_API void mlora_engine_info(const mlora_engine *engine, mlora_info *out);
  * name   UTF-8, 1 to 255 bytes, not "base", not yet taken in this engine
  *
  * Returns OK, EINVAL (name), EIO, EFORMAT (damaged, or does not fit the base model),
- * EUNSUPPORTED (a kind of adapter that would not be served exactly) or ENOMEM. After a failure
- * the engine is as it was before the call. Blocks while the file is read.
+ * EUNSUPPORTED (a kind of adapter that would not be served exactly) or ENOMEM (also: more than the
+ * memory for adapters, see mlora_options). After a failure the engine is as it was before the call.
+ * Blocks while the file is read. May be called while requests run. Any number can be loaded: one
+ * comes to the device when a request for it is queued, and may leave when it is not in use. Its
+ * files must stay as they are: they may be read again, and if the content has changed by then, the
+ * requests for it end with MLORA_FINISH_ERROR.
  * Thread: the engine's. */
 MLORA_API mlora_status mlora_adapter_load(mlora_engine *engine, const char *dir, const char *name);
+
+/* Put another adapter in the place of the one called `name`: requests that were submitted before
+ * finish with the old one, those from now on get the new one. It is pinned if the old one was.
+ * Returns ENOTFOUND, or as mlora_adapter_load(); after a failure the old one is still served.
+ * Thread: the engine's. */
+MLORA_API mlora_status mlora_adapter_replace(mlora_engine *engine, const char *dir,
+                                             const char *name);
 
 /* Make an adapter of random factors on all seven linears of every layer, for measuring speed.
  * rank is 1 to 512; the same seed gives the same factors. Returns OK, EINVAL (name, rank) or
@@ -195,13 +218,34 @@ MLORA_API mlora_status mlora_adapter_random(mlora_engine *engine, const char *na
  * freed. Returns OK or ENOTFOUND. Thread: the engine's. */
 MLORA_API mlora_status mlora_adapter_unload(mlora_engine *engine, const char *name);
 
+/* pin 1: bring it to the device at the next steps and let it not leave; 0: it may leave again.
+ * Returns OK, ENOTFOUND, or ENOMEM: with the pinned ones on the device, there would be no room for
+ * some other one. Thread: the engine's. */
+MLORA_API mlora_status mlora_adapter_pin(mlora_engine *engine, const char *name, int pin);
+
+typedef struct mlora_adapter_info {
+    int max_rank;
+    int64_t bytes;         /* on the device */
+    uint64_t content_hash; /* in this engine: the same for the same content */
+    int on_device;         /* 1: now */
+    int pinned;
+    int n_requests; /* that are not finished */
+    const char
+        *error; /* why it could not be brought to the device when it was wanted last; NULL: */
+                /* nothing failed. Valid until the next call of mlora_step()               */
+} mlora_adapter_info;
+
+/* Returns OK or ENOTFOUND. Thread: the engine's. */
+MLORA_API mlora_status mlora_adapter_describe(const mlora_engine *engine, const char *name,
+                                              mlora_adapter_info *out);
+
 /* The number of adapters, and the name of number `index` in order of loading (NULL past the
- * end). The name lives until that adapter is unloaded. Thread: the engine's. */
+ * end). The name lives until that adapter is unloaded or replaced. Thread: the engine's. */
 MLORA_API int mlora_adapter_count(const mlora_engine *engine);
 MLORA_API const char *mlora_adapter_name(const mlora_engine *engine, int index);
 
 /* What a lenient load left out, or what is worth knowing, a line each; "" when there is nothing;
- * NULL for an unknown name. Lives until that adapter is unloaded. Thread: the engine's. */
+ * NULL for an unknown name. Lives until that adapter is unloaded or replaced. Thread: the engine's. */
 MLORA_API const char *mlora_adapter_warnings(const mlora_engine *engine, const char *name);
 
 /* ---- requests ----------------------------------------------------------------------------- */
@@ -211,7 +255,7 @@ typedef enum mlora_finish {
     MLORA_FINISH_STOP = 1,   /* an end token or a stop string    */
     MLORA_FINISH_LENGTH = 2, /* max_tokens or max_model_len      */
     MLORA_FINISH_CANCEL = 3, /* mlora_cancel()                   */
-    MLORA_FINISH_ERROR = 4   /* logits were not finite: the model or the adapter is damaged */
+    MLORA_FINISH_ERROR = 4   /* see mlora_event.error            */
 } mlora_finish;
 
 /* A token with its natural log-probability under the model's own distribution, before penalties,
@@ -239,6 +283,8 @@ typedef struct mlora_event {
     int n_prompt_tokens;     /* of the request */
     int n_cached_tokens;     /* of those: found in the KV cache, not computed */
     int n_completion_tokens; /* so far, the end token included */
+    const char *error; /* with MLORA_FINISH_ERROR, a line: logits were not finite, as the model  */
+                       /* or the adapter is damaged; or the adapter could not be read again      */
 } mlora_event;
 
 /* Called from mlora_step(), on the engine's thread. May call mlora_submit() and mlora_cancel();
@@ -316,7 +362,8 @@ MLORA_API void mlora_cancel(mlora_engine *engine, uint64_t id);
  * n_active   receives the number of requests that are not finished; may be NULL
  *
  * Returns OK, also when there was nothing to do; ENOMEM or EDEVICE: the engine can only be
- * closed. Blocks for one forward pass. Thread: the engine's. */
+ * closed. Blocks for one forward pass, or where there is nothing to run yet,
+ * until an adapter has come to the device. Thread: the engine's. */
 MLORA_API mlora_status mlora_step(mlora_engine *engine, int *n_active);
 
 /* Sums since mlora_open(). */
@@ -333,6 +380,10 @@ typedef struct mlora_stats {
     int n_running;
     int n_waiting;
     int n_free_kv_blocks;
+    int64_t n_adapter_loads;         /* to the device */
+    int64_t n_adapter_evictions;     /* from the device, to make room */
+    int64_t adapter_bytes_used;      /* on the device */
+    int64_t adapter_host_bytes_used; /* in host memory */
 } mlora_stats;
 
 /* Thread: the engine's. */

@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/random.h>
+#include <unistd.h>
 
 #include "engine/base/error.h"
 #include "engine/outputs.h"
@@ -11,6 +12,7 @@
 #include "lora/merge.h"
 
 enum { DEFAULT_NUM_SEQS = 64, DEFAULT_BATCH_TOKENS = 512, DEFAULT_QUEUE = 16384 };
+enum { MAX_MIB = 1 << 24 };
 enum { MAX_NUM_SEQS = 4096, MAX_BATCH_TOKENS = 1 << 16, MAX_THREADS = 1024 };
 
 static mlora_status check_option(const char *name, int value, int min, int max)
@@ -38,11 +40,18 @@ static mlora_status check_options(const mlora_options *o)
         {"max_batch_tokens", o->max_batch_tokens, MAX_BATCH_TOKENS},
         {"kv_blocks", o->kv_blocks, 1 << 26},
         {"max_queue", o->max_queue, 1 << 24},
+        {"adapter_memory", o->adapter_memory, MAX_MIB},
+        {"adapter_host_memory", o->adapter_host_memory, MAX_MIB},
     };
     for (size_t i = 0; i < sizeof ranges / sizeof ranges[0]; i++) {
         const mlora_status status = check_option(ranges[i].name, ranges[i].value, 0, ranges[i].max);
         if (status != MLORA_OK) return status;
     }
+    if (!(o->gpu_memory_utilization >= 0 && o->gpu_memory_utilization <= 1))
+        return error_set(MLORA_EINVAL,
+                         "option gpu_memory_utilization is %g, must be above 0 and at most 1 (0: "
+                         "default)",
+                         (double)o->gpu_memory_utilization);
     return MLORA_OK;
 }
 
@@ -71,13 +80,40 @@ static mlora_status collect_eos(struct mlora_engine *engine)
     return MLORA_OK;
 }
 
+/* What the weights leave for the KV cache and adapters. */
+static int64_t memory_budget(const struct mlora_engine *engine, const mlora_options *options)
+{
+    const double utilization =
+        options->gpu_memory_utilization > 0 ? (double)options->gpu_memory_utilization : 0.9;
+    size_t free_bytes, total_bytes;
+
+    engine->dev->ops->memory(engine->dev, &free_bytes, &total_bytes);
+    if (strcmp(engine->dev->backend, "cpu") == 0) return (int64_t)(free_bytes / 2);
+    const int64_t kept = (int64_t)((1.0 - utilization) * (double)total_bytes);
+    return (int64_t)free_bytes > kept ? (int64_t)free_bytes - kept : 0;
+}
+
+/* The pool takes what the KV cache left of the budget, if the options say nothing. */
+static mlora_status open_registry(struct mlora_engine *engine, const mlora_options *options,
+                                  int64_t budget)
+{
+    const int64_t mib = 1 << 20;
+    const int64_t ram = (int64_t)sysconf(_SC_PHYS_PAGES) * (int64_t)sysconf(_SC_PAGESIZE);
+    int64_t room = options->adapter_memory * mib;
+
+    if (room == 0) room = (budget - engine->kv_cache.bytes) / mib * mib;
+    if (room < mib) room = mib;
+    return registry_open(&engine->registry, engine->dev, &engine->config, room,
+                         options->adapter_host_memory ? options->adapter_host_memory * mib
+                                                      : ram / 4);
+}
+
 /* How many KV blocks, and how long a sequence may be: what was asked for, or what fits. */
 static mlora_status size_kv(struct mlora_engine *engine, const mlora_options *options,
-                            int max_num_seqs, int *n_blocks)
+                            int max_num_seqs, int64_t budget, int *n_blocks)
 {
     const int limit = engine->config.max_position;
     const int64_t per_block = kv_block_bytes(&engine->model);
-    size_t free_bytes, total_bytes;
 
     if (options->max_model_len > limit)
         return error_set(MLORA_EINVAL,
@@ -89,16 +125,15 @@ static mlora_status size_kv(struct mlora_engine *engine, const mlora_options *op
 
     int64_t blocks = options->kv_blocks;
     if (blocks == 0) {
-        engine->dev->ops->memory(engine->dev, &free_bytes, &total_bytes);
-        const int64_t fit = (int64_t)(free_bytes / 4) / per_block;
+        const int64_t fit = budget / 2 / per_block;
         blocks = one * max_num_seqs < fit ? one * max_num_seqs : fit;
         if (blocks > 1 << 26) blocks = 1 << 26;
     }
     if (blocks < 1)
         return error_set(MLORA_ENOMEM,
-                         "a KV block needs %lld bytes, a quarter of the free memory "
-                         "is %zu",
-                         (long long)per_block, free_bytes / 4);
+                         "a KV block needs %lld bytes, half of the memory that the weights leave "
+                         "is %lld",
+                         (long long)per_block, (long long)(budget / 2));
     if (blocks < one && options->max_model_len)
         return error_set(MLORA_EINVAL,
                          "max_model_len %d needs %lld KV blocks of %d tokens, there "
@@ -186,13 +221,14 @@ mlora_status engine_open(struct mlora_engine **out, const mlora_options *options
     if (status != MLORA_OK) goto failed;
     status = outputs_open(engine, n_seqs);
     if (status != MLORA_OK) goto failed;
-    status = size_kv(engine, options, n_seqs, &n_blocks);
+    const int64_t budget = memory_budget(engine, options);
+    status = size_kv(engine, options, n_seqs, budget, &n_blocks);
     if (status != MLORA_OK) goto failed;
     status = kv_cache_open(&engine->kv_cache, &engine->model, n_blocks);
     if (status != MLORA_OK) goto failed;
     status = kvcache_open(&engine->kvcache, n_blocks, !options->no_prefix_cache, engine->hash_key);
     if (status != MLORA_OK) goto failed;
-    status = registry_open(&engine->registry, engine->dev, engine->config.n_layers);
+    status = open_registry(engine, options, budget);
     if (status != MLORA_OK) goto failed;
     status = scheduler_open(&engine->scheduler, n_seqs, n_tokens);
     if (status != MLORA_OK) goto failed;
@@ -210,10 +246,10 @@ failed:
     return status;
 }
 
-void engine_free_request(struct mlora_engine *engine, struct request *request)
+void engine_free_request(struct request *request)
 {
     if (!request) return;
-    if (request->adapter) registry_release(&engine->registry, request->adapter);
+    if (request->adapter) registry_release(request->adapter);
     request_free(request);
 }
 
@@ -224,11 +260,11 @@ static void free_requests(struct mlora_engine *engine)
 
     while ((request = engine->first_submitted) != NULL) {
         engine->first_submitted = request->next;
-        engine_free_request(engine, request);
+        engine_free_request(request);
     }
     while ((request = scheduler_any(&engine->scheduler)) != NULL) {
         scheduler_remove(&engine->scheduler, request, &engine->kvcache);
-        engine_free_request(engine, request);
+        engine_free_request(request);
     }
 }
 

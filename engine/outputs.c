@@ -75,11 +75,17 @@ mlora_status outputs_finish(struct mlora_engine *engine, struct request *request
                             mlora_finish finish)
 {
     const mlora_status status = stream_finish(&request->stream, &request->text);
+    mlora_event event = {.token = -1, .finish = finish};
 
+    if (finish == MLORA_FINISH_ERROR) {
+        const char *failure = request->adapter ? registry_failure(request->adapter) : NULL;
+        event.error =
+            failure ? failure : "logits were not finite: the model or the adapter is damaged";
+    }
     scheduler_remove(&engine->scheduler, request, &engine->kvcache);
     request->finish = finish;
-    send(request, (mlora_event){.token = -1, .finish = finish});
-    engine_free_request(engine, request);
+    send(request, event);
+    engine_free_request(request);
     return status;
 }
 

@@ -157,7 +157,7 @@ void request_free(struct request *request)
 
 bool request_ready(const struct request *request)
 {
-    return !request->awaits_adapter;
+    return !request->adapter || registry_ready(request->adapter);
 }
 
 bool request_before(const struct request *a, const struct request *b)

@@ -32,7 +32,6 @@ struct request {
     int n_charged;        /* tokens that were paid for: what is computed again is free */
     bool was_admitted;    /* once, at least */
     bool is_planned;      /* it has a row in the step being planned */
-    bool awaits_adapter;  /* its adapter is on its way to the device: it cannot run yet */
 
     struct sampling sampling;
     bool ignore_eos;

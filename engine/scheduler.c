@@ -89,6 +89,35 @@ struct request *scheduler_any(const struct scheduler *s)
     return NULL;
 }
 
+/* ---- adapters ------------------------------------------------------------------------------- */
+
+struct request *scheduler_failed(const struct scheduler *s)
+{
+    for (int i = 0; i < s->fair.n_accounts; i++)
+        for (struct request *at = s->fair.accounts[i].first; at; at = at->next)
+            if (at->adapter && registry_failure(at->adapter)) return at;
+    return NULL;
+}
+
+/* Each account's first request speaks for it: the others of an adapter want the same. */
+void scheduler_want_adapters(struct scheduler *s)
+{
+    const struct account *least = NULL;
+
+    for (int i = 0; i < s->n_running; i++)
+        if (s->running[i]->adapter) registry_keep(s->running[i]->adapter);
+    for (int i = 0; i < s->fair.n_accounts; i++) {
+        const struct account *account = &s->fair.accounts[i];
+        if (!account->first || !account->first->adapter) continue;
+        if (!least || account->served < least->served) least = account;
+    }
+    if (least) registry_want(least->first->adapter);
+    for (int i = 0; i < s->fair.n_accounts; i++) {
+        const struct account *account = &s->fair.accounts[i];
+        if (account->first && account->first->adapter) registry_want(account->first->adapter);
+    }
+}
+
 /* ---- rows ----------------------------------------------------------------------------------- */
 
 static int n_pending(const struct request *request)

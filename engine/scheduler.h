@@ -59,6 +59,13 @@ void scheduler_remove(struct scheduler *scheduler, struct request *request, stru
 struct request *scheduler_find(const struct scheduler *scheduler, uint64_t id);
 
 /* Any request, running or waiting; NULL: none is left. */
+/* A waiting request whose adapter could not be brought to the device; NULL: there is none. */
+struct request *scheduler_failed(const struct scheduler *scheduler);
+
+/* After planning: running requests keep their adapters on the device, those of waiting ones are
+ * brought, of who got least first. */
+void scheduler_want_adapters(struct scheduler *scheduler);
+
 struct request *scheduler_any(const struct scheduler *scheduler);
 
 #endif

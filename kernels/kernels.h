@@ -202,6 +202,16 @@ struct kernels {
     void (*lora_expand_silu_mul)(struct device *dev, void *y, void *gate_up, const float *h,
                                  const struct lora_view *lora, const struct lora_site *site,
                                  int layer, int T, enum dtype dtype);
+
+    /* ---- the pool of adapters ------------------------------------------------------------- */
+
+    /* Copy `from` (host) to the device beside the ops, which neither wait for it nor may touch `to`
+     * meanwhile. Returns when it has arrived: OK, ENOMEM or EDEVICE. Thread: one, which need not be
+     * the device's. */
+    mlora_status (*upload_beside)(struct device *dev, void *to, const void *from, size_t bytes);
+
+    /* Move within the device towards lower addresses; the two may overlap. */
+    void (*move)(struct device *dev, void *to, const void *from, size_t bytes);
 };
 
 struct device {

@@ -1,7 +1,10 @@
-/* The values of an adapter from its file to one block of device memory. The same walk is made
- * twice: without memory it counts the bytes, with memory it fills them. Where A and B of a linear
- * have different types, both are widened to f32: the arithmetic is the same, as products are summed
- * in f32 in any case. */
+/* The values of an adapter from its file to its image: one block of host memory, laid out as it will
+ * lie on the device. The same walk is made twice: without memory it counts the bytes, with memory it
+ * fills them. Where A and B of a linear have different types, both are widened to f32: the
+ * arithmetic is the same, as products are summed in f32 in any case.
+ *
+ * What takes the base's weights to compute (DoRA's scales, biases less the base's) is kept beside
+ * the image, in the order of the walk: an image that was dropped is read again without the device. */
 #include "lora/adapter.h"
 
 #include <assert.h>
@@ -9,11 +12,12 @@
 #include <limits.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 #include "engine/base/error.h"
 #include "lora/values.h"
 
-enum { ALIGNMENT = 256 };
+enum { ALIGNMENT = 256, HUGE_PAGE = 2 << 20 };
 
 struct loader {
     struct device *dev;
@@ -25,24 +29,50 @@ struct loader {
     int64_t at;                 /* bytes placed */
     struct lora_own own;
     bool base_has_embedding, base_has_head; /* the copies in the file are the base's own */
+    const float **norms;                    /* [L * LORA_NORMS + 1] or NULL: what own.norms holds */
+    struct buffer *derived;                 /* what was computed with the base: floats */
+    bool again;                             /* `derived` is there: it is read, else written */
+    size_t derived_at;                      /* bytes of it that were read */
+    struct matrix lent;                     /* the adapter's own embedding or head on the device */
 };
 
+/* Room for `bytes`; what follows up to the next part is zeroed, as it counts in the hash. */
 static void *place(struct loader *loader, int64_t bytes)
 {
-    void *at = loader->memory ? loader->memory + loader->at : NULL;
-    loader->at += (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+    const int64_t rounded = (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+    char *at = loader->memory ? loader->memory + loader->at : NULL;
+
+    loader->at += rounded;
+    if (at) memset(at + bytes, 0, (size_t)(rounded - bytes));
     return at;
 }
 
-/* Place `n` floats and upload them. */
+/* Place `n` floats. */
 static const float *put_floats(struct loader *loader, const float *from, int64_t n)
 {
     float *to = place(loader, n * (int64_t)sizeof *to);
-    if (to) loader->dev->ops->upload(loader->dev, to, from, (size_t)n * sizeof *to);
+    if (to) memcpy(to, from, (size_t)n * sizeof *to);
     return to;
 }
 
-/* Place and upload elements [first, first + n) of a tensor in f32. */
+/* Floats that were computed when the adapter was loaded first. They count for its content in the
+ * place of what they were computed from. */
+static const float *derived_floats(struct loader *loader, int64_t n)
+{
+    const char *at = loader->derived->data + loader->derived_at;
+    loader->derived_at += (size_t)n * sizeof(float);
+    assert(loader->derived_at <= loader->derived->bytes); /* the same plan: checked by its bytes */
+    hash_add(loader->values.hasher, at, (size_t)n * sizeof(float));
+    return (const float *)(const void *)at;
+}
+
+static mlora_status keep_derived(struct loader *loader, const float *values, int64_t n)
+{
+    hash_add(loader->values.hasher, values, (size_t)n * sizeof *values);
+    return buffer_append(loader->derived, values, (size_t)n * sizeof *values);
+}
+
+/* Place elements [first, first + n) of a tensor in f32. */
 static mlora_status put_vector(struct loader *loader, const struct tensor *tensor, int64_t first,
                                int64_t n, const float **out)
 {
@@ -81,20 +111,37 @@ static mlora_status put_matrix(struct loader *loader, const struct tensor *tenso
         values_read(&loader->values, &loader->plan->file, tensor, row, rows, dtype, &values);
     if (status == MLORA_OK)
         status = values_shape(&loader->values, &values, rows, tensor->shape[1], form, parts, dtype);
-    if (status == MLORA_OK) loader->dev->ops->upload(loader->dev, to, values, (size_t)bytes);
+    if (status == MLORA_OK) memcpy(to, values, (size_t)bytes);
     return status;
 }
 
-/* The base's bias of a linear, on the device, and its matrix; a copy in the file counts for it. */
-static struct matrix base_linear(const struct loader *loader, int index, const float **bias)
+/* The base's matrix of a linear, on the device; a copy in the file, which is lent to the device until
+ * the end of the load, counts for it. */
+static mlora_status base_linear(struct loader *loader, int index, struct matrix *out)
 {
     const int layer = index / LORA_LINEARS, linear = index % LORA_LINEARS;
+    const struct kernels *op = loader->dev->ops;
+    const float *bias;
 
-    *bias = NULL;
-    if (layer < loader->plan->n_layers)
-        return weights_linear(loader->base, loader->config, layer, (enum lora_linear)linear, bias);
-    if (linear == LORA_HEAD) return loader->own.head.data ? loader->own.head : loader->base->head;
-    return loader->own.embedding.data ? loader->own.embedding : loader->base->embedding;
+    if (layer < loader->plan->n_layers) {
+        *out = weights_linear(loader->base, loader->config, layer, (enum lora_linear)linear, &bias);
+        return MLORA_OK;
+    }
+    *out = linear == LORA_HEAD ? loader->base->head : loader->base->embedding;
+    const struct matrix *own = linear == LORA_HEAD ? &loader->own.head : &loader->own.embedding;
+    if (!own->data) return MLORA_OK;
+
+    const size_t bytes = (size_t)own->N * (size_t)own->K * dtype_bytes(own->dtype);
+    void *memory = NULL;
+    if (loader->lent.data) op->free(loader->dev, (void *)(uintptr_t)loader->lent.data);
+    loader->lent.data = NULL;
+    const mlora_status status = op->alloc(loader->dev, bytes, &memory);
+    if (status != MLORA_OK) return status;
+    op->upload(loader->dev, memory, own->data, bytes);
+    loader->lent = *own;
+    loader->lent.data = memory;
+    *out = loader->lent;
+    return MLORA_OK;
 }
 
 /* g = magnitude / norm of the base's rows with the product added; of the embedding, columns. */
@@ -102,7 +149,7 @@ static mlora_status put_dora(struct loader *loader, const struct adapter_linear 
                              const float **out)
 {
     const bool embedding = index == loader->plan->n_layers * LORA_LINEARS + LORA_EMBEDDING;
-    const float *bias;
+    struct matrix w;
 
     *out = NULL;
     if (!linear->magnitude) return MLORA_OK;
@@ -110,12 +157,21 @@ static mlora_status put_dora(struct loader *loader, const struct adapter_linear 
         place(loader, linear->out * (int64_t)sizeof(float));
         return MLORA_OK;
     }
+    if (loader->again) {
+        *out = put_floats(loader, derived_floats(loader, linear->out), linear->out);
+        return MLORA_OK;
+    }
     assert(loader->base);
-    const struct matrix w = base_linear(loader, index, &bias);
+    mlora_status status = base_linear(loader, index, &w);
+    if (status != MLORA_OK) return status;
     float *g = malloc((size_t)linear->out * sizeof *g);
     if (!g) return error_set(MLORA_ENOMEM, "%s: out of memory for DoRA", loader->plan->directory);
-    const mlora_status status =
+    struct hasher *hasher = loader->values.hasher;
+    loader->values.hasher = NULL;
+    status =
         values_dora(&loader->values, loader->dev, &loader->plan->file, linear, &w, embedding, g);
+    loader->values.hasher = hasher;
+    if (status == MLORA_OK) status = keep_derived(loader, g, linear->out);
     if (status == MLORA_OK) *out = put_floats(loader, g, linear->out);
     free(g);
     return status;
@@ -127,6 +183,7 @@ static mlora_status put_bias(struct loader *loader, const struct adapter_linear 
 {
     const float *base_bias;
     const void *values;
+    const float *delta = NULL;
     float *base = NULL;
     bool equal = true;
 
@@ -136,11 +193,22 @@ static mlora_status put_bias(struct loader *loader, const struct adapter_linear 
         place(loader, linear->out * (int64_t)sizeof(float));
         return MLORA_OK;
     }
+    if (loader->again) {
+        delta = derived_floats(loader, linear->out);
+        for (int64_t i = 0; i < linear->out; i++) equal &= delta[i] == 0.0f;
+        delta = put_floats(loader, delta, linear->out);
+        *out = equal ? NULL : delta;
+        return MLORA_OK;
+    }
     assert(loader->base);
-    base_linear(loader, index, &base_bias);
+    weights_linear(loader->base, loader->config, index / LORA_LINEARS,
+                   (enum lora_linear)(index % LORA_LINEARS), &base_bias);
     assert(base_bias); /* the plan was checked against the same configuration */
+    struct hasher *hasher = loader->values.hasher;
+    loader->values.hasher = NULL;
     mlora_status status = values_vector(&loader->values, &loader->plan->file, linear->bias,
                                         linear->b_row, linear->out, &values);
+    loader->values.hasher = hasher;
     if (status != MLORA_OK) return status;
     base = malloc((size_t)linear->out * sizeof *base);
     if (!base) return error_set(MLORA_ENOMEM, "%s: out of memory", loader->plan->directory);
@@ -149,10 +217,11 @@ static mlora_status put_bias(struct loader *loader, const struct adapter_linear 
         base[i] = ((const float *)values)[i] - base[i];
         equal &= base[i] == 0.0f;
     }
-    const float *delta = put_floats(loader, base, linear->out);
+    status = keep_derived(loader, base, linear->out);
+    delta = put_floats(loader, base, linear->out);
     *out = equal ? NULL : delta;
     free(base);
-    return MLORA_OK;
+    return status;
 }
 
 static mlora_status load_linear(struct loader *loader, struct lora_factors *factors, int index)
@@ -211,8 +280,7 @@ static mlora_status put_whole(struct loader *loader, const struct tensor *tensor
         const void *values;
         status =
             values_read(&loader->values, &loader->plan->file, tensor, row, rows, dtype, &values);
-        if (status == MLORA_OK)
-            loader->dev->ops->upload(loader->dev, to + row * pitch, values, (size_t)(rows * pitch));
+        if (status == MLORA_OK) memcpy(to + row * pitch, values, (size_t)(rows * pitch));
     }
     return status;
 }
@@ -237,14 +305,15 @@ static mlora_status put_rows(struct loader *loader, const struct adapter_rows *r
     const void *values;
     status = values_read(&loader->values, &loader->plan->file, tensor, 0, n, dtype, &values);
     if (status != MLORA_OK) return status;
-    loader->dev->ops->upload(loader->dev, ids, rows->ids, (size_t)n * sizeof *ids);
+    memcpy(ids, rows->ids, (size_t)n * sizeof *ids);
     for (int64_t i = 0; i < n; i++)
-        loader->dev->ops->upload(loader->dev, data + (size_t)i * pitch,
-                                 (const char *)values + (size_t)rows->row[i] * pitch, pitch);
+        memcpy(data + (size_t)i * pitch, (const char *)values + (size_t)rows->row[i] * pitch,
+               pitch);
     return MLORA_OK;
 }
 
-/* The weights of each norm, and the table of them. */
+/* The weights of each norm, and room for the table of them, which is filled when it is known where
+ * the adapter lies. */
 static mlora_status put_norms(struct loader *loader, const float *const **out)
 {
     const struct adapter_plan *plan = loader->plan;
@@ -255,15 +324,19 @@ static mlora_status put_norms(struct loader *loader, const float *const **out)
     *out = NULL;
     for (size_t i = 0; i < n; i++) n_own += plan->norms[i] != NULL;
     if (n_own == 0) return MLORA_OK;
-    const float **table = calloc(n, sizeof *table);
-    if (!table) return error_set(MLORA_ENOMEM, "%s: out of memory", plan->directory);
-    for (size_t i = 0; i < n && status == MLORA_OK; i++)
-        if (plan->norms[i])
-            status = put_vector(loader, plan->norms[i], 0, plan->norms[i]->shape[0], &table[i]);
-    void *to = place(loader, (int64_t)(n * sizeof *table));
-    if (to) loader->dev->ops->upload(loader->dev, to, table, n * sizeof *table);
+    if (loader->memory && !loader->norms) {
+        loader->norms = calloc(n, sizeof *loader->norms);
+        if (!loader->norms) return error_set(MLORA_ENOMEM, "%s: out of memory", plan->directory);
+    }
+    for (size_t i = 0; i < n && status == MLORA_OK; i++) {
+        const float *one = NULL;
+        if (!plan->norms[i]) continue;
+        status = put_vector(loader, plan->norms[i], 0, plan->norms[i]->shape[0], &one);
+        if (loader->norms) loader->norms[i] = one;
+    }
+    void *to = place(loader, (int64_t)(n * sizeof *loader->norms));
+    if (to) memset(to, 0, n * sizeof *loader->norms);
     *out = to;
-    free(table);
     return status;
 }
 
@@ -299,6 +372,17 @@ static mlora_status load_all(struct loader *loader, struct lora_factors *factors
     for (int i = 0; i < n && status == MLORA_OK; i++)
         status = load_linear(loader, factors ? &factors[i] : &none[1], i);
     return status;
+}
+
+/* Of what is kept beside the image. */
+static int64_t adapter_derived_bytes(const struct adapter_plan *plan)
+{
+    int64_t n = 0;
+    for (int i = 0; i < (plan->n_layers + 1) * LORA_LINEARS; i++) {
+        const struct adapter_linear *linear = &plan->linears[i];
+        n += linear->out * ((linear->magnitude != NULL) + (linear->bias != NULL));
+    }
+    return n * (int64_t)sizeof(float);
 }
 
 int64_t adapter_bytes(const struct adapter_plan *plan)
@@ -360,54 +444,152 @@ static mlora_status copy_plan(struct adapter *adapter, const struct adapter_plan
     return MLORA_OK;
 }
 
+/* ---- the image ---------------------------------------------------------------------------- */
+
+/* Large images ask for huge pages: they are written once and read once, and small pages would cost
+ * more than that. */
+char *adapter_image_alloc(int64_t bytes)
+{
+    const size_t alignment = bytes >= 2 * (int64_t)HUGE_PAGE ? HUGE_PAGE : ALIGNMENT;
+    const size_t rounded_up = ((size_t)bytes + alignment) / alignment * alignment; /* never 0 */
+    char *image = aligned_alloc(alignment, rounded_up);
+#ifdef MADV_HUGEPAGE
+    if (image && alignment == HUGE_PAGE) madvise(image, rounded_up, MADV_HUGEPAGE);
+#endif
+    return image;
+}
+
+/* Fill the image of `adapter`, whose bytes are known. */
+static mlora_status fill_image(struct loader *loader, struct adapter *adapter)
+{
+    adapter->memory = adapter_image_alloc(adapter->bytes);
+    if (!adapter->memory)
+        return error_set(MLORA_ENOMEM, "%s: out of memory: %" PRId64 " bytes for the factors",
+                         loader->plan->directory, adapter->bytes);
+    struct hasher hasher;
+    hash_begin(&hasher, loader->plan->hash_key);
+    adapter_hash_plan(&hasher, loader->plan);
+    loader->values.hasher = &hasher;
+    adapter->origin = (uintptr_t)adapter->memory;
+    loader->memory = adapter->memory;
+    loader->at = 0;
+    const mlora_status status = load_all(loader, adapter->factors);
+    loader->values.hasher = NULL;
+    adapter->content = hash_end(&hasher);
+    adapter->own = loader->own;
+    adapter->norms = loader->norms;
+    return status;
+}
+
 mlora_status adapter_load(struct adapter *out, struct device *dev, const struct adapter_plan *plan,
                           const struct model_config *config, const struct weights *base)
 {
     struct adapter adapter = {0};
     struct loader loader = {.dev = dev, .plan = plan, .config = config, .base = base};
-    struct hasher hasher;
     mlora_status status;
 
     *out = (struct adapter){0};
+    loader.derived = &adapter.derived;
     status = copy_plan(&adapter, plan);
     if (status != MLORA_OK) goto done;
     status = compare_copies(&loader);
     if (status != MLORA_OK) goto done;
+    adapter.base_has_embedding = loader.base_has_embedding;
+    adapter.base_has_head = loader.base_has_head;
     status = load_all(&loader, NULL);
     if (status != MLORA_OK) goto done;
     adapter.bytes = loader.at;
-    status = dev->ops->alloc(dev, (size_t)adapter.bytes, &adapter.memory);
-    if (status != MLORA_OK) {
-        status = error_prefix(status, "%s: %" PRId64 " bytes for the factors", plan->directory,
-                              adapter.bytes);
-        goto done;
-    }
-    loader.memory = adapter.memory;
-    loader.at = 0;
-    hash_begin(&hasher, plan->hash_key);
-    adapter_hash_plan(&hasher, plan);
-    loader.values.hasher = &hasher;
-    status = load_all(&loader, adapter.factors);
-    adapter.own = loader.own;
-    adapter.content = hash_end(&hasher);
-    const mlora_status sync = dev->ops->sync(dev); /* a failed upload is reported here */
-    if (status == MLORA_OK) status = sync;
+    status = fill_image(&loader, &adapter);
+    if (status != MLORA_OK) goto done;
     note_changes(&adapter);
 
 done:
+    if (loader.lent.data) dev->ops->free(dev, (void *)(uintptr_t)loader.lent.data);
     values_free(&loader.values);
-    if (status != MLORA_OK) adapter_free(&adapter, dev);
+    if (status != MLORA_OK) adapter_free(&adapter);
     *out = adapter;
     return status;
 }
 
-void adapter_free(struct adapter *adapter, struct device *dev)
+mlora_status adapter_load_again(struct adapter *adapter, const struct adapter_plan *plan)
 {
-    if (adapter->memory) dev->ops->free(dev, adapter->memory);
+    struct loader loader = {.plan = plan, .again = true, .derived = &adapter->derived};
+    struct adapter again = {0};
+
+    assert(!adapter->memory);
+    loader.base_has_embedding = adapter->base_has_embedding;
+    loader.base_has_head = adapter->base_has_head;
+    mlora_status status = copy_plan(&again, plan);
+    if (status == MLORA_OK) status = load_all(&loader, NULL);
+    again.bytes = loader.at;
+    bool same = status == MLORA_OK && again.bytes == adapter->bytes &&
+                again.n_layers == adapter->n_layers &&
+                adapter_derived_bytes(plan) == (int64_t)adapter->derived.bytes;
+    if (same) status = fill_image(&loader, &again);
+    if (same && status == MLORA_OK) same = hash_equal(again.content, adapter->content);
+    if (status == MLORA_OK && !same)
+        status = error_set(MLORA_EFORMAT,
+                           "%s: has changed since it was loaded: replace the adapter to serve what "
+                           "is there now",
+                           plan->directory);
+    if (status == MLORA_OK) {
+        adapter->memory = again.memory;
+        again.memory = NULL;
+    }
+    values_free(&loader.values);
+    adapter_free(&again);
+    return status;
+}
+
+void adapter_drop_image(struct adapter *adapter)
+{
+    free(adapter->memory);
+    adapter->memory = NULL;
+}
+
+void adapter_free(struct adapter *adapter)
+{
+    free(adapter->memory);
     free(adapter->factors);
+    free(adapter->norms);
     free(adapter->invocation);
     free(adapter->warnings);
+    buffer_free(&adapter->derived);
     *adapter = (struct adapter){0};
+}
+
+/* ---- on the device ------------------------------------------------------------------------ */
+
+/* Where a part of the image is when the image is at `base`. */
+static const void *placed(const struct adapter *adapter, const char *base, const void *at)
+{
+    return at ? base + ((uintptr_t)at - adapter->origin) : NULL;
+}
+
+void adapter_place(const struct adapter *adapter, const char *base, struct lora_factors *factors,
+                   struct lora_own *own, const float **norms)
+{
+    *own = adapter->own;
+    own->embedding.data = placed(adapter, base, own->embedding.data);
+    own->head.data = placed(adapter, base, own->head.data);
+    struct lora_rows *const rows[] = {&own->embedding_rows, &own->head_rows};
+    for (int i = 0; i < 2; i++) {
+        rows[i]->ids = placed(adapter, base, rows[i]->ids);
+        rows[i]->data = placed(adapter, base, rows[i]->data);
+    }
+    own->norms = placed(adapter, base, own->norms);
+    for (int i = 0; adapter->norms && i <= adapter->n_layers * LORA_NORMS; i++)
+        norms[i] = placed(adapter, base, adapter->norms[i]);
+
+    for (int i = 0; i < (adapter->n_layers + 1) * LORA_LINEARS; i++) {
+        struct lora_factors *f = &factors[i];
+        *f = adapter->factors[i];
+        f->a = placed(adapter, base, f->a);
+        f->b = placed(adapter, base, f->b);
+        f->g = placed(adapter, base, f->g);
+        f->b_bias = placed(adapter, base, f->b_bias);
+        f->bias_delta = placed(adapter, base, f->bias_delta);
+    }
 }
 
 int adapter_first_position(const struct adapter *adapter, const int32_t *prompt, int n)

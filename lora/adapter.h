@@ -90,11 +90,16 @@ int64_t adapter_bytes(const struct adapter_plan *plan);
 /* Add all of the plan that outputs depend on, but for the tensors' values. */
 void adapter_hash_plan(struct hasher *hasher, const struct adapter_plan *plan);
 
-/* The adapter on the device. */
+/* An adapter: its image is one block, laid out on the host as it will be on the device. The
+ * pointers below are addresses of the image as if it began at `origin`; adapter_place() says what
+ * they are elsewhere. What is not the image is small and stays; the image may be dropped and read
+ * again. */
 struct adapter {
-    struct lora_factors *factors; /* [L + 1, LORA_LINEARS] host array of device pointers */
+    struct lora_factors *factors; /* [L + 1, LORA_LINEARS] host array */
     struct lora_own own;
-    void *memory; /* one device allocation that holds all that the two point to */
+    const float **norms; /* [L * LORA_NORMS + 1] what own.norms holds; NULL: it has none */
+    char *memory;        /* [bytes] host: the image; NULL: dropped */
+    uintptr_t origin;
     int64_t bytes;
     int n_layers;
     int max_rank;
@@ -103,16 +108,32 @@ struct adapter {
     int n_invocation;
     char *warnings;         /* a line each, "" if none */
     struct hash128 content; /* of all that its outputs depend on: equal adapters have equal ones */
+
+    /* What was found with the base's weights when it was loaded first. */
+    struct buffer derived;
+    bool base_has_embedding, base_has_head;
 };
 
-/* Read the values and upload them. `base`, the weights that the adapter is for, may be NULL where
- * the plan needs none: DoRA divides by norms of the base, biases are taken less the base's, copies
- * of the embedding are compared with it.
+/* Read the values. `base`, the weights that the adapter is for, may be NULL where the plan needs
+ * none: DoRA divides by norms of the base, biases are taken less the base's, copies of the embedding
+ * are compared with it; for that `dev` is used.
  * Returns OK, EIO, ENOMEM, EDEVICE, or EUNSUPPORTED (the device's kernels do not serve it); on
  * failure `out` is zeroed and nothing stays allocated. Values are taken as they are, NaN too. */
 mlora_status adapter_load(struct adapter *out, struct device *dev, const struct adapter_plan *plan,
                           const struct model_config *config, const struct weights *base);
-void adapter_free(struct adapter *adapter, struct device *dev); /* accepts zeroes */
+
+/* Read the image again after adapter_drop_image(), from a plan of the same directory; no device is
+ * needed. Returns OK, EIO, ENOMEM, or EFORMAT (the content is another than before); on failure the
+ * adapter is as it was. Thread: any that has the adapter alone. */
+mlora_status adapter_load_again(struct adapter *adapter, const struct adapter_plan *plan);
+char *adapter_image_alloc(int64_t bytes); /* contents undefined; NULL: out of memory */
+void adapter_drop_image(struct adapter *adapter);
+void adapter_free(struct adapter *adapter); /* accepts zeroes */
+
+/* The factors [L + 1, LORA_LINEARS], the own weights, and where there are some the norms
+ * [L * LORA_NORMS + 1], of an image that lies at `base`. own->norms is where the norms belong. */
+void adapter_place(const struct adapter *adapter, const char *base, struct lora_factors *factors,
+                   struct lora_own *own, const float **norms);
 
 /* The position in a prompt [n] from which on the adapter counts: 0; of an aLoRA that of the last
  * invocation sequence; INT_MAX where there is none, and the base model answers. */

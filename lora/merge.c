@@ -1,6 +1,6 @@
-/* The adapter is brought to the device first, where its factors have the form of the formula; from
- * there they are read back, added to the weights piece by piece in f32, and the sum is stored. So
- * one loop serves every kind of adapter, and either backend. */
+/* The adapter's image has its factors in the form of the formula. The weights are read back from the
+ * device piece by piece, the factors' product is added in f32, and the sum is stored. So one loop
+ * serves every kind of adapter, and either backend. */
 #include "lora/merge.h"
 
 #include <stdlib.h>
@@ -13,14 +13,28 @@ struct merger {
     struct device *dev;
     const struct model_config *config;
     struct weights *weights;
+    const struct adapter *adapter;
     struct buffer stored; /* rows as they are on the device */
     struct buffer rows;   /* the same in f32 */
     struct buffer delta;  /* [max K] */
 };
 
-/* ---- device memory in f32 ----------------------------------------------------------------- */
+/* ---- arrays in f32 ------------------------------------------------------------------------ */
 
-/* Elements [first, first + n) of an array on the device in f32, at the end of `out`. */
+/* Copy from the adapter's image, which is host memory, or from the device. */
+static mlora_status copy_out(struct merger *merger, void *to, const void *from, size_t bytes)
+{
+    const uintptr_t at = (uintptr_t)from, image = merger->adapter ? merger->adapter->origin : 0;
+
+    if (merger->adapter && at >= image && at - image < (uintptr_t)merger->adapter->bytes) {
+        memcpy(to, from, bytes);
+        return MLORA_OK;
+    }
+    merger->dev->ops->download(merger->dev, to, from, bytes);
+    return merger->dev->ops->sync(merger->dev);
+}
+
+/* Elements [first, first + n) of an array in f32, at the end of `out`. */
 static mlora_status fetch(struct merger *merger, struct buffer *out, const void *from,
                           enum dtype dtype, size_t first, size_t n)
 {
@@ -30,9 +44,8 @@ static mlora_status fetch(struct merger *merger, struct buffer *out, const void 
     mlora_status status = buffer_reserve(&merger->stored, n * element);
     if (status == MLORA_OK) status = buffer_reserve(out, n * sizeof(float));
     if (status != MLORA_OK) return status;
-    merger->dev->ops->download(merger->dev, merger->stored.data,
-                               (const char *)from + first * element, n * element);
-    status = merger->dev->ops->sync(merger->dev);
+    status =
+        copy_out(merger, merger->stored.data, (const char *)from + first * element, n * element);
     if (status != MLORA_OK) return status;
 
     float *to = (float *)(void *)(out->data + out->bytes);
@@ -60,7 +73,7 @@ static mlora_status store(struct merger *merger, void *to, enum dtype dtype, siz
     return merger->dev->ops->sync(merger->dev); /* the buffer is used again */
 }
 
-/* A fresh host array [n] of what is on the device; NULL stays NULL. */
+/* A fresh array [n]; NULL stays NULL. */
 static mlora_status fetch_array(struct merger *merger, float **out, const void *from,
                                 enum dtype dtype, size_t n)
 {
@@ -259,14 +272,11 @@ static mlora_status merge_rows(struct merger *merger, const struct matrix *w,
     float *values = NULL;
 
     if (n == 0) return MLORA_OK;
-    int32_t *ids = malloc(n * sizeof *ids);
-    if (!ids) return error_set(MLORA_ENOMEM, "out of memory for %zu rows", n);
-    merger->dev->ops->download(merger->dev, ids, rows->ids, n * sizeof *ids);
     mlora_status status = fetch_array(merger, &values, rows->data, (enum dtype)rows->dtype, n * K);
     for (size_t i = 0; i < n && status == MLORA_OK; i++)
-        status = store(merger, (void *)w->data, w->dtype, (size_t)ids[i] * K, values + i * K, K);
+        status =
+            store(merger, (void *)w->data, w->dtype, (size_t)rows->ids[i] * K, values + i * K, K);
     free(values);
-    free(ids);
     return status;
 }
 
@@ -276,17 +286,12 @@ static mlora_status merge_norms(struct merger *merger, const struct adapter *ada
     const size_t n = (size_t)L * LORA_NORMS + 1;
     mlora_status status = MLORA_OK;
 
-    if (!adapter->own.norms) return MLORA_OK;
-    const float **table = malloc(n * sizeof *table);
-    if (!table) return error_set(MLORA_ENOMEM, "out of memory for %zu norms", n);
-    merger->dev->ops->download(merger->dev, table, adapter->own.norms, n * sizeof *table);
-    status = merger->dev->ops->sync(merger->dev);
-    for (size_t i = 0; i < n && status == MLORA_OK; i++) {
+    for (size_t i = 0; i < n && adapter->norms && status == MLORA_OK; i++) {
         const int layer = (int)i / LORA_NORMS, norm = (int)i % LORA_NORMS;
         const bool of_head = norm == NORM_Q || norm == NORM_K;
         const size_t width =
             (size_t)(of_head ? merger->config->head_dim : merger->config->hidden_size);
-        if (!table[i]) continue;
+        if (!adapter->norms[i]) continue;
         const struct layer_weights *w = layer < L ? &merger->weights->layers[layer] : NULL;
         float *const to = !w                       ? merger->weights->final_norm
                           : norm == NORM_ATTENTION ? w->attention_norm
@@ -294,11 +299,10 @@ static mlora_status merge_norms(struct merger *merger, const struct adapter *ada
                           : norm == NORM_Q         ? w->q_norm
                                                    : w->k_norm;
         float *values = NULL;
-        status = fetch_array(merger, &values, table[i], DTYPE_F32, width);
+        status = fetch_array(merger, &values, adapter->norms[i], DTYPE_F32, width);
         if (status == MLORA_OK) status = store(merger, to, DTYPE_F32, 0, values, width);
         free(values);
     }
-    free(table);
     return status;
 }
 
@@ -379,9 +383,9 @@ static mlora_status merge_all(struct merger *merger, const struct adapter *adapt
 mlora_status merge_adapter(struct weights *weights, struct device *dev,
                            const struct model_config *config, const char *directory, bool lenient)
 {
-    struct merger merger = {.dev = dev, .config = config, .weights = weights};
     struct adapter_plan plan = {0};
     struct adapter adapter = {0};
+    struct merger merger = {.dev = dev, .config = config, .weights = weights, .adapter = &adapter};
 
     mlora_status status = adapter_plan_read(&plan, directory, config, lenient);
     if (status == MLORA_OK) status = check_mergeable(&plan);
@@ -390,7 +394,7 @@ mlora_status merge_adapter(struct weights *weights, struct device *dev,
     buffer_free(&merger.stored);
     buffer_free(&merger.rows);
     buffer_free(&merger.delta);
-    adapter_free(&adapter, dev);
+    adapter_free(&adapter);
     adapter_plan_free(&plan);
     return status;
 }

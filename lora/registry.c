@@ -1,50 +1,59 @@
 #include "lora/registry.h"
 
 #include <assert.h>
+#include <inttypes.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "engine/base/error.h"
 
-enum { FIRST_SLOTS = 8, NEAREST_MAX = 3 };
+enum { FIRST_ENTRIES = 8, NEAREST_MAX = 3 };
 
-static size_t slot_factors(const struct registry *registry)
+mlora_status registry_open(struct registry *out, struct device *dev,
+                           const struct model_config *config, int64_t device_bytes,
+                           int64_t host_bytes)
 {
-    return ((size_t)registry->n_layers + 1) * LORA_LINEARS;
+    *out = (struct registry){.host_capacity = host_bytes};
+    if (pthread_mutex_init(&out->lock, NULL) != 0)
+        return error_set(MLORA_ENOMEM, "out of memory: a lock for the adapters");
+    mlora_status status = pool_open(&out->pool, dev, config->n_layers, device_bytes);
+    if (status == MLORA_OK) status = loader_open(&out->loader, dev, config);
+    if (status != MLORA_OK) {
+        pool_close(&out->pool);
+        pthread_mutex_destroy(&out->lock);
+        *out = (struct registry){0};
+        return status;
+    }
+    out->dev = dev;
+    return MLORA_OK;
 }
 
-mlora_status registry_open(struct registry *out, struct device *dev, int n_layers)
+static void free_entry(struct registered *entry)
 {
-    *out = (struct registry){.dev = dev, .n_layers = n_layers};
-    if (pthread_mutex_init(&out->lock, NULL) != 0) {
-        *out = (struct registry){0};
-        return error_set(MLORA_ENOMEM, "out of memory: a lock for the adapters");
-    }
-    return MLORA_OK;
+    adapter_free(&entry->adapter);
+    free(entry->source.directory);
+    free(entry->failure);
+    free(entry);
 }
 
 void registry_close(struct registry *registry)
 {
     if (!registry->dev) return;
+    loader_close(&registry->loader); /* nothing is on its way any more */
     for (int i = 0; i < registry->n_entries; i++) {
-        assert(registry->entries[i]->users == 0);
-        adapter_free(&registry->entries[i]->adapter, registry->dev);
-        free(registry->entries[i]);
+        assert(registry->entries[i]->resident.users == 0);
+        free_entry(registry->entries[i]);
     }
-    if (registry->dev_table) registry->dev->ops->free(registry->dev, registry->dev_table);
-    if (registry->dev_own) registry->dev->ops->free(registry->dev, registry->dev_own);
+    pool_close(&registry->pool);
     pthread_mutex_destroy(&registry->lock);
     free(registry->entries);
-    free(registry->table);
-    free(registry->own);
-    free(registry->slot_taken);
     *registry = (struct registry){0};
 }
 
 /* ---- names -------------------------------------------------------------------------------- */
 
-/* The listed entry of that name; the lock is held. */
+/* The listed entry of that name; the lock is held, or this is the engine's thread. */
 static struct registered *find(const struct registry *registry, const char *name)
 {
     for (int i = 0; i < registry->n_entries; i++)
@@ -126,68 +135,10 @@ static mlora_status not_found(const struct registry *registry, const char *name)
 
 /* ---- adding and removing ------------------------------------------------------------------ */
 
-/* A table of twice the size, on the host and on the device, with the `used` bytes of the old one,
- * which is freed. On failure the old one stays. */
-static mlora_status grow(struct device *dev, void **host, void **on_device, size_t used,
-                         size_t bytes)
-{
-    void *new_host = calloc(1, bytes), *new_device = NULL;
-
-    const mlora_status status =
-        new_host
-            ? dev->ops->alloc(dev, bytes, &new_device)
-            : error_set(MLORA_ENOMEM, "out of memory: a table of %zu bytes for adapters", bytes);
-    if (status != MLORA_OK) {
-        free(new_host);
-        return status;
-    }
-    if (used) memcpy(new_host, *host, used);
-    dev->ops->upload(dev, new_device, new_host, bytes);
-    if (*on_device) dev->ops->free(dev, *on_device);
-    free(*host);
-    *host = new_host;
-    *on_device = new_device;
-    return MLORA_OK;
-}
-
-/* Twice as many slots. */
-static mlora_status grow_tables(struct registry *registry)
-{
-    struct device *dev = registry->dev;
-    const size_t old = (size_t)registry->n_slots;
-    const size_t n = old ? 2 * old : FIRST_SLOTS;
-    const size_t per_slot = slot_factors(registry) * sizeof *registry->table;
-    void *table = registry->table, *dev_table = registry->dev_table;
-    void *own = registry->own, *dev_own = registry->dev_own;
-
-    bool *taken = realloc(registry->slot_taken, n * sizeof *taken);
-    if (!taken) return error_set(MLORA_ENOMEM, "out of memory: a table for %zu adapters", n);
-    registry->slot_taken = taken;
-    mlora_status status = grow(dev, &table, &dev_table, old * per_slot, n * per_slot);
-    registry->table = table;
-    registry->dev_table = dev_table;
-    if (status != MLORA_OK) return status;
-    status = grow(dev, &own, &dev_own, old * sizeof *registry->own, n * sizeof *registry->own);
-    registry->own = own;
-    registry->dev_own = dev_own;
-    if (status != MLORA_OK) return status;
-    memset(taken + old, 0, (n - old) * sizeof *taken);
-    registry->n_slots = (int)n;
-    return MLORA_OK;
-}
-
-/* The first free slot; may grow the table. */
-static mlora_status find_slot(struct registry *registry, int *slot)
-{
-    for (*slot = 0; *slot < registry->n_slots; (*slot)++)
-        if (!registry->slot_taken[*slot]) return MLORA_OK;
-    return grow_tables(registry);
-}
-
 static mlora_status reserve_entry(struct registry *registry)
 {
     if (registry->n_entries < registry->capacity) return MLORA_OK;
-    const int capacity = registry->capacity ? 2 * registry->capacity : FIRST_SLOTS;
+    const int capacity = registry->capacity ? 2 * registry->capacity : FIRST_ENTRIES;
     struct registered **entries = realloc(registry->entries, (size_t)capacity * sizeof(*entries));
     if (!entries) return error_set(MLORA_ENOMEM, "out of memory: %d adapters", capacity);
     registry->entries = entries;
@@ -195,56 +146,142 @@ static mlora_status reserve_entry(struct registry *registry)
     return MLORA_OK;
 }
 
-mlora_status registry_add(struct registry *registry, const char *name, struct adapter *adapter)
+/* Any adapter must find room beside the pinned ones, or its requests would wait for ever: with
+ * `bytes` more, pinned or not, and without `gone`. */
+static mlora_status check_fit(const struct registry *registry, const char *name, int64_t bytes,
+                              bool pinned, const struct registered *gone)
 {
-    const size_t per_slot = slot_factors(registry);
-    struct registered *entry = NULL;
-    int slot = 0;
+    int64_t pinned_bytes = pinned ? bytes : 0, largest = pinned ? 0 : bytes;
+    const char *largest_name = name;
 
-    mlora_status status = check_name(name);
+    for (int i = 0; i < registry->n_entries; i++) {
+        const struct registered *entry = registry->entries[i];
+        const int64_t own = arena_round(entry->adapter.bytes);
+        if (!entry->listed || entry == gone) continue;
+        if (entry->resident.pinned) {
+            pinned_bytes += own;
+        } else if (own > largest) {
+            largest = own;
+            largest_name = entry->name;
+        }
+    }
+    const int64_t room = registry->pool.arena.capacity;
+    if (pinned_bytes + largest <= room) return MLORA_OK;
+    if (pinned_bytes == 0 || (!pinned && bytes > room))
+        return error_set(MLORA_ENOMEM,
+                         "adapter \"%s\" needs %" PRId64 " bytes on the device, the pool for "
+                         "adapters holds %" PRId64 ": raise adapter_memory",
+                         name, bytes, room);
+    return error_set(MLORA_ENOMEM,
+                     "the pool for adapters holds %" PRId64 " bytes: the pinned ones take %" PRId64
+                     " and adapter \"%s\" needs %" PRId64 ": pin fewer or raise adapter_memory",
+                     room, pinned_bytes, largest_name, largest);
+}
+
+/* Drop the images that were used longest ago, until the rest is within bounds. */
+static void trim_images(struct registry *registry)
+{
+    while (registry->host_bytes > registry->host_capacity) {
+        struct registered *oldest = NULL;
+        for (int i = 0; i < registry->n_entries; i++) {
+            struct registered *entry = registry->entries[i];
+            if (entry->loading || !entry->adapter.memory) continue;
+            if (!oldest || entry->resident.used_at < oldest->resident.used_at) oldest = entry;
+        }
+        if (!oldest) return;
+        registry->host_bytes -= oldest->adapter.bytes;
+        adapter_drop_image(&oldest->adapter);
+    }
+}
+
+/* A new entry under `name`, in the place of `old`, which may be NULL. */
+static mlora_status add(struct registry *registry, const char *name, struct adapter *adapter,
+                        struct source *source, struct registered *old)
+{
+    const bool pinned = old && old->resident.pinned;
+    const int64_t bytes = arena_round(adapter->bytes);
+
+    mlora_status status = check_fit(registry, name, bytes, pinned, old);
+    if (status == MLORA_OK) status = pool_reserve(&registry->pool);
     if (status != MLORA_OK) return status;
+    struct registered *entry = calloc(1, sizeof *entry);
+    if (!entry) return error_set(MLORA_ENOMEM, "out of memory: adapter \"%s\"", name);
 
     pthread_mutex_lock(&registry->lock);
-    if (find(registry, name))
-        status = error_set(MLORA_EINVAL, "adapter name \"%s\" is taken: unload it first", name);
-    if (status == MLORA_OK) status = reserve_entry(registry);
-    if (status == MLORA_OK) status = find_slot(registry, &slot);
-    if (status == MLORA_OK) {
-        entry = calloc(1, sizeof *entry);
-        if (!entry) status = error_set(MLORA_ENOMEM, "out of memory: adapter \"%s\"", name);
-    }
+    status = reserve_entry(registry);
     if (status == MLORA_OK) {
         strcpy(entry->name, name); /* its length was checked */
+        entry->registry = registry;
         entry->adapter = *adapter;
-        entry->slot = slot;
-        registry->slot_taken[slot] = true;
+        entry->source = *source;
         entry->listed = true;
+        entry->resident.adapter = &entry->adapter;
+        entry->resident.slot = -1;
+        entry->resident.pinned = pinned;
+        entry->resident.used_at = registry->pool.step;
         *adapter = (struct adapter){0};
+        *source = (struct source){0};
+        if (old) {
+            old->listed = false;
+            old->resident.pinned = false;
+        }
         registry->entries[registry->n_entries++] = entry;
-        if (entry->adapter.max_rank > registry->max_rank)
-            registry->max_rank = entry->adapter.max_rank;
+        if (entry->adapter.memory) registry->host_bytes += entry->adapter.bytes;
     }
     pthread_mutex_unlock(&registry->lock);
-    if (status != MLORA_OK) return status;
+    if (status != MLORA_OK) free(entry);
+    trim_images(registry);
+    return status;
+}
 
-    struct lora_factors *factors = registry->table + (size_t)slot * per_slot;
-    memcpy(factors, entry->adapter.factors, per_slot * sizeof *factors);
-    registry->dev->ops->upload(registry->dev, registry->dev_table + (size_t)slot * per_slot,
-                               factors, per_slot * sizeof *factors);
-    registry->own[slot] = entry->adapter.own;
-    registry->dev->ops->upload(registry->dev, registry->dev_own + slot, &registry->own[slot],
-                               sizeof *registry->own);
-    return MLORA_OK;
+mlora_status registry_check_name(struct registry *registry, const char *name)
+{
+    const mlora_status status = check_name(name);
+    if (status != MLORA_OK || !find(registry, name)) return status;
+    return error_set(MLORA_EINVAL, "adapter name \"%s\" is taken: unload or replace it", name);
+}
+
+mlora_status registry_add(struct registry *registry, const char *name, struct adapter *adapter,
+                          struct source *source)
+{
+    const mlora_status status = registry_check_name(registry, name);
+    return status == MLORA_OK ? add(registry, name, adapter, source, NULL) : status;
+}
+
+mlora_status registry_replace(struct registry *registry, const char *name, struct adapter *adapter,
+                              struct source *source)
+{
+    struct registered *old = find(registry, name);
+
+    if (!old) return not_found(registry, name);
+    return add(registry, name, adapter, source, old);
 }
 
 mlora_status registry_remove(struct registry *registry, const char *name)
 {
-    pthread_mutex_lock(&registry->lock);
     struct registered *entry = find(registry, name);
-    const mlora_status status = entry ? MLORA_OK : not_found(registry, name);
-    if (entry) entry->listed = false;
+
+    if (!entry) return not_found(registry, name);
+    pthread_mutex_lock(&registry->lock);
+    entry->listed = false;
+    entry->resident.pinned = false;
     pthread_mutex_unlock(&registry->lock);
-    return status;
+    return MLORA_OK;
+}
+
+mlora_status registry_pin(struct registry *registry, const char *name, bool pin)
+{
+    struct registered *entry = find(registry, name);
+
+    if (!entry) return not_found(registry, name);
+    if (pin && !entry->resident.pinned) {
+        const mlora_status status =
+            check_fit(registry, name, arena_round(entry->adapter.bytes), true, entry);
+        if (status != MLORA_OK) return status;
+    }
+    entry->resident.pinned = pin;
+    if (pin) registry_prefetch(entry);
+    return MLORA_OK;
 }
 
 void registry_sweep(struct registry *registry)
@@ -252,18 +289,15 @@ void registry_sweep(struct registry *registry)
     int kept = 0;
 
     pthread_mutex_lock(&registry->lock);
-    registry->max_rank = 0;
     for (int i = 0; i < registry->n_entries; i++) {
         struct registered *entry = registry->entries[i];
-        if (!entry->listed && entry->users == 0) {
-            registry->slot_taken[entry->slot] = false;
-            adapter_free(&entry->adapter, registry->dev);
-            free(entry);
+        if (entry->listed || atomic_load(&entry->resident.users) > 0 || entry->loading) {
+            registry->entries[kept++] = entry;
             continue;
         }
-        if (entry->adapter.max_rank > registry->max_rank)
-            registry->max_rank = entry->adapter.max_rank;
-        registry->entries[kept++] = entry;
+        if (entry->resident.state != RESIDENT_AWAY) pool_remove(&registry->pool, &entry->resident);
+        if (entry->adapter.memory) registry->host_bytes -= entry->adapter.bytes;
+        free_entry(entry);
     }
     registry->n_entries = kept;
     pthread_mutex_unlock(&registry->lock);
@@ -276,37 +310,120 @@ mlora_status registry_acquire(struct registry *registry, const char *name, struc
     pthread_mutex_lock(&registry->lock);
     struct registered *entry = find(registry, name);
     const mlora_status status = entry ? MLORA_OK : not_found(registry, name);
-    if (entry) entry->users++;
+    if (entry) atomic_fetch_add(&entry->resident.users, 1);
     *out = entry;
     pthread_mutex_unlock(&registry->lock);
     return status;
 }
 
-void registry_release(struct registry *registry, struct registered *entry)
+void registry_release(struct registered *entry)
 {
-    pthread_mutex_lock(&registry->lock);
-    assert(entry->users > 0);
-    entry->users--;
-    pthread_mutex_unlock(&registry->lock);
+    const int before = atomic_fetch_sub(&entry->resident.users, 1);
+    assert(before > 0);
+    (void)before;
 }
 
-const struct registered *registry_at(struct registry *registry, int index)
+int registry_count(const struct registry *registry)
 {
-    const struct registered *found = NULL;
+    int n = 0;
+    for (int i = 0; i < registry->n_entries; i++) n += registry->entries[i]->listed;
+    return n;
+}
 
-    pthread_mutex_lock(&registry->lock);
-    for (int i = 0; i < registry->n_entries && index >= 0; i++) {
-        if (!registry->entries[i]->listed) continue;
-        if (index-- == 0) found = registry->entries[i];
+const struct registered *registry_at(const struct registry *registry, int index)
+{
+    for (int i = 0; i < registry->n_entries && index >= 0; i++)
+        if (registry->entries[i]->listed && index-- == 0) return registry->entries[i];
+    return NULL;
+}
+
+const struct registered *registry_find(const struct registry *registry, const char *name)
+{
+    return find(registry, name);
+}
+
+/* ---- to the device ------------------------------------------------------------------------ */
+
+static void fail(struct registered *entry, const char *why)
+{
+    free(entry->failure);
+    entry->failure = strdup(why);
+    entry->failed = true;
+    entry->registry->any_failed = true;
+}
+
+/* Begin to bring it, if there is room. */
+static void start(struct registered *entry, bool force)
+{
+    struct registry *registry = entry->registry;
+    bool placed = false;
+
+    if (force && registry->pool.full_at == registry->pool.step) return;
+    mlora_status status = pool_place(&registry->pool, &entry->resident, force, &placed);
+    if (status == MLORA_OK && !placed) {
+        if (force) registry->pool.full_at = registry->pool.step;
+        return;
     }
-    pthread_mutex_unlock(&registry->lock);
-    return found;
+    if (status == MLORA_OK) {
+        entry->had_image = entry->adapter.memory != NULL;
+        entry->load = (struct load){.adapter = &entry->adapter,
+                                    .source = &entry->source,
+                                    .to = pool_address(&registry->pool, &entry->resident)};
+        status = loader_push(&registry->loader, &entry->load);
+        entry->loading = status == MLORA_OK;
+        if (!entry->loading) pool_remove(&registry->pool, &entry->resident);
+    }
+    if (status != MLORA_OK) fail(entry, error_text());
 }
 
-const struct registered *registry_find(struct registry *registry, const char *name)
+void registry_begin_step(struct registry *registry)
 {
-    pthread_mutex_lock(&registry->lock);
-    const struct registered *entry = find(registry, name);
-    pthread_mutex_unlock(&registry->lock);
-    return entry;
+    struct load *load;
+
+    registry->pool.step++;
+    while ((load = loader_take(&registry->loader))) {
+        struct registered *entry =
+            (struct registered *)(void *)((char *)load - offsetof(struct registered, load));
+        entry->loading = false;
+        if (!entry->had_image && entry->adapter.memory)
+            registry->host_bytes += entry->adapter.bytes;
+        if (load->status == MLORA_OK) {
+            pool_arrived(&registry->pool, &entry->resident);
+            registry->n_loads++;
+        } else {
+            pool_remove(&registry->pool, &entry->resident);
+            fail(entry, load->error);
+        }
+    }
+    trim_images(registry);
+}
+
+void registry_keep(struct registered *entry)
+{
+    assert(entry->resident.state == RESIDENT_HERE);
+    pool_keep(&entry->registry->pool, &entry->resident);
+}
+
+void registry_prefetch(struct registered *entry)
+{
+    entry->failed = false; /* a new request tries again */
+    entry->resident.used_at = entry->registry->pool.step;
+    if (entry->resident.state == RESIDENT_AWAY) start(entry, false);
+}
+
+void registry_want(struct registered *entry)
+{
+    pool_keep(&entry->registry->pool, &entry->resident);
+    if (entry->resident.state == RESIDENT_AWAY && !entry->failed) start(entry, true);
+}
+
+const char *registry_failure(const struct registered *entry)
+{
+    if (!entry->failed) return NULL;
+    return entry->failure ? entry->failure : "out of memory";
+}
+
+void registry_wait(struct registry *registry)
+{
+    loader_wait(&registry->loader);
 }

@@ -211,10 +211,8 @@ int report_failures(const struct jobs *jobs)
     for (int i = 0; i < jobs->n; i++) {
         const struct job *job = &jobs->items[i];
         if (job->finish != MLORA_FINISH_ERROR) continue;
-        fprintf(stderr,
-                "mlora: request %d, adapter %s: the logits are not finite: the model or the "
-                "adapter is damaged\n",
-                i, job_adapter_name(job));
+        fprintf(stderr, "mlora: request %d, adapter %s: %s\n", i, job_adapter_name(job),
+                job->error ? job->error : "failed");
         result = 1;
     }
     return result;

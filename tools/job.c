@@ -43,6 +43,7 @@ void jobs_free(struct jobs *jobs)
         buffer_free(&job->prompt);
         free(job->ids);
         free(job->messages);
+        free(job->error);
         json_decref(job->line);
         sampling_free(&job->sampling);
         buffer_free(&job->text);
@@ -99,6 +100,7 @@ static void on_event(void *user, const mlora_event *event)
     job->n_prompt_tokens = event->n_prompt_tokens;
     job->n_cached_tokens = event->n_cached_tokens;
     job->finish = event->finish;
+    if (event->error) job->error = strdup(event->error);
 }
 
 /* The ids of a chat, once. */

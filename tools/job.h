@@ -26,6 +26,7 @@ struct job {
     struct buffer tops;   /* mlora_token_logprob: the alternatives of all tokens, in order */
     struct buffer scores; /* mlora_token_logprob: the prompt's own */
     mlora_finish finish;
+    char *error; /* what failed; NULL: nothing, or there was no memory to keep it */
     int n_prompt_tokens;
     int n_cached_tokens; /* of those: not computed */
     double first_token;  /* seconds() when it came; 0: none */

@@ -95,6 +95,15 @@ const struct option_spec setup_specs[] = {
      .fallback = "16384"},
     {.name = "no-prefix-cache", .kind = OPTION_FLAG, AT(no_prefix_cache),
      .help = "compute every prompt from its first token, also where one began alike before"},
+    {.name = "gpu-memory-utilization", .kind = OPTION_NUMBER, AT(gpu_memory_utilization),
+     .argument = "P", .min = 0, .max = 1, .above_min = true,
+     .help = "part of the GPU's memory that may be used", .fallback = "0.9"},
+    {.name = "adapter-memory", .kind = OPTION_INT, AT(adapter_memory), .argument = "MIB", .min = 1,
+     .max = 1 << 24, .help = "of the device for adapters; those in use are there",
+     .fallback = "what weights and KV cache leave"},
+    {.name = "adapter-host-memory", .kind = OPTION_INT, AT(adapter_host_memory), .argument = "MIB",
+     .min = 1, .max = 1 << 24, .help = "of the host for adapters; others are read again",
+     .fallback = "a quarter of it"},
     {.name = "lenient", .kind = OPTION_FLAG, AT(lenient),
      .help = "leave out adapter tensors that fit nothing, with a warning"},
     {.name = "quiet", .letter = 'q', .kind = OPTION_FLAG, AT(quiet),
@@ -305,6 +314,9 @@ mlora_status setup_open(mlora_engine **out, const struct setup *setup)
     options.kv_blocks = (int)setup->kv_blocks;
     options.max_queue = (int)setup->max_queue;
     options.no_prefix_cache = setup->no_prefix_cache;
+    options.gpu_memory_utilization = (float)setup->gpu_memory_utilization;
+    options.adapter_memory = (int)setup->adapter_memory;
+    options.adapter_host_memory = (int)setup->adapter_host_memory;
     options.lenient = setup->lenient;
     options.profile = setup->profile;
     char *cache = cache_folder();

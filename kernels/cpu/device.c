@@ -80,6 +80,19 @@ static void cpu_copy(struct device *dev, void *to, const void *from, size_t byte
     cpu_parallel(dev, (int)((bytes + COPY_PIECE - 1) / COPY_PIECE), 1, copy_pieces, &op);
 }
 
+static mlora_status cpu_upload_beside(struct device *dev, void *to, const void *from, size_t bytes)
+{
+    (void)dev;
+    if (bytes) memcpy(to, from, bytes);
+    return MLORA_OK;
+}
+
+static void cpu_move(struct device *dev, void *to, const void *from, size_t bytes)
+{
+    (void)dev;
+    if (bytes) memmove(to, from, bytes);
+}
+
 static mlora_status cpu_sync(struct device *dev)
 {
     const struct cpu_device *cpu = cpu_device(dev);
@@ -232,6 +245,8 @@ static const struct kernels cpu_kernels = {
     .lora_row_norms = cpu_lora_row_norms,
     .extend_metadata = cpu_extend_metadata,
     .lora_expand_silu_mul = cpu_lora_expand_silu_mul,
+    .upload_beside = cpu_upload_beside,
+    .move = cpu_move,
 };
 
 mlora_status cpu_device_open(struct device **out, int n_threads)

@@ -43,6 +43,7 @@ struct staging {
     int half;
     size_t used; /* bytes of that half */
 };
+struct transfer;
 
 struct cuda_device {
     struct device base; /* first: a struct device * is one of these */
@@ -53,6 +54,7 @@ struct cuda_device {
     struct blas *blas;
     struct recordings *recordings;
     struct clock_marks *marks; /* NULL before the first mark */
+    struct transfer *transfer;
     /* [COUNTERS] zero between ops: blocks count here who of them is the last to finish a common
      * sum; that one adds the parts up in their order and sets the counter back. */
     int *counters;
@@ -221,6 +223,10 @@ void clock_close(struct clock_marks *marks); /* accepts NULL */
 /* cublasLt, for cuda->blas, which is to be closed after a failure, too. */
 mlora_status blas_open(struct cuda_device *cuda, const char *cache_dir, const char *gpu);
 void blas_close(struct blas *blas); /* accepts NULL */
+mlora_status cuda_upload_beside(struct device *dev, void *to, const void *from, size_t bytes);
+void cuda_move(struct device *dev, void *to, const void *from, size_t bytes);
+mlora_status transfer_open(struct transfer **out);
+void transfer_close(struct transfer *transfer); /* accepts NULL */
 
 /* ---- numbers ------------------------------------------------------------------------------ */
 

@@ -160,6 +160,7 @@ static void device_close(struct device *dev)
     struct cuda_device *cuda = (struct cuda_device *)dev;
     cudaSetDevice(cuda->ordinal);
     if (cuda->stream) cudaStreamSynchronize(cuda->stream);
+    transfer_close(cuda->transfer);
     for (int i = 0; i < cuda->n_scratches; i++) cudaFree(cuda->scratch[i]);
     cudaFree(cuda->counters);
     cudaFreeHost(cuda->staging.up);
@@ -192,6 +193,7 @@ static const struct kernels cuda_kernels = {
     cuda_lora_head,       cuda_lora_add_rms_norm,
     cuda_lora_head_norm,  cuda_lora_row_norms,
     cuda_extend_metadata, cuda_lora_expand_silu_mul,
+    cuda_upload_beside,   cuda_move,
 };
 
 /* The parts that need the device to be current. */
@@ -250,6 +252,7 @@ extern "C" mlora_status cuda_device_open(struct device **out, int ordinal, const
     mlora_status status = error == cudaSuccess ? blas_open(cuda, cache_dir, properties.name)
                                                : refuse(ordinal, cudaGetErrorString(error));
     if (status == MLORA_OK) status = recordings_open(&cuda->recordings);
+    if (status == MLORA_OK) status = transfer_open(&cuda->transfer);
     if (status != MLORA_OK) {
         device_close(&cuda->base);
         return status;

@@ -20,6 +20,7 @@ mlora_options options_for(const char *model)
     options.n_threads = 2;
     options.max_num_seqs = 32;
     options.kv_blocks = 1024;
+    options.adapter_memory = 64;
     return options;
 }
 

@@ -3,6 +3,9 @@
 
 #include "tests/engine/schedule.h"
 
+/* An adapter on its way to the device. */
+static struct registered away = {.resident = {.state = RESIDENT_COMING}};
+
 static struct schedule schedule;
 
 static void open_scheduler(int max_running, int max_tokens, int n_blocks)
@@ -167,7 +170,7 @@ Test(scheduler, lets_no_request_wait_for_the_adapter_of_another)
     open_scheduler(4, 64, 100);
     struct request *a = schedule_request(1, 1, 10, 20), *b = schedule_request(2, 1, 10, 20),
                    *c = schedule_request(3, 2, 10, 20);
-    a->awaits_adapter = true;
+    a->adapter = &away;
     schedule_add(&schedule, a);
     schedule_add(&schedule, b);
     schedule_add(&schedule, c);
@@ -177,7 +180,7 @@ Test(scheduler, lets_no_request_wait_for_the_adapter_of_another)
     cr_expect_eq(plan->rows[0].request, b);
     cr_expect_eq(plan->rows[1].request, c);
     carry_out(plan);
-    a->awaits_adapter = false;
+    a->adapter = NULL;
     plan = plan_step();
     cr_assert_eq(plan->n_rows, 3);
     cr_expect_eq(plan->rows[2].request, a);

@@ -8,6 +8,9 @@
 
 #include "tests/engine/schedule.h"
 
+/* An adapter on its way to the device. */
+static struct registered away = {.resident = {.state = RESIDENT_COMING}};
+
 enum { SCHEDULES = 10000, REQUESTS = 8, BLOCKS_MAX = 16 };
 
 /* What computed the keys and values at one place of a block: all that they depend on. */
@@ -59,7 +62,7 @@ static void add_request(struct world *w)
         r->tokens[i] = random_below(&w->random, 40) == 0 ? 7 : adapter == 2 ? 0 : i / 16 % 2;
     if (adapter == 1 && random_below(&w->random, 2)) r->adapter_from = random_below(&w->random, n);
     if (random_below(&w->random, 4) == 0) r->priority = random_below(&w->random, 3) - 1;
-    r->awaits_adapter = random_below(&w->random, 8) == 0;
+    r->adapter = random_below(&w->random, 8) == 0 ? &away : NULL;
     r->prompt_logprobs = random_below(&w->random, 8) == 0;
     w->requests[w->n_added++] = r;
     schedule_add(&w->schedule, r);
@@ -175,7 +178,7 @@ static void step(struct world *w)
         struct request *r = w->requests[i];
         if (!r) continue;
         check_content(w, r);
-        if (r->awaits_adapter && random_below(&w->random, 4) == 0) r->awaits_adapter = false;
+        if (r->adapter && random_below(&w->random, 4) == 0) r->adapter = NULL;
         const bool cancel = random_below(&w->random, 200) == 0;
         seen.n_cancelled += cancel;
         if (cancel || r->n_tokens == r->max_total) end_request(w, i);

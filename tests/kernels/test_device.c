@@ -1,7 +1,9 @@
 #include "tests/support.h"
 
 #include <criterion/criterion.h>
+#include <pthread.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "engine/base/error.h"
@@ -57,6 +59,74 @@ Test(device, keeps_the_order_of_many_small_uploads)
     for (int i = 0; i < N; i += 97) {
         download(back, memory + (size_t)i * BYTES, sizeof back);
         for (size_t k = 0; k < sizeof back; k++) cr_assert_eq(back[k], i % 251);
+    }
+}
+
+/* Bytes that differ from place to place. */
+static unsigned char *pattern(size_t n, uint64_t seed)
+{
+    struct numbers numbers = {seed};
+    unsigned char *bytes = zeros(n + 8, 1);
+    for (size_t i = 0; i < n; i += 8) {
+        const uint64_t word = next_word(&numbers);
+        memcpy(bytes + i, &word, 8);
+    }
+    return bytes;
+}
+
+struct beside {
+    void *to;
+    const void *from;
+    size_t bytes;
+    mlora_status status;
+};
+
+static void *copy_beside(void *context)
+{
+    struct beside *copy = context;
+    for (int i = 0; i < 3 && copy->status == MLORA_OK; i++)
+        copy->status = dev->ops->upload_beside(dev, copy->to, copy->from, copy->bytes);
+    return NULL;
+}
+
+Test(device, copies_from_another_thread_while_ops_run)
+{
+    static const size_t sizes[] = {0, 1, 8 << 20, (20 << 20) + 13}; /* none to several pieces */
+
+    for (int i = 0; i < 4; i++) {
+        unsigned char *want = pattern(sizes[i], (uint64_t)i), *got = zeros(sizes[i] + 1, 1);
+        struct beside copy = {device_memory(sizes[i]), want, sizes[i], MLORA_OK};
+        pthread_t thread;
+        cr_assert_eq(pthread_create(&thread, NULL, copy_beside, &copy), 0);
+        for (int k = 0; k < 50; k++) {
+            const int number = k;
+            int back;
+            download(&back, upload(&number, sizeof number), sizeof number);
+            cr_assert_eq(back, number);
+        }
+        pthread_join(thread, NULL);
+        cr_assert_eq(copy.status, MLORA_OK);
+        download(got, copy.to, sizes[i]);
+        cr_expect_arr_eq(got, want, sizes[i], "%zu bytes", sizes[i]);
+        free(want);
+        free(got);
+    }
+}
+
+Test(device, moves_memory_that_overlaps_towards_the_front)
+{
+    enum { BYTES = 70 << 20, LARGE = 8 << 20 };
+    static const size_t distances[] = {256, LARGE, BYTES};
+
+    for (int i = 0; i < 3; i++) {
+        unsigned char *want = pattern(BYTES, (uint64_t)i), *got = zeros(BYTES, 1);
+        char *memory = device_memory(distances[i] + BYTES);
+        dev->ops->upload(dev, memory + distances[i], want, BYTES);
+        dev->ops->move(dev, memory, memory + distances[i], BYTES);
+        download(got, memory, BYTES);
+        cr_expect(memcmp(got, want, BYTES) == 0, "by %zu bytes", distances[i]);
+        free(want);
+        free(got);
     }
 }
 

@@ -255,10 +255,27 @@ static mlora_status host_sync(struct device *dev)
     return MLORA_OK;
 }
 
+static mlora_status host_upload_beside(struct device *dev, void *to, const void *from, size_t bytes)
+{
+    (void)dev;
+    memcpy(to, from, bytes);
+    return MLORA_OK;
+}
+
+static void host_move(struct device *dev, void *to, const void *from, size_t bytes)
+{
+    (void)dev;
+    memmove(to, from, bytes);
+}
+
 struct device *host_device(void)
 {
-    static const struct kernels ops = {
-        .alloc = host_alloc, .free = host_free, .upload = host_upload, .sync = host_sync};
+    static const struct kernels ops = {.alloc = host_alloc,
+                                       .free = host_free,
+                                       .upload = host_upload,
+                                       .sync = host_sync,
+                                       .upload_beside = host_upload_beside,
+                                       .move = host_move};
     static struct device device = {.ops = &ops, .backend = "host"};
 
     allocations_fail = false;

@@ -1,0 +1,135 @@
+#include "lora/loader.h"
+
+#include <stdio.h>
+#include <string.h>
+
+#include "engine/base/error.h"
+#include "lora/random.h"
+
+mlora_status source_read(const struct source *source, struct adapter *adapter,
+                         const struct model_config *config)
+{
+    struct adapter_plan plan = {0};
+
+    if (!source->directory) return adapter_random_image(adapter, source->seed);
+    mlora_status status = adapter_plan_read(&plan, source->directory, config, source->lenient);
+    plan.hash_key = source->hash_key;
+    if (status == MLORA_OK) status = adapter_load_again(adapter, &plan);
+    adapter_plan_free(&plan);
+    return status;
+}
+
+/* ---- the thread --------------------------------------------------------------------------- */
+
+static void bring(struct loader *loader, struct load *load)
+{
+    struct device *dev = loader->dev;
+    struct adapter *adapter = load->adapter;
+
+    load->status = MLORA_OK;
+    if (!adapter->memory) load->status = source_read(load->source, adapter, loader->config);
+    if (load->status == MLORA_OK)
+        load->status =
+            dev->ops->upload_beside(dev, load->to, adapter->memory, (size_t)adapter->bytes);
+    if (load->status != MLORA_OK) snprintf(load->error, sizeof load->error, "%s", error_text());
+}
+
+static void *run(void *argument)
+{
+    struct loader *loader = argument;
+
+    pthread_mutex_lock(&loader->lock);
+    for (;;) {
+        while (!loader->first && !loader->stop) pthread_cond_wait(&loader->pushed, &loader->lock);
+        if (loader->stop) break;
+        struct load *load = loader->first;
+        loader->first = load->next;
+        pthread_mutex_unlock(&loader->lock);
+
+        bring(loader, load);
+
+        pthread_mutex_lock(&loader->lock);
+        load->next = loader->done;
+        loader->done = load;
+        pthread_cond_signal(&loader->finished);
+    }
+    pthread_mutex_unlock(&loader->lock);
+    return NULL;
+}
+
+/* ---- the engine's side -------------------------------------------------------------------- */
+
+mlora_status loader_open(struct loader *out, struct device *dev, const struct model_config *config)
+{
+    *out = (struct loader){0};
+    if (pthread_mutex_init(&out->lock, NULL) != 0) goto failed;
+    if (pthread_cond_init(&out->pushed, NULL) != 0) goto no_pushed;
+    if (pthread_cond_init(&out->finished, NULL) != 0) goto no_finished;
+    out->dev = dev;
+    out->config = config;
+    return MLORA_OK;
+
+no_finished:
+    pthread_cond_destroy(&out->pushed);
+no_pushed:
+    pthread_mutex_destroy(&out->lock);
+failed:
+    return error_set(MLORA_ENOMEM, "out of memory: a lock for the loader of adapters");
+}
+
+void loader_close(struct loader *loader)
+{
+    if (!loader->dev) return;
+    if (loader->started) {
+        pthread_mutex_lock(&loader->lock);
+        loader->stop = true;
+        pthread_cond_signal(&loader->pushed);
+        pthread_mutex_unlock(&loader->lock);
+        pthread_join(loader->thread, NULL);
+    }
+    pthread_cond_destroy(&loader->finished);
+    pthread_cond_destroy(&loader->pushed);
+    pthread_mutex_destroy(&loader->lock);
+    *loader = (struct loader){0};
+}
+
+mlora_status loader_push(struct loader *loader, struct load *load)
+{
+    if (!loader->started) {
+        const int error = pthread_create(&loader->thread, NULL, run, loader);
+        if (error != 0)
+            return error_set(MLORA_ENOMEM, "the loader of adapters: no thread: %s",
+                             strerror(error));
+        loader->started = true;
+    }
+    load->next = NULL;
+    pthread_mutex_lock(&loader->lock);
+    if (loader->first)
+        loader->last->next = load;
+    else
+        loader->first = load;
+    loader->last = load;
+    pthread_cond_signal(&loader->pushed);
+    pthread_mutex_unlock(&loader->lock);
+    loader->n_coming++;
+    return MLORA_OK;
+}
+
+struct load *loader_take(struct loader *loader)
+{
+    if (loader->n_coming == 0) return NULL;
+    pthread_mutex_lock(&loader->lock);
+    struct load *load = loader->done;
+    if (load) loader->done = load->next;
+    pthread_mutex_unlock(&loader->lock);
+    if (load) loader->n_coming--;
+    return load;
+}
+
+void loader_wait(struct loader *loader)
+{
+    if (loader->n_coming == 0) return;
+    pthread_mutex_lock(&loader->lock);
+    while (!loader->done) pthread_cond_wait(&loader->finished, &loader->lock);
+    pthread_mutex_unlock(&loader->lock);
+}
