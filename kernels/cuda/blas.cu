@@ -32,6 +32,7 @@ static bool find_functions(struct blas *blas)
         {"cublasLtMatmulDescInit_internal", &call->desc_init},
         {"cublasLtMatmulDescSetAttribute", &call->desc_set},
         {"cublasLtMatrixLayoutInit_internal", &call->layout_init},
+        {"cublasLtMatrixLayoutSetAttribute", &call->layout_set},
         {"cublasLtMatmulPreferenceInit_internal", &call->preference_init},
         {"cublasLtMatmulPreferenceSetAttribute", &call->preference_set},
     };
@@ -111,4 +112,36 @@ cublasStatus_t blas_start(struct cuda_device *cuda, struct blas_layouts *layouts
     return blas->call.matmul(blas->handle, &layouts->desc, &one, w, &layouts->w, x, &layouts->x,
                              &zero, y, &layouts->y, y, &layouts->y, algorithm, blas->workspace,
                              BLAS_WORKSPACE, cuda->stream);
+}
+
+void blas_batched(struct cuda_device *cuda, const char *op, float *y, const float *w,
+                  const float *x, int n, int N, int K)
+{
+    const struct blas *blas = cuda->blas;
+    const struct blas_functions *call = &blas->call;
+    const struct product one = {1, N, K, DTYPE_F32, DTYPE_F32};
+    const uint64_t workspace = BLAS_WORKSPACE;
+    const int64_t strides[3] = {(int64_t)N * K, K, N};
+    cublasLtMatmulPreferenceOpaque_t preference;
+    cublasLtMatmulHeuristicResult_t found;
+    struct blas_layouts layouts;
+    int n_found = 0;
+
+    blas_layouts_init(&layouts, blas, &one);
+    cublasLtMatrixLayoutOpaque_t *const of[3] = {&layouts.w, &layouts.x, &layouts.y};
+    for (int i = 0; i < 3; i++) {
+        call->layout_set(of[i], CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &n, sizeof n);
+        call->layout_set(of[i], CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, &strides[i],
+                         sizeof strides[i]);
+    }
+    call->preference_init(&preference, sizeof preference);
+    call->preference_set(&preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace,
+                         sizeof workspace);
+    cublasStatus_t status =
+        call->candidates(blas->handle, &layouts.desc, &layouts.w, &layouts.x, &layouts.y,
+                         &layouts.y, &preference, 1, &found, &n_found);
+    if (status == CUBLAS_STATUS_SUCCESS && n_found > 0)
+        status = blas_start(cuda, &layouts, y, x, w, &found.algo);
+    if (status != CUBLAS_STATUS_SUCCESS || n_found == 0)
+        cuda_fail(cuda, op, "cublasLt has no such batched product");
 }

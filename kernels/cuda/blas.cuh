@@ -19,6 +19,7 @@ struct blas_functions {
     decltype(&cublasLtMatmulDescInit_internal) desc_init;
     decltype(&cublasLtMatmulDescSetAttribute) desc_set;
     decltype(&cublasLtMatrixLayoutInit_internal) layout_init;
+    decltype(&cublasLtMatrixLayoutSetAttribute) layout_set;
     decltype(&cublasLtMatmulPreferenceInit_internal) preference_init;
     decltype(&cublasLtMatmulPreferenceSetAttribute) preference_set;
 };
@@ -52,6 +53,11 @@ void blas_layouts_init(struct blas_layouts *out, const struct blas *blas,
 /* Start the product under that algorithm; nothing is launched where it is refused. */
 cublasStatus_t blas_start(struct cuda_device *cuda, struct blas_layouts *layouts, void *y,
                           const void *x, const void *w, const cublasLtMatmulAlgo_t *algorithm);
+
+/* n small products of f32, y[j, :] = w[j] x[j, :], one after another in memory, by cublasLt's first
+ * choice.       y [n, N]    w [n, N, K]    x [n, K] */
+void blas_batched(struct cuda_device *cuda, const char *op, float *y, const float *w,
+                  const float *x, int n, int N, int K);
 
 /* The algorithm for a product; false where cublasLt has none. The first call for a shape may time
  * several on `w`, which takes some milliseconds; never while a step is recorded. */

@@ -127,7 +127,7 @@ void cuda_lora_expand_more(struct device *dev, void *y, const float *h,
     const struct lora_args args = lora_args(lora, site, layer);
     int chunks = 0;
     for (int i = 0; i < site->n_slices; i++) chunks += ceil_div(site->width[i], MORE_BLOCK);
-    const dim3 grid(chunks, lora_tiles(lora, MORE_TOKENS));
+    const dim3 grid(chunks, lora_tiles(&args, MORE_TOKENS));
     const size_t shared = (size_t)MORE_TOKENS * lora->max_rank * sizeof(float);
     assert(grid.y <= 65535 && lora->max_rank <= LORA_RANK_MAX);
     with_activation(dtype, [&](auto type) {

@@ -70,7 +70,7 @@ void cuda_lora_head(struct device *dev, float *logits, const void *x, const stru
     const struct lora_args args = lora_args(lora, &site, 0);
     const bool aligned = D % GROUP == 0 && is_aligned(x);
     const dim3 grid(min_int(ceil_div(V, HEAD_WARPS), 16 * cuda->n_sms),
-                    lora_tiles(lora, HEAD_TOKENS));
+                    lora_tiles(&args, HEAD_TOKENS));
     assert(grid.y <= 65535);
     for (int rows = 0; rows < 2; rows++) /* rows stand in the place of some of a head's */
         with_activation(dtype, [&](auto type) {

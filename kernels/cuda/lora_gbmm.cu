@@ -2,6 +2,7 @@
  * beside the others', filled up with zeros to the largest rank, and cublasLt multiplies them all
  * in one call. Bound by that copy; a mode to compare the others with. All of it is f32, so that
  * factors of any type keep every bit. Chunks of tokens keep the copy within CHUNK_BYTES. */
+#include "kernels/cuda/blas.cuh"
 #include "kernels/cuda/lora.cuh"
 
 /* ---- kernels ------------------------------------------------------------------------------ */
@@ -98,46 +99,6 @@ static __global__ void add_sums_kernel(X *y, const float *sum,
 
 /* ---- launchers ---------------------------------------------------------------------------- */
 
-/* y[j, :] = w[j] x[j, :] for j < n        y [n, N]    w [n, N, K]    x [n, K], all f32 */
-static void batched_product(struct cuda_device *cuda, const char *op, float *y, const float *w,
-                            const float *x, int n, int N, int K)
-{
-    enum { WORKSPACE = 32 << 20 }; /* as large as cuda->blas_workspace is */
-    const size_t workspace = WORKSPACE;
-    const float one = 1.0f, zero = 0.0f;
-    const cublasOperation_t transpose = CUBLAS_OP_T;
-    cublasLtMatmulDescOpaque_t desc;
-    cublasLtMatrixLayoutOpaque_t layouts[3]; /* of w, x, y: columns are our rows */
-    cublasLtMatmulPreferenceOpaque_t preference;
-    cublasLtMatmulHeuristicResult_t found;
-    const int rows[3] = {K, K, N}, columns[3] = {N, 1, 1};
-    const int64_t strides[3] = {(int64_t)N * K, K, N};
-    int n_found = 0;
-
-    cublasLtMatmulDescInit(&desc, CUBLAS_COMPUTE_32F, CUDA_R_32F);
-    cublasLtMatmulDescSetAttribute(&desc, CUBLASLT_MATMUL_DESC_TRANSA, &transpose,
-                                   sizeof transpose);
-    for (int i = 0; i < 3; i++) {
-        cublasLtMatrixLayoutInit(&layouts[i], CUDA_R_32F, rows[i], columns[i], rows[i]);
-        cublasLtMatrixLayoutSetAttribute(&layouts[i], CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &n,
-                                         sizeof n);
-        cublasLtMatrixLayoutSetAttribute(&layouts[i], CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET,
-                                         &strides[i], sizeof strides[i]);
-    }
-    cublasLtMatmulPreferenceInit(&preference);
-    cublasLtMatmulPreferenceSetAttribute(&preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
-                                         &workspace, sizeof workspace);
-    cublasStatus_t status =
-        cublasLtMatmulAlgoGetHeuristic(cuda->blas, &desc, &layouts[0], &layouts[1], &layouts[2],
-                                       &layouts[2], &preference, 1, &found, &n_found);
-    if (status == CUBLAS_STATUS_SUCCESS && n_found > 0)
-        status = cublasLtMatmul(cuda->blas, &desc, &one, w, &layouts[0], x, &layouts[1], &zero, y,
-                                &layouts[2], y, &layouts[2], &found.algo, cuda->blas_workspace,
-                                workspace, cuda->stream);
-    if (status != CUBLAS_STATUS_SUCCESS || n_found == 0)
-        cuda_fail(cuda, op, "cublasLt has no such batched product");
-}
-
 /* Tokens whose gathered factor, input and output take CHUNK_BYTES together, or one. */
 static int tokens_a_chunk(const struct lora_args *args, int N, int K)
 {
@@ -177,7 +138,7 @@ void lora_shrink_gathered(struct cuda_device *cuda, float *h, const void *x,
         for (int slice = 0; slice < args->n_slices; slice++) {
             cuda_launch(cuda, op, gather_a_kernel, dim3(blocks, R, n), GATHER_BLOCK, 0, 1, a, *args,
                         slice, first);
-            batched_product(cuda, op, sums, a, rows, n, R, K);
+            blas_batched(cuda, op, sums, a, rows, n, R, K);
             cuda_launch(cuda, op, move_h_kernel, n, GATHER_BLOCK, 0, 1, sums, h, true, *args, slice,
                         first);
         }
@@ -200,7 +161,7 @@ void lora_expand_gathered(struct cuda_device *cuda, void *y, const float *h,
                         *args, slice, first);
             cuda_launch(cuda, op, gather_b_kernel, dim3(ceil_div(N * R, GATHER_BLOCK), n),
                         GATHER_BLOCK, 0, 1, b, *args, slice, first);
-            batched_product(cuda, op, sums, b, rows, n, N, R);
+            blas_batched(cuda, op, sums, b, rows, n, N, R);
             with_activation(dtype, [&](auto type) {
                 using X = decltype(type);
                 cuda_launch(cuda, op, add_sums_kernel<X>, dim3(ceil_div(N, GATHER_BLOCK), n),
