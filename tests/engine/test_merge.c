@@ -170,6 +170,12 @@ Test(merge, equals_the_adapter_beside_qwen3_in_f32)
     cr_expect_geq(check_model("qwen3-tied", f32_tolerance, refused), 3);
 }
 
+Test(merge, equals_the_adapter_beside_mistral_in_f32)
+{
+    static const char *const refused[] = {NULL};
+    cr_expect_geq(check_model("mistral", f32_tolerance, refused), 10);
+}
+
 /* ---- refusals ------------------------------------------------------------------------------- */
 
 static void expect_refused(const char *model, const char *adapter, const char *output,

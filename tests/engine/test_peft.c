@@ -159,6 +159,11 @@ Test(peft, is_served_exactly_over_qwen3_with_its_norms_of_heads)
     check_model("qwen3-tied", MLORA_DTYPE_F32);
 }
 
+Test(peft, is_served_exactly_over_mistral_whichever_way_its_targets_are_named)
+{
+    check_model("mistral", MLORA_DTYPE_F32);
+}
+
 Test(peft, in_bf16_is_served_within_rounding)
 {
     check_model("llama", MLORA_DTYPE_BF16);

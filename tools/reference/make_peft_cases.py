@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import layer as lora_layer, variants
 from peft.tuners.lora.config import BdLoraConfig
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 warnings.filterwarnings("ignore")
 OUT = sys.argv[1]
@@ -24,6 +24,7 @@ MODELS = {
     "llama-tied": (LlamaConfig(tie_word_embeddings=True, **SIZES), torch.bfloat16),
     "qwen2": (Qwen2Config(tie_word_embeddings=False, **SIZES), torch.bfloat16),
     "qwen3-tied": (Qwen3Config(tie_word_embeddings=True, head_dim=16, **SIZES), torch.float32),
+    "mistral": (MistralConfig(tie_word_embeddings=False, sliding_window=6, **SIZES), torch.float32),
 }
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 QV = ["q_proj", "v_proj"]
@@ -92,6 +93,19 @@ CASES = {
         "saved-q-norm": lora(modules_to_save=["q_norm"]),
         "dora": lora(targets=LINEARS, use_dora=True),
     },
+    "mistral": {
+        "list": lora(targets=["o_proj", "mlp.up_proj", "model.layers.1.self_attn.k_proj"]),
+        "regex": lora(targets=r"model\.layers\.\d+\.(self_attn\.[qk]|mlp\.down)_proj"),
+        "all-linear": lora(targets="all-linear"),
+        "exclude-list": lora(targets=LINEARS, exclude_modules=["k_proj", "layers.0.mlp.gate_proj"]),
+        "exclude-regex": lora(targets="all-linear", exclude_modules=r".*\.1\.self_attn\..*"),
+        "layers": lora(targets=LINEARS, layers_to_transform=[1]),
+        "layers-pattern": lora(targets=LINEARS, layers_to_transform=0, layers_pattern="layers"),
+        # the first key that matches counts, in the file's order: here it is not the sorted one
+        "patterns": lora(rank_pattern={"v_proj": 2, ".*_proj": 5}, alpha_pattern={"q_proj": 3, ".*_proj": 12}),
+        "patterns-wide": lora(rank_pattern={".*_proj": 5, "v_proj": 2}, alpha_pattern={".*_proj": 12, "q_proj": 3}),
+        "dora": lora(targets="all-linear", use_dora=True),
+    },
 }
 
 
@@ -151,7 +165,12 @@ def make(model, name, config, ids):
     save_file({k: v.contiguous().clone() for k, v in tensors.items()}, path, metadata={"format": "pt"})
     settings = json.load(open(f"{where}/adapter_config.json"))
     settings["base_model_name_or_path"] = model
-    json.dump(settings, open(f"{where}/adapter_config.json", "w"), indent=1, sort_keys=True)
+    for field in ("target_modules", "exclude_modules"):  # PEFT holds lists as sets
+        if isinstance(settings[field], list):
+            settings[field].sort()
+    for field in ("rank_pattern", "alpha_pattern"):  # PEFT writes keys sorted, and reads them in the file's order
+        settings[field] = getattr(config, field)
+    json.dump(settings, open(f"{where}/adapter_config.json", "w"), indent=1)
     logprobs, following = score(PeftModel.from_pretrained(fresh(model), where), ids)
     return {"name": name, "ids": ids, "logprobs": logprobs, "next": following}
 
