@@ -72,6 +72,19 @@ static void print_list(const char *name, const json_t *list)
     }
 }
 
+/* What the words in a table mean, below it. */
+static void print_legend(const json_t *list)
+{
+    size_t i;
+    const json_t *item;
+
+    printf("\n");
+    json_array_foreach(list, i, item)
+    {
+        text_wrap(stdout, json_string_value(item), 4, 0, terminal_columns(stdout));
+    }
+}
+
 static void print_value(const char *key, const json_t *value)
 {
     char name[64];
@@ -83,9 +96,11 @@ static void print_value(const char *key, const json_t *value)
         print_lines(name, value);
     } else if (json_is_array(value) && json_is_object(json_array_get(value, 0))) {
         printf("\n%s:\n", name);
-        table_print(stdout, value);
+        table_print_within(stdout, value, terminal_columns(stdout));
     } else if (strcmp(key, "warnings") == 0) {
         print_list(name, value);
+    } else if (strcmp(key, "how") == 0) {
+        print_legend(value);
     } else if (table_cell(&text, key, value) == MLORA_OK) {
         print_label(name);
         text_wrap(stdout, buffer_text(&text), LABEL_WIDTH, LABEL_WIDTH, terminal_columns(stdout));
@@ -93,7 +108,7 @@ static void print_value(const char *key, const json_t *value)
     buffer_free(&text);
 }
 
-/* An object's tables come after its lines. */
+/* An object's tables, and what explains them, come after its lines. */
 static void print_lines(const char *name, const json_t *object)
 {
     const char *key;
@@ -103,7 +118,9 @@ static void print_lines(const char *name, const json_t *object)
     for (int tables = 0; tables < 2; tables++) {
         json_object_foreach((json_t *)object, key, value)
         {
-            const bool is_table = json_is_array(value) && json_is_object(json_array_get(value, 0));
+            const bool is_table =
+                (json_is_array(value) && json_is_object(json_array_get(value, 0))) ||
+                strcmp(key, "how") == 0;
             if (is_table == tables) print_value(key, value);
         }
     }

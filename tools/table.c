@@ -1,5 +1,6 @@
 #include "tools/table.h"
 
+#include <limits.h>
 #include <math.h>
 #include <stdbool.h>
 #include <stdlib.h>
@@ -7,13 +8,19 @@
 
 #include "tools/text.h"
 
-enum { MAX_COLUMNS = 16 };
+enum { MAX_COLUMNS = 16, COLUMN_GAP = 2 };
 
 static bool ends_with(const char *text, const char *end)
 {
     const size_t n = strlen(text), n_end = strlen(end);
 
     return n >= n_end && strcmp(text + n - n_end, end) == 0;
+}
+
+/* What was chosen is shown as it is; what was measured, to three digits. */
+static bool is_setting(const char *key)
+{
+    return strcmp(key, "alpha") == 0 || strcmp(key, "scale") == 0 || strncmp(key, "rope_", 5) == 0;
 }
 
 static mlora_status add_number(struct buffer *out, const char *key, const json_t *value)
@@ -27,6 +34,7 @@ static mlora_status add_number(struct buffer *out, const char *key, const json_t
     if (json_is_integer(value))
         return buffer_printf(out, "%lld", (long long)json_integer_value(value));
     const double real = json_real_value(value), size = fabs(real);
+    if (is_setting(key)) return buffer_printf(out, "%.6g", real);
     if (size >= 0.1) return buffer_printf(out, "%.*f", size < 10 ? 2 : size < 1000 ? 1 : 0, real);
     return buffer_printf(out, "%.2g", real);
 }
@@ -158,10 +166,28 @@ static void print_cell(FILE *out, const struct column *column, const char *text,
     if (column->number) fprintf(out, "%*s", pad, "");
     fwrite(text, 1, bytes, out);
     if (!column->number && !last) fprintf(out, "%*s", pad, "");
-    fprintf(out, "%s", last ? "\n" : "  ");
+    fprintf(out, "%*s", last ? 0 : COLUMN_GAP, "");
+    if (last) fputc('\n', out);
+}
+
+/* How many of the columns fit; at least one. */
+static int columns_within(const struct column *columns, int n, int width)
+{
+    int fit = 0;
+
+    for (int used = 0; fit < n; fit++) {
+        used += columns[fit].width + (fit > 0 ? COLUMN_GAP : 0);
+        if (used > width) break;
+    }
+    return fit > 0 ? fit : 1;
 }
 
 void table_print(FILE *out, const json_t *rows)
+{
+    table_print_within(out, rows, INT_MAX);
+}
+
+void table_print_within(FILE *out, const json_t *rows, int width)
 {
     struct column columns[MAX_COLUMNS];
     const int n_columns = find_columns(columns, rows);
@@ -179,18 +205,22 @@ void table_print(FILE *out, const json_t *rows)
     for (int c = 0; c < n_columns; c++) {
         for (int g = 0; g < n_groups; g++) {
             if (cell(&text, &groups[g], columns[c].key) != MLORA_OK) continue;
-            const int width = text_width(buffer_text(&text), text.bytes);
-            if (width > columns[c].width) columns[c].width = width;
+            const int cell_width = text_width(buffer_text(&text), text.bytes);
+            if (cell_width > columns[c].width) columns[c].width = cell_width;
         }
     }
-    for (int c = 0; c < n_columns; c++)
-        print_cell(out, &columns[c], columns[c].key, strlen(columns[c].key), c + 1 == n_columns);
+    const int n_shown = columns_within(columns, n_columns, width);
+    for (int c = 0; c < n_shown; c++)
+        print_cell(out, &columns[c], columns[c].key, strlen(columns[c].key), c + 1 == n_shown);
     for (int g = 0; g < n_groups; g++) {
-        for (int c = 0; c < n_columns; c++) {
+        for (int c = 0; c < n_shown; c++) {
             if (cell(&text, &groups[g], columns[c].key) != MLORA_OK) text.bytes = 0;
-            print_cell(out, &columns[c], buffer_text(&text), text.bytes, c + 1 == n_columns);
+            print_cell(out, &columns[c], buffer_text(&text), text.bytes, c + 1 == n_shown);
         }
     }
+    for (int c = n_shown; c < n_columns; c++)
+        fprintf(out, "%s%s%s", c == n_shown ? "(too narrow for " : ", ", columns[c].key,
+                c + 1 == n_columns ? ": --json has them)\n" : "");
     for (int g = 0; g < n_groups; g++) free(groups[g].signature);
     free(groups);
     buffer_free(&text);

@@ -15,4 +15,8 @@ mlora_status table_cell(struct buffer *out, const char *key, const json_t *value
  * the layers as a range. */
 void table_print(FILE *out, const json_t *rows);
 
+/* The same in at most `width` columns of text: keys that there is no room for, from the last one
+ * on, are left out and named below. */
+void table_print_within(FILE *out, const json_t *rows, int width);
+
 #endif

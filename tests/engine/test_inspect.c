@@ -200,19 +200,20 @@ Test(inspect, says_how_each_module_is_served)
     } rows[] = {
         {"llama/adapters/plain", "self_attn.k_proj", "LoRA", 1},
         {"llama/adapters/dora-head", "lm_head", "DoRA", -1},
-        {"llama/adapters/lora-bias", "mlp.up_proj", "LoRA with its bias", 0},
-        {"llama/adapters/bdlora", "self_attn.o_proj", "BD-LoRA, expanded", 0},
-        {"llama/adapters/qalora", "mlp.down_proj", "QA-LoRA, expanded", 1},
-        {"llama/adapters/alora", "self_attn.q_proj", "LoRA from the invocation tokens on", 0},
-        {"llama/adapters/saved-all", "lm_head", "whole, in place of the base's", -1},
-        {"llama/adapters/saved-all", "norm", "whole, in place of the base's", -1},
-        {"llama/adapters/tokens", "embed_tokens", "rows in place of the base's", -1},
-        {"llama-tied/adapters/tokens", "lm_head", "tied to embed_tokens", -1},
-        {"llama-tied/adapters/embed-tied-alone", "lm_head", "LoRA, tied to embed_tokens", -1},
-        {"llama-tied/adapters/embed-copied", "embed_tokens",
-         "whole, left out if it equals the base's", -1},
-        {"qwen2/adapters/bias-all", "self_attn.k_proj", "bias in place of the base's", 1},
-        {"qwen2/adapters/bias-all", "self_attn.q_proj", "LoRA, and bias in place of the base's", 1},
+        {"llama/adapters/lora-bias", "mlp.up_proj", "LoRA + B bias", 0},
+        {"llama/adapters/alora-bias", "mlp.up_proj", "aLoRA + B bias", 1},
+        {"qwen2/adapters/bias-dora", "self_attn.k_proj", "DoRA + bias", 1},
+        {"llama/adapters/bdlora", "self_attn.o_proj", "BD-LoRA", 0},
+        {"llama/adapters/qalora", "mlp.down_proj", "QA-LoRA", 1},
+        {"llama/adapters/alora", "self_attn.q_proj", "aLoRA", 0},
+        {"llama/adapters/saved-all", "lm_head", "whole", -1},
+        {"llama/adapters/saved-all", "norm", "whole", -1},
+        {"llama/adapters/tokens", "embed_tokens", "rows", -1},
+        {"llama-tied/adapters/tokens", "lm_head", "as embed_tokens", -1},
+        {"llama-tied/adapters/embed-tied-alone", "lm_head", "LoRA, tied", -1},
+        {"llama-tied/adapters/embed-copied", "embed_tokens", "whole if changed", -1},
+        {"qwen2/adapters/bias-all", "self_attn.k_proj", "bias", 1},
+        {"qwen2/adapters/bias-all", "self_attn.q_proj", "LoRA + bias", 1},
     };
 
     for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
@@ -237,6 +238,22 @@ Test(inspect, says_how_each_module_is_served)
         cr_expect(found, "%s: %s is not served as %s", path, rows[i].module, rows[i].as);
         json_decref(adapter);
     }
+}
+
+Test(inspect, says_what_each_way_of_serving_means)
+{
+    json_t *adapter = inspect("tests/fixtures/peft/qwen2/adapters/bias-all", NULL);
+    expect_json(adapter, "how",
+                "[\"LoRA: y + scale B (A x) in f32, rounded once\","
+                "\"bias: the adapter's bias in place of the base's\"]");
+    json_decref(adapter);
+    adapter =
+        inspect("tests/fixtures/peft/llama-tied/adapters/tokens", "tests/fixtures/peft/llama-tied");
+    expect_json(adapter, "how",
+                "[\"LoRA: y + scale B (A x) in f32, rounded once\","
+                "\"rows: of trainable tokens, in place of the base's\","
+                "\"as embed_tokens: what embed_tokens has, as the two are tied\"]");
+    json_decref(adapter);
 }
 
 /* An adapter that no base can serve, by its own tensors. */
@@ -297,6 +314,25 @@ Test(inspect, says_who_serves_an_adapter_wrongly)
         expect_json(adapter, "wrong_elsewhere", "[]");
         json_decref(adapter);
     }
+}
+
+/* llama.cpp takes saved norms, not saved embeddings and heads. */
+Test(inspect, tells_saved_norms_from_saved_matrices)
+{
+    json_t *norms = inspect("tests/fixtures/peft/llama/adapters/saved-norms", NULL);
+    json_t *head = inspect("tests/fixtures/peft/llama/adapters/saved-head", NULL);
+
+    expect_json(norms, "wrong_elsewhere",
+                "[{\"engine\":\"SGLang\",\"because\":\"modules_to_save\"},"
+                "{\"engine\":\"LoRAX, TGI\",\"because\":\"modules_to_save\"},"
+                "{\"engine\":\"Ollama\",\"because\":\"modules_to_save\"}]");
+    expect_json(head, "wrong_elsewhere",
+                "[{\"engine\":\"SGLang\",\"because\":\"modules_to_save\"},"
+                "{\"engine\":\"llama.cpp\",\"because\":\"modules_to_save\"},"
+                "{\"engine\":\"LoRAX, TGI\",\"because\":\"modules_to_save\"},"
+                "{\"engine\":\"Ollama\",\"because\":\"modules_to_save\"}]");
+    json_decref(norms);
+    json_decref(head);
 }
 
 /* ---- files -------------------------------------------------------------------------------- */

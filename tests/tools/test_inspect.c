@@ -1,5 +1,7 @@
 /* mlora inspect: a description for people, and the same as JSON. */
 #include <criterion/criterion.h>
+#include <glob.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "tests/tools/run.h"
@@ -40,6 +42,51 @@ Test(inspect, says_why_an_adapter_is_not_served_or_does_not_fit)
     cr_expect(strstr(other.out, "fits              no\n"), "%s", other.out);
     cr_expect(strstr(other.out, "because           "), "%s", other.out);
     outcome_free(&other);
+}
+
+/* Columns of the longest line; a character of UTF-8 is one. */
+static size_t widest(const char *text)
+{
+    size_t widest = 0, width = 0;
+
+    for (; *text; text++) {
+        width = *text == '\n' ? 0 : width + ((*text & 0xc0) != 0x80);
+        if (width > widest) widest = width;
+    }
+    return widest;
+}
+
+Test(inspect, fits_into_80_columns_for_every_adapter)
+{
+    glob_t found;
+
+    setenv("COLUMNS", "80", 1);
+
+    cr_assert_eq(glob("tests/fixtures/peft/*/adapters/*", 0, NULL, &found), 0);
+    cr_assert_eq(glob("tests/fixtures/*/adapters/*", GLOB_APPEND, NULL, &found), 0);
+    cr_expect_geq(found.gl_pathc, 60);
+    for (size_t i = 0; i < found.gl_pathc; i++) {
+        struct outcome outcome =
+            run(NULL, "inspect %s --model %s/../..", found.gl_pathv[i], found.gl_pathv[i]);
+        cr_expect_eq(outcome.status, 0, "%s", outcome.err);
+        cr_expect(strstr(outcome.out, "fits              yes\n"), "%s", outcome.out);
+        cr_expect_leq(widest(outcome.out), 80, "%s", outcome.out);
+        outcome_free(&outcome);
+    }
+    globfree(&found);
+}
+
+Test(inspect, names_the_columns_that_it_has_no_room_for)
+{
+    setenv("COLUMNS", "80", 1);
+    struct outcome outcome = run(NULL, "inspect tests/fixtures/peft/qwen2/adapters/all");
+
+    cr_expect(strstr(outcome.out, "layer  module                    as           rank  alpha  "
+                                  "scale  dtype\n"),
+              "%s", outcome.out);
+    cr_expect(strstr(outcome.out, "(too narrow for bytes, out, in: --json has them)\n"));
+    cr_expect(strstr(outcome.out, "\nwhole: in place of the base's\n"));
+    outcome_free(&outcome);
 }
 
 Test(inspect, takes_one_directory)
