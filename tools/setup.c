@@ -294,6 +294,25 @@ mlora_status setup_folder(char **out, const struct setup *setup)
     return status;
 }
 
+/* Say which of --adapters are left out because another is in the weights. */
+static void warn_unloaded(const struct setup *setup)
+{
+    int n = 0;
+
+    for (int i = 0; i < setup->n_sources; i++) {
+        const struct adapter_source *source = &setup->sources[i];
+        const char *name = source->name ? source->name : source->path;
+        if (strcmp(name, setup->merge) == 0) continue;
+        if (n++ == 0)
+            fprintf(stderr,
+                    "mlora: warning: --merge %s: an adapter in the weights leaves room for no "
+                    "other; not loaded: ",
+                    setup->merge);
+        fprintf(stderr, "%s%s", n > 1 ? ", " : "", name);
+    }
+    if (n > 0) fputc('\n', stderr);
+}
+
 mlora_status setup_open(mlora_engine **out, const struct setup *setup)
 {
     mlora_options options;
@@ -332,6 +351,7 @@ mlora_status setup_open(mlora_engine **out, const struct setup *setup)
     free(cache);
     free(folder);
     free(tokenizer);
+    if (status == MLORA_OK && setup->merge && !setup->quiet) warn_unloaded(setup);
     for (int i = 0; i < setup->n_sources && status == MLORA_OK && !setup->merge; i++)
         status = load_source(*out, setup, &setup->sources[i]);
     return status;

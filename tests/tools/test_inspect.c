@@ -61,7 +61,6 @@ Test(inspect, fits_into_80_columns_for_every_adapter)
     glob_t found;
 
     setenv("COLUMNS", "80", 1);
-
     cr_assert_eq(glob("tests/fixtures/peft/*/adapters/*", 0, NULL, &found), 0);
     cr_assert_eq(glob("tests/fixtures/*/adapters/*", GLOB_APPEND, NULL, &found), 0);
     cr_expect_geq(found.gl_pathc, 60);

@@ -40,6 +40,24 @@ Test(merge, writes_a_model_that_answers_as_the_adapter)
     outcome_free(&want);
 }
 
+Test(merge, says_which_adapters_are_not_loaded)
+{
+    static const char line[] = "mlora: warning: --merge sql: an adapter in the weights leaves room "
+                               "for no other; not loaded: mood, " LLAMA2 "/adapters/json\n";
+    struct outcome said =
+        run(NULL, "score -m " LLAMA2 " --adapters mood=" LLAMA2 "/adapters/mood,sql=" LLAMA2
+                  "/adapters/sql," LLAMA2 "/adapters/json --merge sql -p x");
+    cr_expect_eq(said.status, 0, "%s", said.err);
+    cr_expect_str_eq(said.err, line);
+    struct outcome alone =
+        run(NULL, "score -m " LLAMA2 " --adapters sql=" LLAMA2 "/adapters/sql --merge sql -p x");
+    cr_expect_eq(alone.status, 0, "%s", alone.err);
+    cr_expect_str_eq(alone.err, "");
+    cr_expect_str_eq(alone.out, said.out);
+    outcome_free(&said);
+    outcome_free(&alone);
+}
+
 Test(merge, says_what_is_missing)
 {
     struct outcome outcome =
