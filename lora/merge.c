@@ -16,8 +16,10 @@ struct merger {
     const struct adapter *adapter;
     struct buffer stored; /* rows as they are on the device */
     struct buffer rows;   /* the same in f32 */
-    struct buffer delta;  /* [max K] */
 };
+
+/* Columns that are merged at once: those of all rows of A stay in the cache. */
+enum { BLOCK = 512 };
 
 /* ---- arrays in f32 ------------------------------------------------------------------------ */
 
@@ -50,9 +52,12 @@ static mlora_status fetch(struct merger *merger, struct buffer *out, const void 
 
     float *to = (float *)(void *)(out->data + out->bytes);
     const uint16_t *half = (const void *)merger->stored.data;
-    if (dtype == DTYPE_F32) memcpy(to, merger->stored.data, n * element);
-    for (size_t i = 0; i < n && dtype == DTYPE_BF16; i++) to[i] = bf16_to_f32(half[i]);
-    for (size_t i = 0; i < n && dtype == DTYPE_F16; i++) to[i] = f16_to_f32(half[i]);
+    if (dtype == DTYPE_F32)
+        memcpy(to, merger->stored.data, n * element);
+    else if (dtype == DTYPE_BF16)
+        for (size_t i = 0; i < n; i++) to[i] = bf16_to_f32(half[i]);
+    else
+        for (size_t i = 0; i < n; i++) to[i] = f16_to_f32(half[i]);
     return MLORA_OK;
 }
 
@@ -66,9 +71,12 @@ static mlora_status store(struct merger *merger, void *to, enum dtype dtype, siz
     const mlora_status status = buffer_reserve(&merger->stored, n * element);
     if (status != MLORA_OK) return status;
     uint16_t *half = (void *)merger->stored.data;
-    if (dtype == DTYPE_F32) memcpy(half, values, n * element);
-    for (size_t i = 0; i < n && dtype == DTYPE_BF16; i++) half[i] = bf16_from_f32(values[i]);
-    for (size_t i = 0; i < n && dtype == DTYPE_F16; i++) half[i] = f16_from_f32(values[i]);
+    if (dtype == DTYPE_F32)
+        memcpy(half, values, n * element);
+    else if (dtype == DTYPE_BF16)
+        for (size_t i = 0; i < n; i++) half[i] = bf16_from_f32(values[i]);
+    else
+        for (size_t i = 0; i < n; i++) half[i] = f16_from_f32(values[i]);
     merger->dev->ops->upload(merger->dev, (char *)to + first * element, half, n * element);
     return merger->dev->ops->sync(merger->dev); /* the buffer is used again */
 }
@@ -137,22 +145,39 @@ static mlora_status read_product(struct merger *merger, struct product *out,
     return status;
 }
 
-/* w [K] of row n = g * (w + scale * left[n, :] right) */
-static void merge_row(float *w, float *delta, const struct product *product, size_t n, size_t K)
+/* w [n] += scale * left [R] right [R, K], columns 0 to n - 1 of K. The sum over R is in its order;
+ * four terms at a time spare reading and writing it for each. */
+static void merge_columns(float *w, const float *left, const float *right, size_t R, size_t K,
+                          size_t n, float scale)
 {
-    const float *left = product->left + n * (size_t)product->R;
+    float delta[BLOCK] = {0};
+    size_t r = 0;
 
-    memset(delta, 0, K * sizeof *delta);
-    for (size_t r = 0; r < (size_t)product->R; r++) {
-        const float factor = left[r];
-        const float *right = product->right + r * K;
-        for (size_t k = 0; k < K; k++) delta[k] += factor * right[k];
+    for (; r + 4 <= R; r += 4) {
+        const float *r0 = right + r * K, *r1 = r0 + K, *r2 = r1 + K, *r3 = r2 + K;
+        const float l0 = left[r], l1 = left[r + 1], l2 = left[r + 2], l3 = left[r + 3];
+        for (size_t k = 0; k < n; k++)
+            delta[k] = delta[k] + l0 * r0[k] + l1 * r1[k] + l2 * r2[k] + l3 * r3[k];
     }
-    for (size_t k = 0; k < K; k++) {
-        w[k] += product->scale * delta[k];
-        if (product->row_g) w[k] *= product->row_g[n];
-        if (product->column_g) w[k] *= product->column_g[k];
-    }
+    for (; r < R; r++)
+        for (size_t k = 0; k < n; k++) delta[k] += left[r] * right[r * K + k];
+    for (size_t k = 0; k < n; k++) w[k] += scale * delta[k];
+}
+
+/* Rows [first, first + n) of a weight, which are `rows` [n, K]: g * (w + scale * left right). */
+static void merge_rows_of(float *rows, const struct product *product, size_t first, size_t n,
+                          size_t K)
+{
+    const size_t R = (size_t)product->R;
+
+    for (size_t k = 0; k < K; k += BLOCK)
+        for (size_t i = 0; i < n; i++)
+            merge_columns(rows + i * K + k, product->left + (first + i) * R, product->right + k, R,
+                          K, K - k < BLOCK ? K - k : BLOCK, product->scale);
+    for (size_t i = 0; i < n && product->row_g; i++)
+        for (size_t k = 0; k < K; k++) rows[i * K + k] *= product->row_g[first + i];
+    for (size_t i = 0; i < n && product->column_g; i++)
+        for (size_t k = 0; k < K; k++) rows[i * K + k] *= product->column_g[k];
 }
 
 /* to = from with the product in it; `product` NULL: a copy, rounded where the types differ. */
@@ -162,16 +187,14 @@ static mlora_status merge_matrix(struct merger *merger, const struct matrix *to,
     const size_t K = (size_t)to->K, N = (size_t)to->N;
     const size_t piece = (size_t)values_piece_rows(to->K);
 
-    merger->delta.bytes = 0;
-    mlora_status status = buffer_reserve(&merger->delta, K * sizeof(float));
+    mlora_status status = MLORA_OK;
     for (size_t first = 0; first < N && status == MLORA_OK; first += piece) {
         const size_t n = N - first < piece ? N - first : piece;
         merger->rows.bytes = 0;
         status = fetch(merger, &merger->rows, from->data, from->dtype, first * K, n * K);
         if (status != MLORA_OK) return status;
         float *rows = (float *)(void *)merger->rows.data;
-        for (size_t i = 0; i < n && product; i++)
-            merge_row(rows + i * K, (float *)(void *)merger->delta.data, product, first + i, K);
+        if (product) merge_rows_of(rows, product, first, n, K);
         status = store(merger, (void *)to->data, to->dtype, first * K, rows, n * K);
     }
     return status;
@@ -393,7 +416,6 @@ mlora_status merge_adapter(struct weights *weights, struct device *dev,
     if (status == MLORA_OK) status = merge_all(&merger, &adapter);
     buffer_free(&merger.stored);
     buffer_free(&merger.rows);
-    buffer_free(&merger.delta);
     adapter_free(&adapter);
     adapter_plan_free(&plan);
     return status;
