@@ -62,6 +62,38 @@ Test(lora_expand, adds_the_scaled_product_to_its_slice)
     adapters_free(&adapters);
 }
 
+/* bf16 keeps 8 significant bits. A x = 1 + 2^-9, scale = 1 + 2^-12 and their product need more, so
+ * each output is another number where any of them, or the delta, is rounded before the sum is. */
+Test(lora, rounds_to_bf16_once_after_the_sum_in_f32)
+{
+    const struct lora_site site = {LORA_O, 1, 2, 3, {0}, {3}, NULL};
+    const uint16_t x[2] = {0x3f80, 0x3b00};          /* 1, 2^-9 */
+    const uint16_t y0[3] = {0xbf80, 0x3f80, 0x4380}; /* -1, 1, 256 */
+    /* -1 + q, 1 + 2^-8 q, 256 + q, where q = 1 + 2^-9 + 2^-12 + 2^-21: */
+    const uint16_t want[3] = {
+        0x3b10, /* 2^-9 + 2^-12; 2^-12 if A x was rounded, 2^-9 if scale, 0 if the delta */
+        0x3f81, /* 1 + 2^-7, just above the tie that 1 wins if the delta was rounded */
+        0x4381, /* 258, just above the tie that 256 wins */
+    };
+    const int32_t slot[1] = {0};
+    struct adapters adapters = {.S = 1};
+    struct lora_factors *o = &adapters.host[0][LAYER][LORA_O];
+    uint16_t got[3];
+
+    *o = (struct lora_factors){.R = 1, .dtype = DTYPE_BF16, .scale = 1 + 0x1p-12f};
+    o->a = memcpy(zeros(2, 4), (float[]){1, 1}, 8);
+    o->b = memcpy(zeros(3, 4), (float[]){1, 0x1p-8f, 1}, 12);
+    adapters_upload(&adapters, &site);
+    const struct lora_view view = view_of(&adapters, &site, slot, 1);
+    float *h = device_memory(sizeof *h);
+    uint16_t *y = upload(y0, sizeof y0);
+    dev->ops->lora_shrink(dev, h, upload(x, sizeof x), &view, &site, LAYER, DTYPE_BF16);
+    dev->ops->lora_expand(dev, y, h, &view, &site, LAYER, DTYPE_BF16);
+    download(got, y, sizeof got);
+    for (int n = 0; n < 3; n++) cr_expect_eq(got[n], want[n], "%d: %04x", n, got[n]);
+    adapters_free(&adapters);
+}
+
 /* y += scale B A x for these tokens. */
 static void run_mode(float *y_out, mlora_lora_mode mode, const struct adapters *adapters,
                      const struct lora_site *site, const int32_t *slot, const float *x,
