@@ -1,6 +1,7 @@
 #include "lora/peft_config.h"
 
 #include <limits.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <strings.h>
@@ -9,7 +10,7 @@
 #include "engine/base/file.h"
 #include "lora/peft_fields.h"
 
-enum { CONFIG_BYTES_MAX = 4 << 20, LAYER_PATTERNS_MAX = 16 };
+enum { CONFIG_BYTES_MAX = 4 << 20, LAYER_PATTERNS_MAX = 16, BLOCKS_MAX = 1 << 20 };
 
 #define ALPHA_MAX 1e30 /* a scale is an f32 */
 
@@ -287,12 +288,20 @@ static mlora_status read_blocks(struct peft_config *config)
         if (status != MLORA_OK) return status;
         *(i ? &config->blocks_b : &config->blocks_a) = list;
     }
-    const mlora_status status = json_get_int(&n_blocks, object, "nblocks", 1, 1, 1 << 20, path);
+    if (json_get_int(&n_blocks, object, "nblocks", 1, 1, BLOCKS_MAX, path) != MLORA_OK) {
+        char shown[32] = "";
+        const json_t *value = json_object_get(object, "nblocks");
+        if (json_is_integer(value)) snprintf(shown, sizeof shown, "%lld", (long long)n_blocks);
+        return error_set(MLORA_EFORMAT,
+                         "%s: use_bdlora: nblocks is %s, an integer from 1 to %d is needed; save "
+                         "the adapter with PEFT again",
+                         path, shown[0] ? shown : json_kind(value), BLOCKS_MAX);
+    }
     config->n_blocks = (int)n_blocks;
-    return status;
+    return MLORA_OK;
 }
 
-static mlora_status read_variants(struct peft_config *config)
+static mlora_status read_flags(struct peft_config *config)
 {
     const json_t *json = config->json;
     const char *path = config->path;
@@ -310,8 +319,14 @@ static mlora_status read_variants(struct peft_config *config)
     status = json_get_int(&group, json, "qalora_group_size", 16, 1, 1 << 20, path);
     if (status != MLORA_OK) return status;
     config->group = qalora ? (int)group : 1;
-    status = read_blocks(config);
-    return status == MLORA_OK ? read_tokens(config) : status;
+    return MLORA_OK;
+}
+
+/* A value of another type or range than PEFT writes. */
+static mlora_status with_remedy(mlora_status status)
+{
+    return status == MLORA_EFORMAT ? error_remedy(status, "save the adapter with PEFT again")
+                                   : status;
 }
 
 static mlora_status read_all(struct peft_config *config)
@@ -321,7 +336,9 @@ static mlora_status read_all(struct peft_config *config)
 
     mlora_status status = peft_fields_check(config->json, path);
     if (status != MLORA_OK) return status;
-    status = read_numbers(config);
+    status = with_remedy(read_numbers(config));
+    if (status != MLORA_OK) return status;
+    status = with_remedy(read_flags(config));
     if (status != MLORA_OK) return status;
     status = read_targets(config);
     if (status != MLORA_OK) return status;
@@ -340,7 +357,8 @@ static mlora_status read_all(struct peft_config *config)
     status = read_layers(config);
     if (status != MLORA_OK) return status;
     status = read_saved(config);
-    return status == MLORA_OK ? read_variants(config) : status;
+    if (status == MLORA_OK) status = read_blocks(config);
+    return status == MLORA_OK ? read_tokens(config) : status;
 }
 
 mlora_status peft_config_read(struct peft_config *out, const char *directory)

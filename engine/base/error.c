@@ -44,6 +44,14 @@ mlora_status error_prefix(mlora_status status, const char *format, ...)
     return error_set(status, "%s: %s", prefix, old);
 }
 
+mlora_status error_remedy(mlora_status status, const char *remedy)
+{
+    char old[TEXT_BYTES];
+
+    memcpy(old, text, sizeof old);
+    return error_set(status, "%s; %s", old, remedy);
+}
+
 const char *error_text(void)
 {
     return text;

@@ -16,6 +16,9 @@ __attribute__((format(printf, 2, 3))) mlora_status error_set(mlora_status status
 __attribute__((format(printf, 2, 3))) mlora_status error_prefix(mlora_status status,
                                                                 const char *format, ...);
 
+/* Put "; remedy" after the current text and return `status`. */
+mlora_status error_remedy(mlora_status status, const char *remedy);
+
 /* The text, never NULL, "" before any failure. Valid until the next error_set on this thread. */
 const char *error_text(void);
 

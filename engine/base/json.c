@@ -22,8 +22,8 @@ mlora_status json_read_file(json_t **out, const char *path, int64_t max_bytes)
         goto done;
     }
     if (!json_is_object(value)) {
-        status = error_set(MLORA_EFORMAT, "%s: holds %s, a JSON object is needed", path,
-                           json_kind(value));
+        status = error_set(MLORA_EFORMAT, "%s: holds %s, a JSON object is needed; save it again",
+                           path, json_kind(value));
         goto done;
     }
     *out = value;

@@ -131,7 +131,7 @@ Test(base, json_must_be_a_valid_object_without_duplicates)
     cr_expect_eq(read_json(&json, "{\"a\": 1, \"a\": 2}"), MLORA_EFORMAT);
     expect_text("a.json: is not valid JSON: line 1");
     cr_expect_eq(read_json(&json, "[1]"), MLORA_EFORMAT);
-    expect_text("holds an array, a JSON object is needed");
+    expect_text("holds an array, a JSON object is needed; save it again");
     cr_expect_eq(read_json(&json, "{\"a\": \"\xff\"}"), MLORA_EFORMAT);
     cr_expect_eq(read_json(&json, "{} x"), MLORA_EFORMAT);
     cr_expect_null(json);

@@ -2,6 +2,7 @@
 #include "lora/adapter.h"
 
 #include <criterion/criterion.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -14,6 +15,7 @@
 #define P      "base_model.model.model."
 #define L0     "@0.self_attn."
 #define MERGE  "merge_and_unload"
+#define AGAIN  "save the adapter with PEFT again"
 
 struct refusal {
     const char *changes, *edits; /* for write_config and write_tensors */
@@ -37,23 +39,32 @@ static const struct refusal configs[] = {
     {"{\"task_type\": \"TOKEN_CLS\"}", "", MLORA_EUNSUPPORTED, CONFIG "task_type is \"TOKEN_CLS\"", "CAUSAL_LM", true},
     {"{\"task_type\": \"FEATURE_EXTRACTION\"}", "", MLORA_EUNSUPPORTED, CONFIG "task_type is \"FEATURE_EXTRACTION\"", "CAUSAL_LM", true},
     /* fields that change the result */
-    {"{\"use_dora\": \"yes\"}", "", MLORA_EFORMAT, CONFIG "use_dora is a string", "needed", true},
-    {"{\"lora_bias\": 1}", "", MLORA_EFORMAT, CONFIG "lora_bias is an integer", "needed", true},
-    {"{\"ensure_weight_tying\": \"yes\"}", "", MLORA_EFORMAT, CONFIG "ensure_weight_tying is a string", "needed", true},
-    {"{\"use_qalora\": 4}", "", MLORA_EFORMAT, CONFIG "use_qalora is an integer", "needed", true},
-    {"{\"use_qalora\": true, \"qalora_group_size\": 0}", "", MLORA_EFORMAT, CONFIG "qalora_group_size is 0", "must be", true},
-    {"{\"bias\": \"some\"}", "", MLORA_EUNSUPPORTED, CONFIG "bias is \"some\"", "save the adapter with PEFT again", true},
-    {"{\"modules_to_save\": \"lm_head\"}", "", MLORA_EFORMAT, CONFIG "modules_to_save is a string", "save the adapter with PEFT again", true},
-    {"{\"modules_to_save\": [1]}", "", MLORA_EFORMAT, CONFIG "modules_to_save[0] is an integer", "save the adapter with PEFT again", true},
-    {"{\"trainable_token_indices\": [5, \"6\"]}", "", MLORA_EFORMAT, CONFIG "trainable_token_indices is not a list of token ids", "save the adapter with PEFT again", true},
-    {"{\"trainable_token_indices\": {\"lm_head\": 5}}", "", MLORA_EFORMAT, CONFIG "trainable_token_indices is not a list of token ids", "save the adapter with PEFT again", true},
-    {"{\"alora_invocation_tokens\": [1, -2]}", "", MLORA_EFORMAT, CONFIG "alora_invocation_tokens is not a list of token ids", "save the adapter with PEFT again", true},
-    {"{\"use_bdlora\": true}", "", MLORA_EFORMAT, CONFIG "use_bdlora is true", "save the adapter with PEFT again", true},
-    {"{\"use_bdlora\": {\"nblocks\": 0}}", "", MLORA_EFORMAT, CONFIG "nblocks is 0", "must be", true},
-    {"{\"use_bdlora\": {\"target_modules_bd_a\": \"q_proj\", \"nblocks\": 2}}", "", MLORA_EFORMAT, CONFIG "use_bdlora: target_modules_bd_a is a string", "save the adapter with PEFT again", true},
+    {"{\"use_dora\": \"yes\"}", "", MLORA_EFORMAT, CONFIG "use_dora is a string", AGAIN, true},
+    {"{\"lora_bias\": 1}", "", MLORA_EFORMAT, CONFIG "lora_bias is an integer", AGAIN, true},
+    {"{\"ensure_weight_tying\": \"yes\"}", "", MLORA_EFORMAT, CONFIG "ensure_weight_tying is a string", AGAIN, true},
+    {"{\"use_qalora\": 4}", "", MLORA_EFORMAT, CONFIG "use_qalora is an integer", AGAIN, true},
+    {"{\"use_qalora\": true, \"qalora_group_size\": 0}", "", MLORA_EFORMAT, CONFIG "qalora_group_size is 0", AGAIN, true},
+    {"{\"bias\": \"some\"}", "", MLORA_EUNSUPPORTED, CONFIG "bias is \"some\"", AGAIN, true},
+    {"{\"modules_to_save\": \"lm_head\"}", "", MLORA_EFORMAT, CONFIG "modules_to_save is a string", AGAIN, true},
+    {"{\"modules_to_save\": [1]}", "", MLORA_EFORMAT, CONFIG "modules_to_save[0] is an integer", AGAIN, true},
+    {"{\"trainable_token_indices\": [5, \"6\"]}", "", MLORA_EFORMAT, CONFIG "trainable_token_indices is not a list of token ids", AGAIN, true},
+    {"{\"trainable_token_indices\": {\"lm_head\": 5}}", "", MLORA_EFORMAT, CONFIG "trainable_token_indices is not a list of token ids", AGAIN, true},
+    {"{\"alora_invocation_tokens\": [1, -2]}", "", MLORA_EFORMAT, CONFIG "alora_invocation_tokens is not a list of token ids", AGAIN, true},
+    {"{\"use_bdlora\": true}", "", MLORA_EFORMAT, CONFIG "use_bdlora is true", AGAIN, true},
+    {"{\"use_bdlora\": {\"nblocks\": 0}}", "", MLORA_EFORMAT, CONFIG "use_bdlora: nblocks is 0, an integer from 1", AGAIN, true},
+    {"{\"use_bdlora\": {\"target_modules_bd_a\": \"q_proj\", \"nblocks\": 2}}", "", MLORA_EFORMAT, CONFIG "use_bdlora: target_modules_bd_a is a string", AGAIN, true},
+    {"{\"use_bdlora\": {\"target_modules_bd_b\": [\"q_proj\", 3], \"nblocks\": 2}}", "", MLORA_EFORMAT, CONFIG "target_modules_bd_b[1] is an integer", AGAIN, true},
+    {"{\"use_bdlora\": {\"nblocks\": \"2\"}}", "", MLORA_EFORMAT, CONFIG "use_bdlora: nblocks is a string", AGAIN, true},
+    {"{\"modules_to_save\": [\"(\"]}", "", MLORA_EFORMAT, CONFIG "modules_to_save: the pattern \"(\" is not a valid", "list the modules by name", true},
+    {"{\"layers_to_transform\": [0], \"layers_pattern\": [\"a\",\"b\",\"c\",\"d\",\"e\",\"f\",\"g\",\"h\",\"i\",\"j\",\"k\",\"l\",\"m\",\"n\",\"o\",\"p\",\"q\"]}", "", MLORA_EFORMAT, CONFIG "layers_pattern is a longer list", AGAIN, true},
     /* what does not go together */
     {"{\"use_dora\": true, \"lora_bias\": true}", "", MLORA_EUNSUPPORTED, CONFIG "use_dora and lora_bias are both set", "one of them", true},
     {"{\"use_dora\": true, \"alora_invocation_tokens\": [1]}", "", MLORA_EUNSUPPORTED, CONFIG "use_dora and alora_invocation_tokens are both set", "one of them", true},
+    {"{\"use_dora\": true, \"use_bdlora\": {\"nblocks\": 2}}", "", MLORA_EUNSUPPORTED, CONFIG "use_dora and use_bdlora are both set", "one of them", true},
+    {"{\"use_dora\": true, \"use_qalora\": true}", "", MLORA_EUNSUPPORTED, CONFIG "use_dora and use_qalora are both set", "one of them", true},
+    {"{\"alora_invocation_tokens\": [1], \"use_bdlora\": {\"nblocks\": 2}}", "", MLORA_EUNSUPPORTED, CONFIG "alora_invocation_tokens and use_bdlora are both set", "one of them", true},
+    {"{\"alora_invocation_tokens\": [1], \"use_qalora\": true}", "", MLORA_EUNSUPPORTED, CONFIG "alora_invocation_tokens and use_qalora are both set", "one of them", true},
+    {"{\"trainable_token_indices\": [3], \"alora_invocation_tokens\": [1]}", "", MLORA_EUNSUPPORTED, CONFIG "alora_invocation_tokens and trainable_token_indices are both set", "train it without trainable_token_indices", true},
     {"{\"use_qalora\": true, \"use_bdlora\": {\"nblocks\": 2}}", "", MLORA_EUNSUPPORTED, CONFIG "use_bdlora and use_qalora are both set", "one of them", true},
     {"{\"modules_to_save\": [\"norm\"], \"alora_invocation_tokens\": [1]}", "", MLORA_EUNSUPPORTED, CONFIG "alora_invocation_tokens and modules_to_save are both set", "train it without modules_to_save", true},
     {"{\"target_parameters\": [\"experts.gate_up_proj\"]}", "", MLORA_EUNSUPPORTED, CONFIG "target_parameters is [", "train with target_modules", true},
@@ -71,38 +82,38 @@ static const struct refusal configs[] = {
     {"{\"init_lora_weights\": \"lora_ga\"}", "", MLORA_EUNSUPPORTED, CONFIG "init_lora_weights is \"lora_ga\"", "path_initial_model_for_weight_conversion", true},
     {"{\"init_lora_weights\": \"loftq\"}", "", MLORA_EUNSUPPORTED, CONFIG "init_lora_weights is \"loftq\"", "merge it into that base", true},
     {"{\"init_lora_weights\": \"unheard_of\"}", "", MLORA_EUNSUPPORTED, CONFIG "init_lora_weights is \"unheard_of\"", "save it again", true},
-    {"{\"init_lora_weights\": 3}", "", MLORA_EFORMAT, CONFIG "init_lora_weights is an integer", "save the adapter with PEFT again", true},
+    {"{\"init_lora_weights\": 3}", "", MLORA_EFORMAT, CONFIG "init_lora_weights is an integer", AGAIN, true},
     /* values of another type or range */
-    {"{\"r\": 0}", "", MLORA_EFORMAT, CONFIG "r is 0, must be from 1", "must be", true},
-    {"{\"r\": -4}", "", MLORA_EFORMAT, CONFIG "r is -4, must be from 1", "must be", true},
-    {"{\"r\": \"8\"}", "", MLORA_EFORMAT, CONFIG "r is a string, an integer is needed", "needed", true},
-    {"{\"r\": 2.5}", "", MLORA_EFORMAT, CONFIG "r is a number with a fraction", "needed", true},
-    {"{\"lora_alpha\": \"big\"}", "", MLORA_EFORMAT, CONFIG "lora_alpha is a string", "needed", true},
-    {"{\"lora_alpha\": 1e300}", "", MLORA_EFORMAT, CONFIG "lora_alpha is 1e+300", "must be", true},
-    {"{\"use_rslora\": 1}", "", MLORA_EFORMAT, CONFIG "use_rslora is an integer", "needed", true},
-    {"{\"fan_in_fan_out\": 1}", "", MLORA_EFORMAT, CONFIG "fan_in_fan_out is an integer", "needed", true},
-    {"{\"base_model_name_or_path\": 1}", "", MLORA_EFORMAT, CONFIG "base_model_name_or_path is an integer", "needed", true},
-    {"{\"target_modules\": 7}", "", MLORA_EFORMAT, CONFIG "target_modules is an integer", "save the adapter with PEFT again", true},
-    {"{\"target_modules\": [\"q_proj\", 3]}", "", MLORA_EFORMAT, CONFIG "target_modules[1] is an integer", "save the adapter with PEFT again", true},
+    {"{\"r\": 0}", "", MLORA_EFORMAT, CONFIG "r is 0, must be from 1", AGAIN, true},
+    {"{\"r\": -4}", "", MLORA_EFORMAT, CONFIG "r is -4, must be from 1", AGAIN, true},
+    {"{\"r\": \"8\"}", "", MLORA_EFORMAT, CONFIG "r is a string, an integer is needed", AGAIN, true},
+    {"{\"r\": 2.5}", "", MLORA_EFORMAT, CONFIG "r is a number with a fraction", AGAIN, true},
+    {"{\"lora_alpha\": \"big\"}", "", MLORA_EFORMAT, CONFIG "lora_alpha is a string", AGAIN, true},
+    {"{\"lora_alpha\": 1e300}", "", MLORA_EFORMAT, CONFIG "lora_alpha is 1e+300", AGAIN, true},
+    {"{\"use_rslora\": 1}", "", MLORA_EFORMAT, CONFIG "use_rslora is an integer", AGAIN, true},
+    {"{\"fan_in_fan_out\": 1}", "", MLORA_EFORMAT, CONFIG "fan_in_fan_out is an integer", AGAIN, true},
+    {"{\"base_model_name_or_path\": 1}", "", MLORA_EFORMAT, CONFIG "base_model_name_or_path is an integer", AGAIN, true},
+    {"{\"target_modules\": 7}", "", MLORA_EFORMAT, CONFIG "target_modules is an integer", AGAIN, true},
+    {"{\"target_modules\": [\"q_proj\", 3]}", "", MLORA_EFORMAT, CONFIG "target_modules[1] is an integer", AGAIN, true},
     {"{\"target_modules\": \"(\"}", "", MLORA_EFORMAT, CONFIG "target_modules: the pattern \"(\" is not a valid", "list the modules by name", true},
     {"{\"target_modules\": \"\\\\p{L}*\"}", "", MLORA_EUNSUPPORTED, CONFIG "target_modules: the pattern \"\\p{L}*\"", "list the modules by name", true},
     {"{\"target_modules\": \"(\\\\w+.?)+\\\\d\"}", "", MLORA_EFORMAT, "takes too long to match against model.layers.0", "list the modules by name", true},
-    {"{\"exclude_modules\": {\"q_proj\": 1}}", "", MLORA_EFORMAT, CONFIG "exclude_modules is an object", "save the adapter with PEFT again", true},
+    {"{\"exclude_modules\": {\"q_proj\": 1}}", "", MLORA_EFORMAT, CONFIG "exclude_modules is an object", AGAIN, true},
     {"{\"exclude_modules\": \"[\"}", "", MLORA_EFORMAT, CONFIG "exclude_modules: the pattern \"[\"", "list the modules by name", true},
-    {"{\"layers_to_transform\": \"1\"}", "", MLORA_EFORMAT, CONFIG "layers_to_transform is a string", "save the adapter with PEFT again", true},
-    {"{\"layers_to_transform\": [0, 1.5]}", "", MLORA_EFORMAT, CONFIG "layers_to_transform is another array", "save the adapter with PEFT again", true},
+    {"{\"layers_to_transform\": \"1\"}", "", MLORA_EFORMAT, CONFIG "layers_to_transform is a string", AGAIN, true},
+    {"{\"layers_to_transform\": [0, 1.5]}", "", MLORA_EFORMAT, CONFIG "layers_to_transform is another array", AGAIN, true},
     {"{\"layers_to_transform\": [0], \"target_modules\": \".*q_proj\"}", "", MLORA_EFORMAT, CONFIG "layers_to_transform has no meaning", "list the modules by name", true},
     {"{\"layers_to_transform\": [0], \"target_modules\": \"all-linear\"}", "", MLORA_EFORMAT, CONFIG "layers_to_transform has no meaning", "list the modules by name", true},
     {"{\"layers_pattern\": \"layers\"}", "", MLORA_EFORMAT, CONFIG "layers_pattern is given without layers_to_transform", "give both, or neither", true},
-    {"{\"layers_to_transform\": [0], \"layers_pattern\": 1}", "", MLORA_EFORMAT, CONFIG "layers_pattern is an integer", "save the adapter with PEFT again", true},
-    {"{\"layers_to_transform\": [0], \"layers_pattern\": [1]}", "", MLORA_EFORMAT, CONFIG "layers_pattern[0] is an integer", "save the adapter with PEFT again", true},
+    {"{\"layers_to_transform\": [0], \"layers_pattern\": 1}", "", MLORA_EFORMAT, CONFIG "layers_pattern is an integer", AGAIN, true},
+    {"{\"layers_to_transform\": [0], \"layers_pattern\": [1]}", "", MLORA_EFORMAT, CONFIG "layers_pattern[0] is an integer", AGAIN, true},
     {"{\"layers_to_transform\": [0], \"layers_pattern\": \"(layers)\"}", "", MLORA_EFORMAT, CONFIG "layers_pattern has a group", "write it without groups", true},
-    {"{\"rank_pattern\": [1]}", "", MLORA_EFORMAT, CONFIG "rank_pattern is an array", "save the adapter with PEFT again", true},
-    {"{\"rank_pattern\": {\"q_proj\": 0}}", "", MLORA_EFORMAT, CONFIG "rank_pattern: \"q_proj\" is out of range", "save the adapter with PEFT again", true},
+    {"{\"rank_pattern\": [1]}", "", MLORA_EFORMAT, CONFIG "rank_pattern is an array", AGAIN, true},
+    {"{\"rank_pattern\": {\"q_proj\": 0}}", "", MLORA_EFORMAT, CONFIG "rank_pattern: \"q_proj\" is out of range", AGAIN, true},
     {"{\"rank_pattern\": {\"q_proj\": 1.5}}", "", MLORA_EFORMAT, CONFIG "rank_pattern: \"q_proj\" is out of range", "an integer of 1 or more", true},
     {"{\"rank_pattern\": {\"q_proj\": \"8\"}}", "", MLORA_EFORMAT, CONFIG "rank_pattern: \"q_proj\" is a string", "an integer of 1 or more", true},
     {"{\"rank_pattern\": {\"(q_proj\": 8}}", "", MLORA_EFORMAT, CONFIG "rank_pattern: the pattern \"(q_proj\"", "correct the pattern", true},
-    {"{\"alpha_pattern\": \"16\"}", "", MLORA_EFORMAT, CONFIG "alpha_pattern is a string", "save the adapter with PEFT again", true},
+    {"{\"alpha_pattern\": \"16\"}", "", MLORA_EFORMAT, CONFIG "alpha_pattern is a string", AGAIN, true},
     {"{\"alpha_pattern\": {\"q_proj\": null}}", "", MLORA_EFORMAT, CONFIG "alpha_pattern: \"q_proj\" is null", "a number is needed", true},
 };
 
@@ -120,6 +131,8 @@ static const struct refusal tensors[] = {
     {"{\"use_bdlora\": {\"target_modules_bd_a\": [\"q_proj\"], \"target_modules_bd_b\": [\"q_proj\"], \"nblocks\": 2}}", "", MLORA_EFORMAT, "model.layers.0.self_attn.q_proj is of target_modules_bd_a and of target_modules_bd_b", "one of them", true},
     {"{\"use_bdlora\": {\"target_modules_bd_a\": [\"q_proj\"], \"nblocks\": 3}}", "", MLORA_EFORMAT, "nblocks is 3, which does not divide the 2 rows", "save the adapter again", true},
     {"{\"use_qalora\": true, \"qalora_group_size\": 4}", L0 "q_proj.lora_A.weight F32 2x3", MLORA_EFORMAT, "q_proj.lora_A.weight is [2, 3], the base needs [2, 2]", "load it with that one", true},
+    {"{\"target_modules\": [\"qkv_proj\"], \"use_bdlora\": {\"target_modules_bd_a\": [\"qkv_proj\"], \"nblocks\": 2}}", "-" L0 "q_proj.lora_A.weight; -" L0 "q_proj.lora_B.weight; -" L0 "v_proj.lora_A.weight; -" L0 "v_proj.lora_B.weight;" L0 "qkv_proj.lora_A.weight F32 2x8; " L0 "qkv_proj.lora_B.weight F32 16x2", MLORA_EFORMAT, "qkv_proj.lora_A.weight, a fused linear", "save the adapter again", true},
+    {"{}", "base_model.model.lm_head.weight F32 10x8; base_model.model.lm_head.base_layer.weight F32 10x8", MLORA_EFORMAT, "are both for lm_head", "keep one of them", true},
     /* embeddings, heads and norms */
     {"{}", P "embed_tokens.weight F32 12x8", MLORA_EUNSUPPORTED, "has 12 rows, the base's vocabulary is 10: the adapter was trained with a resized embedding", MERGE, true},
     {"{}", P "embed_tokens.weight F32 10x9", MLORA_EFORMAT, "embed_tokens.weight is [10, 9], the base needs [10, 8]", "load it with that one", true},
@@ -128,7 +141,7 @@ static const struct refusal tensors[] = {
     {"{\"modules_to_save\": [\"lm_head\"]}", "", MLORA_EFORMAT, "modules_to_save of adapter_config.json names lm_head, which is not there", "save the adapter again", true},
     {"{\"modules_to_save\": [\"input_layernorm\"]}", "@0.input_layernorm.weight F32 8", MLORA_EFORMAT, "names model.layers.1.input_layernorm, which is not there", "save the adapter again", true},
     {"{}", P "norm.weight F32 9", MLORA_EFORMAT, "norm.weight has 9 values, the base needs 8", "load it with that one", true},
-    {"{}", P "norm.weight I8 8", MLORA_EUNSUPPORTED, "norm.weight", "I8", true},
+    {"{}", P "norm.weight I8 8", MLORA_EUNSUPPORTED, "norm.weight: dtype is I8", "convert it", true},
     {"{}", "@1.pre_feedforward_layernorm.weight F32 8", MLORA_EUNSUPPORTED, "(modules_to_save)", MERGE, true},
     {"{}", P "norm.weight F32 8; " P "norm.modules_to_save.weight F32 8", MLORA_EFORMAT, "are both for norm", "keep one of them", true},
     {"{}", P "embed_tokens.lora_embedding_A F32 2x10; " P "embed_tokens.lora_embedding_B F32 8x2", MLORA_EFORMAT, "leave out (1): " P "embed_tokens.lora_embedding_A", "as lenient", false},
@@ -151,11 +164,10 @@ static const struct refusal tensors[] = {
     {"{}", "whatever F32 1", MLORA_EUNSUPPORTED, "of no kind that is served (1): whatever;", "as lenient", false},
     {"{}", "a F32 1; b F32 1; c F32 1; d F32 1; e F32 1; f F32 1", MLORA_EUNSUPPORTED, "of no kind that is served (6): a, b, c, d, e, ...;", "as lenient", false},
     {"{}", L0 "q_proj.lora_monteclora_sampler.std_prior F32 2", MLORA_EUNSUPPORTED, "of no kind that is served (1): ", "as lenient", false},
-    {"{}", "@0.mlp.experts.0.up_proj.lora_A.weight F32 2x8", MLORA_EUNSUPPORTED, "experts.0.up_proj.lora_A.weight;", "as lenient", false},
+    {"{}", "@0.mlp.experts.0.up_proj.lora_A.weight F32 2x8", MLORA_EUNSUPPORTED, "of no kind that is served (1): " P "layers.0.mlp.experts.0.up_proj.lora_A.weight;", "as lenient", false},
     {"{\"target_modules\": [\"q_proj\"]}", "", MLORA_EFORMAT, "has factors of linears that target_modules, exclude_modules and layers_to_transform of adapter_config.json leave out (2): " P "layers.0.self_attn.v_proj.lora_A.weight, ", "as lenient", false},
     {"{\"exclude_modules\": [\"v_proj\"]}", "", MLORA_EFORMAT, "leave out (2): ", "correct these fields", false},
     {"{\"layers_to_transform\": [0]}", "", MLORA_EFORMAT, "leave out (2): ", "correct these fields", false},
-    {"{\"target_modules\": [\"k_proj\"]}", "", MLORA_EFORMAT, "leave out (4): ", "correct these fields", false},
     /* pairs */
     {"{}", "-" L0 "q_proj.lora_B.weight", MLORA_EFORMAT, "layers.0.self_attn.q_proj.lora_A.weight has no lora_B beside it", "save the adapter again", true},
     {"{}", "-@1.self_attn.v_proj.lora_A.weight", MLORA_EFORMAT, "layers.1.self_attn.v_proj.lora_B.weight has no lora_A beside it", "save the adapter again", true},
@@ -181,19 +193,58 @@ static const struct refusal tensors[] = {
 };
 /* clang-format on */
 
+/* "FILE: what is wrong; remedy": FILE is one of the adapter's own, the remedy comes last. */
+static void expect_message(const char *directory, const char *says, const char *remedy)
+{
+    static const char *const files[] = {
+        "/adapter_config.json: ", "/adapter_model.safetensors: ", "/adapter_model.bin: "};
+    const char *text = error_text(), *what = strstr(text, says);
+    const size_t n = strlen(directory);
+    bool names_file = false;
+
+    for (int i = 0; i < 3; i++)
+        names_file |=
+            strncmp(text, directory, n) == 0 && strncmp(text + n, files[i], strlen(files[i])) == 0;
+    cr_expect(names_file, "no file in: %s", text);
+    cr_expect_not_null(what, "%s: not in: %s", says, text);
+    cr_expect(what && strstr(what, remedy), "%s: not after it in: %s", remedy, text);
+    cr_expect_null(strchr(text, '\n'));
+}
+
+static void expect_refusal_over(const struct model_config *base, const char *directory,
+                                bool lenient, mlora_status status, const char *says,
+                                const char *remedy)
+{
+    struct adapter_plan plan;
+
+    const mlora_status got = adapter_plan_read(&plan, directory, base, lenient);
+    cr_expect_eq(got, status, "%s %s: %d: %s", says, lenient ? "(lenient)" : "", got, error_text());
+    cr_expect_null(plan.linears);
+    expect_message(directory, says, remedy);
+    adapter_plan_free(&plan);
+}
+
 static void expect_refusal(const char *directory, bool lenient, mlora_status status,
                            const char *says, const char *remedy)
 {
     const struct model_config base = small_model();
-    struct adapter_plan plan;
+    expect_refusal_over(&base, directory, lenient, status, says, remedy);
+}
 
-    const mlora_status got = adapter_plan_read(&plan, directory, &base, lenient);
-    cr_expect_eq(got, status, "%s %s: %d: %s", says, lenient ? "(lenient)" : "", got, error_text());
-    cr_expect_null(plan.linears);
-    cr_expect_not_null(strstr(error_text(), says), "%s: not in: %s", says, error_text());
-    cr_expect_not_null(strstr(error_text(), remedy), "%s: not in: %s", remedy, error_text());
-    cr_expect_not_null(strstr(error_text(), directory), "no file in: %s", error_text());
-    cr_expect_null(strchr(error_text(), '\n'));
+/* Lenient, the same adapter is served without the tensors, and that is said: file and count. */
+static void expect_warning(const char *directory, const char *says)
+{
+    const struct model_config base = small_model();
+    struct adapter_plan plan;
+    const char *count = strchr(says, '(');
+
+    cr_expect_eq(adapter_plan_read(&plan, directory, &base, true), MLORA_OK, "%s", error_text());
+    const char *line = strstr(buffer_text(&plan.warnings), "/adapter_model.safetensors: left out ");
+    cr_expect_not_null(line, "%s", buffer_text(&plan.warnings));
+    cr_assert_not_null(count, "%s", says);
+    char number[8] = "";
+    snprintf(number, sizeof number, "%.*s", (int)strcspn(count, ")") + 1, count);
+    cr_expect(line && strstr(line, number), "%s: not in: %s", number, buffer_text(&plan.warnings));
     adapter_plan_free(&plan);
 }
 
@@ -207,6 +258,8 @@ static void expect_table(const struct refusal *cases, size_t n)
         expect_refusal(directory, false, cases[i].status, cases[i].says, cases[i].remedy);
         if (cases[i].lenient_too)
             expect_refusal(directory, true, cases[i].status, cases[i].says, cases[i].remedy);
+        else
+            expect_warning(directory, cases[i].says);
     }
     directory_remove(directory);
 }
@@ -219,6 +272,106 @@ Test(adapter_refusals, name_the_field_of_the_configuration)
 Test(adapter_refusals, name_the_tensor)
 {
     expect_table(tensors, sizeof tensors / sizeof tensors[0]);
+}
+
+/* Lenient, too: there would be nothing to serve. */
+Test(adapter_refusals, of_targets_that_have_no_factors)
+{
+    char *directory = directory_make();
+
+    write_config(directory, "{\"target_modules\": [\"k_proj\"]}");
+    write_tensors(directory, "");
+    expect_refusal(directory, false, MLORA_EFORMAT, "leave out (4): ", "correct these fields");
+    expect_refusal(directory, true, MLORA_EFORMAT,
+                   "holds no lora_A and lora_B for any linear that target_modules names",
+                   "save the adapter again");
+    directory_remove(directory);
+}
+
+/* Lists that are longer than anything PEFT writes for a Llama. */
+Test(adapter_refusals, of_lists_that_are_too_long)
+{
+    static const struct {
+        const char *begin, *entry, *end, *says, *remedy;
+    } lists[] = {
+        {"{\"target_modules\": [", "\"q_proj\"", "]}",
+         CONFIG "target_modules has 2049 entries, at most 2048 are read", "use a pattern"},
+        {"{\"exclude_modules\": [", "\"q_proj\"", "]}", CONFIG "exclude_modules has 2049 entries",
+         "use a pattern"},
+        {"{\"modules_to_save\": [", "\"norm\"", "]}", CONFIG "modules_to_save is a longer list",
+         AGAIN},
+        {"{\"layers_to_transform\": [", "0", "]}", CONFIG "layers_to_transform is another array",
+         AGAIN},
+        {"{\"alpha_pattern\": {", "\"q%d\": 1", "}}", CONFIG "alpha_pattern has 2049 entries",
+         "join entries of one value"},
+    };
+    char *directory = directory_make();
+
+    for (size_t i = 0; i < sizeof lists / sizeof lists[0]; i++) {
+        struct buffer changes = {0};
+        buffer_printf(&changes, "%s", lists[i].begin);
+        for (int n = 0; n < 2049; n++) {
+            buffer_printf(&changes, "%s", n ? "," : "");
+            if (strchr(lists[i].entry, '%'))
+                buffer_printf(&changes, "\"q%d\": 1", n);
+            else
+                buffer_printf(&changes, "%s", lists[i].entry);
+        }
+        buffer_printf(&changes, "%s", lists[i].end);
+        write_config(directory, buffer_text(&changes));
+        write_tensors(directory, "");
+        expect_refusal(directory, false, MLORA_EFORMAT, lists[i].says, lists[i].remedy);
+        buffer_free(&changes);
+    }
+    directory_remove(directory);
+}
+
+/* What only a base with biases, or one whose head is its embedding, can bring up. */
+Test(adapter_refusals, over_a_base_with_biases_and_a_tied_head)
+{
+#define TIED                                                                                       \
+    "\"ensure_weight_tying\": true, \"target_modules\": [\"embed_tokens\", \"q_proj\", "           \
+    "\"v_proj\"]"
+#define EMBED P "embed_tokens.lora_embedding_A F32 2x10; " P "embed_tokens.lora_embedding_B F32 8x2"
+    static const struct refusal cases[] = {
+        {"{\"alora_invocation_tokens\": [1]}", L0 "q_proj.base_layer.bias F32 8",
+         MLORA_EUNSUPPORTED, "q_proj.base_layer.bias would count everywhere",
+         "train it with bias=\"none\"", true},
+        {"{}", L0 "q_proj.base_layer.bias F32 7", MLORA_EFORMAT,
+         "q_proj.base_layer.bias has not one value for each of the 8 outputs",
+         "save the adapter again", true},
+        {"{" TIED ", \"alora_invocation_tokens\": [1]}", EMBED, MLORA_EUNSUPPORTED,
+         CONFIG "alora_invocation_tokens is set and model.embed_tokens is a target",
+         "save the adapter without it", true},
+        {"{" TIED ", \"use_bdlora\": {\"target_modules_bd_a\": [\"lm_head\"], \"nblocks\": 2}}",
+         "base_model.model.lm_head.lora_A.weight F32 2x4; "
+         "base_model.model.lm_head.lora_B.weight F32 10x2",
+         MLORA_EUNSUPPORTED,
+         CONFIG "ensure_weight_tying ties LoRA on embed_tokens and lm_head, and "
+                "use_bdlora is set",
+         "save the adapter without it", true},
+        {"{" TIED ", \"use_dora\": true}",
+         EMBED "; " P "embed_tokens.lora_magnitude_vector F32 8; " L0
+               "q_proj.lora_magnitude_vector F32 8; " L0 "v_proj.lora_magnitude_vector F32 4; "
+               "@1.self_attn.q_proj.lora_magnitude_vector F32 8; "
+               "@1.self_attn.v_proj.lora_magnitude_vector F32 4",
+         MLORA_EFORMAT, "lm_head has no lora_magnitude_vector, but use_dora",
+         "save the adapter again", true},
+    };
+    struct model_config base = small_model();
+    char *directory = directory_make();
+
+    base.qkv_bias = true;
+    base.tied = true;
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        write_config(directory, cases[i].changes);
+        write_tensors(directory, cases[i].edits);
+        expect_refusal_over(&base, directory, false, cases[i].status, cases[i].says,
+                            cases[i].remedy);
+        expect_refusal_over(&base, directory, true, cases[i].status, cases[i].says,
+                            cases[i].remedy);
+    }
+    directory_remove(directory);
 }
 
 /* ---- files -------------------------------------------------------------------------------- */
@@ -285,7 +438,7 @@ Test(adapter_refusals, of_a_configuration_that_is_no_json_object)
     write_tensors(directory, "");
     for (size_t i = 0; i < sizeof texts / sizeof texts[0]; i++) {
         directory_write(directory, "adapter_config.json", texts[i][0], strlen(texts[i][0]));
-        expect_refusal(directory, false, MLORA_EFORMAT, "/adapter_config.json: ", texts[i][1]);
+        expect_refusal(directory, false, MLORA_EFORMAT, texts[i][1], "save it again");
     }
     directory_remove(directory);
 }
