@@ -34,7 +34,7 @@ struct mlora_engine {
     struct scheduler scheduler;
     struct batch batch;
     bool lenient;
-    bool merged; /* an adapter is in the weights: there can be no other */
+    char *merged; /* an adapter is in the weights, so there is no other: its warnings; or NULL */
     int max_model_len;
     int max_queue;            /* requests that may wait beside max_num_seqs that run */
     struct hash_key hash_key; /* secret: see engine/base/hash.h */

@@ -181,7 +181,7 @@ static mlora_status write_output(const char *model, const char *output, struct d
 }
 
 mlora_status merge_directory(const char *model, const char *adapter, const char *output,
-                             bool lenient)
+                             bool lenient, char **warnings)
 {
     struct model_config config;
     struct checkpoint checkpoint = {0};
@@ -195,7 +195,8 @@ mlora_status merge_directory(const char *model, const char *adapter, const char 
     if (status == MLORA_OK) status = cpu_device_open(&dev, 0);
     if (status != MLORA_OK) goto done;
     status = weights_load(&weights, dev, model, &config, NULL, NULL);
-    if (status == MLORA_OK) status = merge_adapter(&weights, dev, &config, adapter, lenient);
+    if (status == MLORA_OK)
+        status = merge_adapter(&weights, dev, &config, adapter, lenient, warnings);
     if (status != MLORA_OK) goto done;
     has = find_biases(&weights);
     status = check_biases(&has, &config, adapter);
@@ -205,6 +206,10 @@ mlora_status merge_directory(const char *model, const char *adapter, const char 
         status = write_output(model, output, dev, &weights, &config, &checkpoint);
 
 done:
+    if (status != MLORA_OK) {
+        free(*warnings);
+        *warnings = NULL;
+    }
     if (dev) {
         weights_free(&weights, dev);
         dev->ops->close(dev);

@@ -8,6 +8,6 @@
 
 /* See mlora_merge(). */
 mlora_status merge_directory(const char *model, const char *adapter, const char *output,
-                             bool lenient);
+                             bool lenient, char **warnings);
 
 #endif

@@ -280,7 +280,8 @@ const char *mlora_adapter_name(const mlora_engine *engine, int index)
 
 const char *mlora_adapter_warnings(const mlora_engine *engine, const char *name)
 {
-    const struct registered *entry = name ? registry_find(&engine->registry, name) : NULL;
+    if (!name) return engine->merged;
+    const struct registered *entry = registry_find(&engine->registry, name);
     if (!entry) return NULL;
     return entry->adapter.warnings ? entry->adapter.warnings : "";
 }
@@ -515,12 +516,21 @@ mlora_status mlora_inspect(const char *dir, const char *model_dir, char **json)
     return status;
 }
 
-mlora_status mlora_merge(const char *model, const char *adapter, const char *output, int lenient)
+mlora_status mlora_merge(const char *model, const char *adapter, const char *output, int lenient,
+                         char **warnings)
 {
+    char *lines = NULL;
+
+    if (warnings) *warnings = NULL;
     if (!model) return null_argument("mlora_merge", "model");
     if (!adapter) return null_argument("mlora_merge", "adapter");
     if (!output) return null_argument("mlora_merge", "output");
-    return merge_directory(model, adapter, output, lenient != 0);
+    const mlora_status status = merge_directory(model, adapter, output, lenient != 0, &lines);
+    if (warnings)
+        *warnings = lines;
+    else
+        free(lines);
+    return status;
 }
 
 void mlora_free(void *memory)

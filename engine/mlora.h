@@ -245,7 +245,8 @@ MLORA_API int mlora_adapter_count(const mlora_engine *engine);
 MLORA_API const char *mlora_adapter_name(const mlora_engine *engine, int index);
 
 /* What a lenient load left out, or what is worth knowing, a line each; "" when there is nothing;
- * NULL for an unknown name. Lives until that adapter is unloaded or replaced. Thread: the engine's. */
+ * NULL for an unknown name. `name` NULL: of the adapter that option merge put into the weights,
+ * NULL if there is none. Lives until that adapter is unloaded or replaced. Thread: the engine's. */
 MLORA_API const char *mlora_adapter_warnings(const mlora_engine *engine, const char *name);
 
 /* ---- requests ----------------------------------------------------------------------------- */
@@ -475,11 +476,13 @@ MLORA_API mlora_status mlora_inspect(const char *dir, const char *model_dir, cha
  * model, adapter   directories
  * output           a directory to make, or an empty one; it appears complete or not at all
  * lenient          as in mlora_options
+ * warnings         receives what mlora_adapter_warnings() would say, freed with mlora_free();
+ *                  may be NULL
  *
  * Returns OK, EINVAL (output is there and not empty), EIO, EFORMAT, EUNSUPPORTED (also: an
  * adapter that no checkpoint can hold, such as an aLoRA) or ENOMEM. Thread: any. */
 MLORA_API mlora_status mlora_merge(const char *model, const char *adapter, const char *output,
-                                   int lenient);
+                                   int lenient, char **warnings);
 
 /* Free what the library returned as "freed with mlora_free()". NULL is allowed. Thread: any. */
 MLORA_API void mlora_free(void *memory);

@@ -203,9 +203,8 @@ mlora_status engine_open(struct mlora_engine **out, const mlora_options *options
     if (status != MLORA_OK) goto failed;
     if (options->merge) {
         status = merge_adapter(&engine->weights, engine->dev, &engine->config, options->merge,
-                               engine->lenient);
+                               engine->lenient, &engine->merged);
         if (status != MLORA_OK) goto failed;
-        engine->merged = true;
     }
 
     const bool cuda = strcmp(engine->dev->backend, "cuda") == 0;
@@ -287,5 +286,6 @@ void engine_close(struct mlora_engine *engine)
     pthread_mutex_destroy(&engine->lock);
     free(engine->cancelled);
     free(engine->eos);
+    free(engine->merged);
     free(engine);
 }

@@ -404,7 +404,8 @@ static mlora_status merge_all(struct merger *merger, const struct adapter *adapt
 }
 
 mlora_status merge_adapter(struct weights *weights, struct device *dev,
-                           const struct model_config *config, const char *directory, bool lenient)
+                           const struct model_config *config, const char *directory, bool lenient,
+                           char **warnings)
 {
     struct adapter_plan plan = {0};
     struct adapter adapter = {0};
@@ -414,6 +415,8 @@ mlora_status merge_adapter(struct weights *weights, struct device *dev,
     if (status == MLORA_OK) status = check_mergeable(&plan);
     if (status == MLORA_OK) status = adapter_load(&adapter, dev, &plan, config, weights);
     if (status == MLORA_OK) status = merge_all(&merger, &adapter);
+    *warnings = adapter.warnings;
+    adapter.warnings = NULL;
     buffer_free(&merger.stored);
     buffer_free(&merger.rows);
     adapter_free(&adapter);

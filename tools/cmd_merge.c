@@ -31,6 +31,7 @@ static int run(int argc, char **argv)
     struct merge merge = {0};
     void *const targets[] = {&merge};
     struct operands operands;
+    char *warnings = NULL;
 
     mlora_status status = options_parse(&command_merge, targets, argc, argv, &operands);
     if (status == MLORA_OK && operands.help)
@@ -46,7 +47,9 @@ static int run(int argc, char **argv)
                            : !merge.adapter ? "adapter"
                                             : "output");
     else if (status == MLORA_OK)
-        status = mlora_merge(merge.model, merge.adapter, merge.output, merge.lenient);
+        status = mlora_merge(merge.model, merge.adapter, merge.output, merge.lenient, &warnings);
+    print_warnings(NULL, warnings);
+    mlora_free(warnings);
     const int result = fail(status);
     return finish_output(stdout) != 0 ? 1 : result;
 }

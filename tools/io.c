@@ -16,6 +16,16 @@ int fail(mlora_status status)
     return status == MLORA_ENOMEM || status == MLORA_EDEVICE ? 1 : 2;
 }
 
+void print_warnings(const char *name, const char *lines)
+{
+    for (const char *line = lines; line && *line;) {
+        const int bytes = (int)strcspn(line, "\n");
+        fprintf(stderr, "mlora: warning: %s%s%s%.*s\n", name ? "adapter " : "", name ? name : "",
+                name ? ": " : "", bytes, line);
+        line += bytes + (line[bytes] == '\n');
+    }
+}
+
 mlora_status read_input(struct buffer *out, const char *path)
 {
     enum { CHUNK = 1 << 16, MOST = 1 << 28 };

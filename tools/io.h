@@ -11,6 +11,9 @@
  * memory and devices, 0 for OK. */
 int fail(mlora_status status);
 
+/* Print the warnings of an adapter, a line each, on stderr. `name` may be NULL, as may `lines`. */
+void print_warnings(const char *name, const char *lines);
+
 /* Read all of a file, a pipe, or "-", which is standard input, onto the end of `out`. */
 mlora_status read_input(struct buffer *out, const char *path);
 

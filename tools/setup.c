@@ -10,6 +10,7 @@
 
 #include "engine/base/error.h"
 #include "engine/base/file.h"
+#include "tools/io.h"
 #include "tools/shape.h"
 #include "tools/text.h"
 
@@ -154,11 +155,7 @@ static mlora_status load(mlora_engine *engine, const struct setup *setup, const 
 
     if (status != MLORA_OK) return error_prefix(status, "adapter %s", name);
     if (setup->quiet) return status;
-    for (const char *line = mlora_adapter_warnings(engine, name); line && *line;) {
-        const int bytes = (int)strcspn(line, "\n");
-        fprintf(stderr, "mlora: warning: adapter %s: %.*s\n", name, bytes, line);
-        line += bytes + (line[bytes] == '\n');
-    }
+    print_warnings(name, mlora_adapter_warnings(engine, name));
     return status;
 }
 
@@ -351,7 +348,10 @@ mlora_status setup_open(mlora_engine **out, const struct setup *setup)
     free(cache);
     free(folder);
     free(tokenizer);
-    if (status == MLORA_OK && setup->merge && !setup->quiet) warn_unloaded(setup);
+    if (status == MLORA_OK && setup->merge && !setup->quiet) {
+        print_warnings(setup->merge, mlora_adapter_warnings(*out, NULL));
+        warn_unloaded(setup);
+    }
     for (int i = 0; i < setup->n_sources && status == MLORA_OK && !setup->merge; i++)
         status = load_source(*out, setup, &setup->sources[i]);
     return status;

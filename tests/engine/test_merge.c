@@ -133,7 +133,8 @@ static int check_model(const char *model, double tolerance, const char *const *r
             const double in_memory = difference(&merged, &unmerged);
             cr_expect_lt(in_memory, tolerance, "%s, %s: off by %g", model, name, in_memory);
 
-            cr_assert_eq(mlora_merge(base, adapter, output, 0), MLORA_OK, "%s", mlora_error());
+            cr_assert_eq(mlora_merge(base, adapter, output, 0, NULL), MLORA_OK, "%s",
+                         mlora_error());
             score(&merged, output, NULL, NULL, one);
             const double on_disk = difference(&merged, &unmerged);
             cr_expect_lt(on_disk, tolerance, "%s, %s: on disk off by %g", model, name, on_disk);
@@ -181,7 +182,7 @@ Test(merge, equals_the_adapter_beside_mistral_in_f32)
 static void expect_refused(const char *model, const char *adapter, const char *output,
                            mlora_status status, const char *text)
 {
-    cr_expect_eq(mlora_merge(model, adapter, output, 0), status, "%s", mlora_error());
+    cr_expect_eq(mlora_merge(model, adapter, output, 0, NULL), status, "%s", mlora_error());
     cr_expect_str_eq(mlora_error(), text);
 }
 
@@ -228,7 +229,8 @@ Test(merge, never_writes_over_what_is_there)
     remove_directory(parent);
 
     snprintf(output, sizeof output, "%s/merged", parent); /* the parent is gone */
-    cr_expect_eq(mlora_merge(PEFT "/llama", PEFT "/llama/adapters/plain", output, 0), MLORA_EIO);
+    cr_expect_eq(mlora_merge(PEFT "/llama", PEFT "/llama/adapters/plain", output, 0, NULL),
+                 MLORA_EIO);
     cr_expect(strstr(mlora_error(), "/merged."), "%s", mlora_error());
     cr_expect(strstr(mlora_error(), ": cannot be made: No such file or directory"), "%s",
               mlora_error());
@@ -239,7 +241,7 @@ Test(merge, takes_an_empty_directory)
     char parent[64];
 
     make_temporary(parent, sizeof parent);
-    cr_expect_eq(mlora_merge(LLAMA2, LLAMA2 "/adapters/sql", parent, 0), MLORA_OK, "%s",
+    cr_expect_eq(mlora_merge(LLAMA2, LLAMA2 "/adapters/sql", parent, 0, NULL), MLORA_OK, "%s",
                  mlora_error());
     cr_expect_gt(count_entries(parent), 3); /* weights, config and the tokenizer's files */
     mlora_close(open_model(parent));

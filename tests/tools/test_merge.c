@@ -58,6 +58,32 @@ Test(merge, says_which_adapters_are_not_loaded)
     outcome_free(&alone);
 }
 
+Test(merge, says_what_the_adapter_warns_of)
+{
+    char parent[] = "/tmp/mlora-merge-XXXXXX", line[1024], want[256];
+    cr_assert(mkdtemp(parent));
+    snprintf(line, sizeof line, "cp -r " LLAMA2 "/adapters/sql %s/sql && touch %s/sql/%s", parent,
+             parent, "adapter_model.bin");
+    cr_assert_eq(system(line), 0);
+    snprintf(want, sizeof want,
+             "%s/sql/adapter_model.bin: not read: adapter_model.safetensors beside it is used\n",
+             parent);
+
+    struct outcome made =
+        run(NULL, "merge -m " LLAMA2 " --adapter %s/sql -o %s/out", parent, parent);
+    cr_expect_eq(made.status, 0, "%s", made.err);
+    snprintf(line, sizeof line, "mlora: warning: %s", want);
+    cr_expect_str_eq(made.err, line);
+    struct outcome served = run(NULL, "score -m " LLAMA2 " --merge %s/sql -p x", parent);
+    cr_expect_eq(served.status, 0, "%s", served.err);
+    snprintf(line, sizeof line, "mlora: warning: adapter %s/sql: %s", parent, want);
+    cr_expect_str_eq(served.err, line);
+    snprintf(line, sizeof line, "rm -r %s", parent);
+    cr_expect_eq(system(line), 0);
+    outcome_free(&made);
+    outcome_free(&served);
+}
+
 Test(merge, says_what_is_missing)
 {
     struct outcome outcome =
