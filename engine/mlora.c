@@ -340,6 +340,11 @@ mlora_status mlora_submit(mlora_engine *engine, const mlora_request *from, uint6
     if (!from) return null_argument("mlora_submit", "request");
 
     if (from->adapter && from->adapter[0] && strcmp(from->adapter, "base") != 0) {
+        if (engine->merged)
+            return error_set(MLORA_ENOTFOUND,
+                             "no adapter \"%.*s\": one is merged into the weights (option merge) "
+                             "and answers the requests that name none; leave the name out",
+                             64, from->adapter);
         const mlora_status status = registry_acquire(&engine->registry, from->adapter, &adapter);
         if (status != MLORA_OK) return status;
     }

@@ -260,5 +260,11 @@ Test(merge, leaves_no_room_for_a_second_adapter)
     cr_expect_str_eq(mlora_error(), text);
     cr_expect_eq(mlora_adapter_random(engine, "r", 4, 1), MLORA_EINVAL);
     cr_expect_str_eq(mlora_error(), text);
+
+    const mlora_request request = greedy("sql", "x", 1, &plain);
+    cr_expect_eq(mlora_submit(engine, &request, NULL), MLORA_ENOTFOUND);
+    cr_expect_str_eq(mlora_error(), "no adapter \"sql\": one is merged into the weights (option "
+                                    "merge) and answers the requests that name none; leave the "
+                                    "name out");
     mlora_close(engine);
 }
