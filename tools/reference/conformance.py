@@ -405,9 +405,10 @@ def summary(rows):
     rightly = sum(row.verdict == "refused" and row.must_be_refused for row in rows)
     out = [f"{len(rows)} cases: {count['served']} served, {count['refused']} refused ({rightly} that must be, "
            f"{count['refused'] - rightly} that PEFT serves), {count['WRONG']} wrong"]
-    f32 = [row.delta / row.bar for row in rows if row.delta is not None]
+    f32 = [row for row in rows if row.delta is not None]
     if f32:
-        out.append(f"f32: the largest difference is {max(f32):.2g} of its bar")
+        out.append(f"f32: the largest difference is {max(row.delta for row in f32):.1e}, and at most "
+                   f"{max(row.delta / row.bar for row in f32):.2g} of its bar")
     total = bf16_total(rows)
     if total:
         out.append(f"bf16: the mean error over {sum(row.bf16 is not None for row in rows)} cases is {total[0]:.5f}, "
