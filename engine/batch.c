@@ -23,11 +23,11 @@ static int round_kv(int n_tokens)
     return (n_tokens + 255) / 256 * 256;
 }
 
-mlora_status batch_open(struct batch *out, struct device *dev, int max_tokens, int max_rows,
-                        int max_model_len)
+mlora_status batch_open(struct batch *out, struct device *dev, int max_tokens, int max_seqs,
+                        int max_rows, int max_model_len)
 {
     const size_t Q = (size_t)max_rows, T = (size_t)max_tokens;
-    const size_t table = Q * (size_t)round_blocks(kvcache_blocks_for(max_model_len));
+    const size_t table = (size_t)max_seqs * (size_t)round_blocks(kvcache_blocks_for(max_model_len));
     const size_t head_bytes = HEAD_ARRAYS * (Q + 1) * sizeof(int32_t);
     struct batch batch = {.dev = dev, .max_rows = max_rows};
     void *memory = NULL;
@@ -210,24 +210,32 @@ static bool draws(const struct plan_row *row)
     return row->samples && row->request->n_tokens < row->request->max_total;
 }
 
-/* Tokens of the rows that draw with a penalty. */
+/* How many tokens are drawn after tokens of the row. */
+static int n_draws(const struct plan_row *row)
+{
+    return draws(row) ? 1 + row->n_drafts : 0;
+}
+
+/* Tokens of all histories: the row's own, and for each guess those before it, too. */
 static size_t history_tokens(const struct plan *plan)
 {
     size_t n = 0;
     for (int q = 0; q < plan->n_rows; q++)
-        if (draws(&plan->rows[q]) && request_has_penalty(plan->rows[q].request))
-            n += (size_t)plan->rows[q].request->n_tokens;
+        for (int j = 0; j < n_draws(&plan->rows[q]); j++)
+            if (request_has_penalty(plan->rows[q].request))
+                n += (size_t)(plan->rows[q].request->n_tokens + j);
     return n;
 }
 
 static void build_samples(struct batch *batch, const struct plan *plan)
 {
-    const int32_t *last = NULL, *n_prompt = NULL, *start = NULL, *history = NULL;
+    const int32_t *tokens = NULL, *n_prompt = NULL, *start = NULL, *history = NULL;
     const void *sampling = NULL;
     int n = 0, t = 0, n_history = 0;
 
-    for (int q = 0; q < plan->n_rows; q++) n += draws(&plan->rows[q]);
-    int32_t *host_last = place_ints(batch, n, &last);
+    for (int q = 0; q < plan->n_rows; q++) n += n_draws(&plan->rows[q]);
+    assert(n <= batch->max_rows);
+    int32_t *host_tokens = place_ints(batch, n, &tokens);
     int32_t *host_prompt = place_ints(batch, n, &n_prompt);
     int32_t *host_start = place_ints(batch, n + 1, &start);
     struct sampling *host_sampling = place(batch, (size_t)n * sizeof *host_sampling, &sampling);
@@ -238,23 +246,24 @@ static void build_samples(struct batch *batch, const struct plan *plan)
         const struct plan_row *row = &plan->rows[q];
         const struct request *request = row->request;
         t += row->n_tokens;
-        if (!draws(row)) continue;
-
-        const int i = batch->n_samples++;
-        batch->sampled_row[i] = q;
-        host_last[i] = t - 1;
-        host_prompt[i] = request->n_prompt;
-        host_start[i] = n_history;
-        host_sampling[i] = request->sampling;
-        host_sampling[i].draw = (uint32_t)request_n_output(request);
-        if (!request_has_penalty(request)) continue;
-        memcpy(host_history + n_history, request->tokens,
-               (size_t)request->n_tokens * sizeof *host_history);
-        n_history += request->n_tokens;
+        for (int j = 0; j < n_draws(row); j++) {
+            const int i = batch->n_samples++;
+            const int n_before = request->n_tokens + j; /* the guesses before it included */
+            batch->sampled_row[i] = q;
+            host_tokens[i] = t - 1 - row->n_drafts + j;
+            host_prompt[i] = request->n_prompt;
+            host_start[i] = n_history;
+            host_sampling[i] = request->sampling;
+            host_sampling[i].draw = (uint32_t)(n_before - request->n_prompt);
+            if (!request_has_penalty(request)) continue;
+            memcpy(host_history + n_history, request->tokens,
+                   (size_t)n_before * sizeof *host_history);
+            n_history += n_before;
+        }
     }
     host_start[n] = n_history;
-    batch->sample_tokens = last;
-    batch->sample_tokens_host = host_last;
+    batch->sample_tokens = tokens;
+    batch->sample_tokens_host = host_tokens;
     batch->sample = (struct sample_view){
         .Q = n,
         .sampling = sampling,

@@ -138,6 +138,7 @@ static mlora_status run(struct mlora_engine *engine)
     const struct batch *batch = &engine->batch;
 
     scheduler_want_adapters(&engine->scheduler);
+    speculate_plan(&engine->speculation, &engine->scheduler, &engine->kvcache);
     if (plan->n_rows == 0) {
         registry_wait(&engine->registry);
         return MLORA_OK;

@@ -8,10 +8,11 @@
 #include "engine/kvcache.h"
 #include "engine/mlora.h"
 #include "engine/scheduler.h"
+#include "engine/speculate.h"
 #include "lora/registry.h"
 #include "model/forward.h"
 
-/* What comes out of a step, for up to max_num_seqs rows Q. */
+/* What comes out of a step, for up to Q tokens drawn: one of each request, and of its guesses. */
 struct outputs {
     float *logits;       /* [Q, V], on the device only                                */
     int32_t *rows;       /* [Q] inputs of the head, for prompts' log-probabilities    */
@@ -32,6 +33,7 @@ struct mlora_engine {
     struct tokenizer *tokenizer;
     struct registry registry;
     struct scheduler scheduler;
+    struct speculation speculation;
     struct batch batch;
     bool lenient;
     char *merged; /* an adapter is in the weights, so there is no other: its warnings; or NULL */

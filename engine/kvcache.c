@@ -85,6 +85,14 @@ bool kvcache_extend(struct kvcache *kv, struct kv_run *run, int n_tokens)
     return true;
 }
 
+void kvcache_trim(struct kvcache *kv, struct kv_run *run, int n_tokens)
+{
+    const int keep = kvcache_blocks_for(n_tokens);
+
+    assert(keep >= run->n_known);
+    while (run->n_blocks > keep) unuse(kv, run->blocks[--run->n_blocks]);
+}
+
 /* From the end: of two blocks that follow one another, the later one is of no use alone, and is
  * to be the first to go. */
 void kvcache_release(struct kvcache *kv, struct kv_run *run)

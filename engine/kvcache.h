@@ -63,6 +63,9 @@ bool kvcache_extend(struct kvcache *kv, struct kv_run *run, int n_tokens);
 void kvcache_remember(struct kvcache *kv, struct kv_run *run, const struct kv_source *source,
                       int n_tokens);
 
+/* Give back what a run has beyond `n_tokens`, which are at least those that are remembered. */
+void kvcache_trim(struct kvcache *kv, struct kv_run *run, int n_tokens);
+
 /* Give all back; the run is empty then. */
 void kvcache_release(struct kvcache *kv, struct kv_run *run);
 

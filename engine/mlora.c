@@ -104,6 +104,8 @@ void mlora_engine_stats(const mlora_engine *engine, mlora_stats *out)
 {
     *out = engine->stats;
     out->n_preemptions = engine->scheduler.n_preemptions;
+    out->n_drafted_tokens = engine->speculation.n_drafted;
+    out->n_accepted_tokens = engine->speculation.n_accepted;
     out->n_running = engine->scheduler.n_running;
     out->n_waiting = engine->scheduler.fair.n_waiting;
     out->n_cached_tokens = engine->scheduler.n_found;

@@ -101,6 +101,14 @@ typedef enum mlora_lora_mode {
     MLORA_LORA_FUSED = 5 /* the second product inside rope, activation and residual kernels      */
 } mlora_lora_mode;
 
+/* Where guesses of the next tokens come from. They are computed together and kept as far as they
+ * are what is drawn, so that a step may give several tokens: the same ones as without (on a GPU up
+ * to rounding, which depends on how many tokens a step has). */
+typedef enum mlora_speculate {
+    MLORA_SPECULATE_OFF = 0,
+    MLORA_SPECULATE_NGRAM = 1 /* what followed the last tokens where they stood before */
+} mlora_speculate;
+
 /* Called now and then while weights are read: `done` of `total` bytes. */
 typedef void (*mlora_progress_fn)(void *user, int64_t done, int64_t total);
 
@@ -120,6 +128,9 @@ typedef struct mlora_options {
                           /* sequences can use, at most half of what is left for them             */
     int max_queue;        /* requests that may wait beside max_num_seqs that run; default 16384   */
     int no_prefix_cache;  /* 1: KV of tokens that were computed before is not used again          */
+    mlora_speculate speculate;
+    int max_draft; /* tokens of a guess, at most 32; default 8. Fewer where guesses fail, and none */
+    /* in steps with so many tokens that guesses would slow it down                 */
     /* Memory of the device that weights, KV cache and adapters may take together, as a part of all
      * of it; default 0.9. Of what the weights leave of it the KV cache takes at most a half and
      * adapters the rest. On the CPU both together take at most half of the free memory. */
@@ -284,6 +295,9 @@ typedef struct mlora_event {
     int n_prompt_tokens;     /* of the request */
     int n_cached_tokens;     /* of those: found in the KV cache, not computed */
     int n_completion_tokens; /* so far, the end token included */
+    /* Tokens that were guessed so far, and those of them that were right (mlora_options.speculate).
+     */
+    int n_drafted_tokens, n_accepted_tokens;
     const char *error; /* with MLORA_FINISH_ERROR, a line: logits were not finite, as the model  */
                        /* or the adapter is damaged; or the adapter could not be read again      */
 } mlora_event;
@@ -357,8 +371,8 @@ MLORA_API mlora_status mlora_submit(mlora_engine *engine, const mlora_request *r
  * has ended or was never given is ignored. Thread: any. */
 MLORA_API void mlora_cancel(mlora_engine *engine, uint64_t id);
 
-/* Do one step of work for all requests: new ones join, one forward pass, one token each for those
- * that are past their prompt, events are delivered, finished ones leave.
+/* Do one step of work for all requests: new ones join, one forward pass, one token each (more
+ * with mlora_options.speculate) for those that are past their prompt, events are delivered, finished ones leave.
  *
  * n_active   receives the number of requests that are not finished; may be NULL
  *
@@ -374,6 +388,7 @@ typedef struct mlora_stats {
     int64_t n_generated_tokens;
     /* Prompt tokens that were found in the KV cache, and those that were looked for in vain. */
     int64_t n_cached_tokens, n_missed_tokens;
+    int64_t n_drafted_tokens, n_accepted_tokens; /* as in mlora_event */
     int64_t n_preemptions;  /* requests set back to free KV blocks or a place, and computed again */
     double prompt_seconds;  /* in steps that held prompt tokens */
     double decode_seconds;  /* in steps that held none */

@@ -40,6 +40,8 @@ static mlora_status check_options(const mlora_options *o)
         {"max_batch_tokens", o->max_batch_tokens, MAX_BATCH_TOKENS},
         {"kv_blocks", o->kv_blocks, 1 << 26},
         {"max_queue", o->max_queue, 1 << 24},
+        {"speculate", (int)o->speculate, MLORA_SPECULATE_NGRAM},
+        {"max_draft", o->max_draft, MAX_DRAFT},
         {"adapter_memory", o->adapter_memory, MAX_MIB},
         {"adapter_host_memory", o->adapter_host_memory, MAX_MIB},
     };
@@ -78,6 +80,20 @@ static mlora_status collect_eos(struct mlora_engine *engine)
         if (engine->eos[i] == own) return MLORA_OK;
     engine->eos[engine->n_eos++] = own;
     return MLORA_OK;
+}
+
+/* Guesses are computed while that costs little: while a step takes as long as reading the weights
+ * takes, whatever its tokens are. On the CPU that ends early. */
+static struct speculation speculation_of(const mlora_options *options, bool cuda,
+                                         int max_batch_tokens)
+{
+    const int max_tokens = cuda ? 64 : 8;
+
+    return (struct speculation){
+        .mode = options->speculate,
+        .max_draft = options->max_draft ? options->max_draft : DEFAULT_DRAFT,
+        .max_tokens = max_tokens < max_batch_tokens ? max_tokens : max_batch_tokens,
+    };
 }
 
 /* What the weights leave for the KV cache and adapters. */
@@ -218,7 +234,12 @@ mlora_status engine_open(struct mlora_engine **out, const mlora_options *options
     };
     status = workspace_open(&engine->workspace, &engine->model, n_tokens);
     if (status != MLORA_OK) goto failed;
-    status = outputs_open(engine, n_seqs);
+    engine->speculation = speculation_of(options, cuda, n_tokens);
+    const bool speculates = engine->speculation.mode != MLORA_SPECULATE_OFF;
+    const int n_draws = speculates && engine->speculation.max_tokens > n_seqs
+                            ? engine->speculation.max_tokens
+                            : n_seqs;
+    status = outputs_open(engine, n_draws);
     if (status != MLORA_OK) goto failed;
     const int64_t budget = memory_budget(engine, options);
     status = size_kv(engine, options, n_seqs, budget, &n_blocks);
@@ -231,7 +252,8 @@ mlora_status engine_open(struct mlora_engine **out, const mlora_options *options
     if (status != MLORA_OK) goto failed;
     status = scheduler_open(&engine->scheduler, n_seqs, n_tokens);
     if (status != MLORA_OK) goto failed;
-    status = batch_open(&engine->batch, engine->dev, n_tokens, n_seqs, engine->max_model_len);
+    status =
+        batch_open(&engine->batch, engine->dev, n_tokens, n_seqs, n_draws, engine->max_model_len);
     if (status != MLORA_OK) goto failed;
     engine->batch.lora_mode = options->lora_mode;
     status = engine->dev->ops->sync(engine->dev);

@@ -65,6 +65,8 @@ static void send(struct request *request, mlora_event event)
     event.n_prompt_tokens = request->n_prompt;
     event.n_cached_tokens = request->n_cached;
     event.n_completion_tokens = request_n_output(request);
+    event.n_drafted_tokens = request->n_drafted;
+    event.n_accepted_tokens = request->n_accepted;
     event.text = buffer_text(&request->text);
     event.text_bytes = request->text.bytes;
     if (request->on_event) request->on_event(request->user, &event);
@@ -236,8 +238,9 @@ static bool is_eos(const struct mlora_engine *engine, int32_t id)
     return false;
 }
 
-/* Sampled row i drew a token: append it, tell, and end the request if it is done. */
-static mlora_status deliver(struct mlora_engine *engine, struct request *request, int i)
+/* Draw i was of this request: append the token, tell, and end the request if it is done. */
+static mlora_status deliver(struct mlora_engine *engine, struct request *request, int i,
+                            bool *ended)
 {
     const int32_t id = engine->host.ids[i];
     mlora_token_logprob *top = engine->scored;
@@ -245,6 +248,7 @@ static mlora_status deliver(struct mlora_engine *engine, struct request *request
     mlora_finish finish = MLORA_RUNNING;
     mlora_status status = MLORA_OK;
 
+    *ended = id < 0;
     if (id < 0) return outputs_finish(engine, request, MLORA_FINISH_ERROR);
     request->tokens[request->n_tokens++] = id;
     engine->stats.n_generated_tokens++;
@@ -269,25 +273,43 @@ static mlora_status deliver(struct mlora_engine *engine, struct request *request
         }
     }
     send(request, event);
-    if (finish != MLORA_RUNNING && status == MLORA_OK)
-        status = outputs_finish(engine, request, finish);
+    *ended = finish != MLORA_RUNNING;
+    if (*ended && status == MLORA_OK) status = outputs_finish(engine, request, finish);
+    return status;
+}
+
+/* The draws of a row begin with number i. What follows the end of a request is dropped. */
+static mlora_status deliver_row(struct mlora_engine *engine, const struct plan_row *row, int i)
+{
+    struct request *request = row->request;
+    const int n_accepted =
+        count_accepted(request->tokens + request->n_tokens, engine->host.ids + i, row->n_drafts);
+    mlora_status status = MLORA_OK;
+    bool ended = false;
+
+    scheduler_computed(&engine->scheduler, &engine->kvcache, row, n_accepted);
+    if (row->n_drafts > 0)
+        speculate_learn(&engine->speculation, request, row->n_drafts, n_accepted);
+    for (int j = 0; j <= n_accepted && !ended && status == MLORA_OK; j++)
+        status = deliver(engine, request, i + j, &ended);
     return status;
 }
 
 mlora_status outputs_deliver(struct mlora_engine *engine, const struct plan *plan)
 {
     mlora_status status = MLORA_OK;
-    int i = 0; /* of the sampled rows */
+    int i = 0; /* of the draws */
 
     for (int q = 0; q < plan->n_rows && status == MLORA_OK; q++) {
-        struct request *request = plan->rows[q].request;
-        const bool sampled = i < engine->batch.n_samples && engine->batch.sampled_row[i] == q;
-
-        scheduler_computed(&engine->kvcache, &plan->rows[q]);
-        if (sampled)
-            status = deliver(engine, request, i++);
-        else if (plan->rows[q].samples) /* there is nothing to generate: it was to be scored */
-            status = outputs_finish(engine, request, MLORA_FINISH_LENGTH);
+        const struct plan_row *row = &plan->rows[q];
+        if (i < engine->batch.n_samples && engine->batch.sampled_row[i] == q) {
+            status = deliver_row(engine, row, i);
+            i += 1 + row->n_drafts;
+            continue;
+        }
+        scheduler_computed(&engine->scheduler, &engine->kvcache, row, 0);
+        if (row->samples) /* there is nothing to generate: it was to be scored */
+            status = outputs_finish(engine, row->request, MLORA_FINISH_LENGTH);
     }
     return status;
 }

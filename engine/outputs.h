@@ -13,10 +13,11 @@ void outputs_close(struct mlora_engine *engine);                      /* accepts
  * asked for them. Returns OK, ENOMEM or EDEVICE. */
 mlora_status outputs_score_prompts(struct mlora_engine *engine, const struct plan *plan);
 
-/* Draw a token for each row that is due, on the device, and bring them to the host. */
+/* Draw a token after each token that is due, on the device, and bring them to the host. */
 mlora_status outputs_sample(struct mlora_engine *engine, const struct plan *plan);
 
-/* Give the drawn tokens to their requests, tell them, and end those that are done. */
+/* Give the drawn tokens to their requests, those after wrong guesses left out, tell them, and end
+ * those that are done. */
 mlora_status outputs_deliver(struct mlora_engine *engine, const struct plan *plan);
 
 /* Send the last event and free the request. */

@@ -6,6 +6,7 @@
 
 #include "engine/kvcache.h"
 #include "engine/mlora.h"
+#include "engine/speculate.h"
 #include "kernels/views.h"
 #include "lora/registry.h"
 #include "tokenizer/stream.h"
@@ -16,7 +17,9 @@ struct request {
     struct hash128 content;     /* of the adapter, when it is known; zeroes: the base model */
     int adapter_from;           /* the position from which on it counts: see lora/adapter.h */
 
-    int32_t *tokens; /* [n_tokens] prompt, then output; room for max_total */
+    int32_t
+        *tokens; /* [n_tokens] prompt, then output; room for max_total. A step's guesses stand */
+                 /* after them                                                            */
     int n_prompt;
     int n_tokens;
     int max_total; /* n_tokens never exceeds it */
@@ -32,6 +35,9 @@ struct request {
     int n_charged;        /* tokens that were paid for: what is computed again is free */
     bool was_admitted;    /* once, at least */
     bool is_planned;      /* it has a row in the step being planned */
+
+    struct pace pace; /* of guesses */
+    int n_drafted, n_accepted;
 
     struct sampling sampling;
     bool ignore_eos;

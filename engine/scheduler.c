@@ -137,13 +137,25 @@ static void add_row(struct scheduler *s, struct request *request, int n_tokens)
     fair_charge(&s->fair, request, request->n_computed + n_tokens);
 }
 
-void scheduler_computed(struct kvcache *kv, const struct plan_row *row)
+void scheduler_add_drafts(struct scheduler *s, struct plan_row *row, int n)
+{
+    assert(row->samples && row->n_drafts == 0 &&
+           row->request->n_tokens + n < row->request->max_total);
+    row->n_drafts = n;
+    row->n_tokens += n;
+    s->plan.n_tokens += n;
+}
+
+void scheduler_computed(struct scheduler *s, struct kvcache *kv, const struct plan_row *row,
+                        int n_accepted)
 {
     struct request *request = row->request;
     const struct kv_source source = request_source(request);
 
-    request->n_computed += row->n_tokens;
+    request->n_computed += row->n_tokens - row->n_drafts + n_accepted;
+    fair_charge(&s->fair, request, request->n_computed);
     kvcache_remember(kv, &request->kv, &source, request->n_computed);
+    if (n_accepted < row->n_drafts) kvcache_trim(kv, &request->kv, request->n_computed + 1);
 }
 
 /* ---- setting back --------------------------------------------------------------------------- */

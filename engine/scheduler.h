@@ -11,7 +11,9 @@
 struct plan_row {
     struct request *request;
     int n_tokens;
-    bool samples; /* the row ends at the request's last token: a new one is drawn */
+    int n_drafts; /* of those: guesses after the request's last token */
+    bool samples; /* the row reaches the request's last token: a new one is drawn after it, and */
+                  /* after each guess                                                           */
 };
 
 struct plan {
@@ -49,8 +51,14 @@ mlora_status scheduler_add(struct scheduler *scheduler, struct request *request)
  * The plan lives until the next call. */
 const struct plan *scheduler_plan(struct scheduler *scheduler, struct kvcache *kv);
 
-/* A row of the plan was computed: its tokens count, and their blocks can be found. */
-void scheduler_computed(struct kvcache *kv, const struct plan_row *row);
+/* Lengthen a row that draws a token by `n` guesses, which stand after the request's tokens and have
+ * their blocks. */
+void scheduler_add_drafts(struct scheduler *scheduler, struct plan_row *row, int n);
+
+/* A row of the plan was computed, and `n_accepted` of its guesses were right: its tokens but for
+ * the wrong guesses count, and their blocks can be found. */
+void scheduler_computed(struct scheduler *scheduler, struct kvcache *kv, const struct plan_row *row,
+                        int n_accepted);
 
 /* Take a request out, running or waiting, and give its blocks back. */
 void scheduler_remove(struct scheduler *scheduler, struct request *request, struct kvcache *kv);

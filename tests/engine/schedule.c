@@ -59,8 +59,14 @@ void schedule_carry_out(struct schedule *schedule, const struct plan *plan)
 {
     for (int q = 0; q < plan->n_rows; q++) {
         struct request *r = plan->rows[q].request;
-        scheduler_computed(&schedule->kv, &plan->rows[q]);
+        const int32_t *guesses = r->tokens + r->n_tokens;
+        int right = 0;
+        while (right < plan->rows[q].n_drafts &&
+               guesses[right] == schedule_next_token(r, r->n_tokens + right))
+            right++;
+        scheduler_computed(&schedule->scheduler, &schedule->kv, &plan->rows[q], right);
         if (!plan->rows[q].samples || r->n_tokens == r->max_total) continue;
+        r->n_tokens += right;
         r->tokens[r->n_tokens] = schedule_next_token(r, r->n_tokens);
         r->n_tokens++;
     }

@@ -20,7 +20,7 @@ void schedule_add(struct schedule *schedule, struct request *request);
 void schedule_end(struct schedule *schedule, struct request *request);
 
 /* Plan a step, and do what a step does: the rows' tokens are computed, and where one was due, the
- * next token is drawn: a function of all tokens before it. */
+ * next token is drawn: a function of all tokens before it. Guesses are kept while they are it. */
 const struct plan *schedule_step(struct schedule *schedule);
 void schedule_carry_out(struct schedule *schedule, const struct plan *plan);
 

@@ -23,7 +23,7 @@ static int below(int n)
 }
 
 static mlora_engine *open_machine(int max_num_seqs, int max_batch_tokens, int kv_blocks,
-                                  int no_prefix_cache)
+                                  int no_prefix_cache, mlora_speculate speculate)
 {
     mlora_options options = options_for(MODEL);
 
@@ -33,6 +33,7 @@ static mlora_engine *open_machine(int max_num_seqs, int max_batch_tokens, int kv
     options.max_batch_tokens = max_batch_tokens;
     options.kv_blocks = kv_blocks;
     options.no_prefix_cache = no_prefix_cache;
+    options.speculate = speculate;
     mlora_engine *engine = open_engine(&options);
     for (int i = 1; i < 8; i++) load_adapter(engine, MODEL, adapters[i]);
     return engine;
@@ -95,26 +96,31 @@ Test(random_batches, give_each_request_what_it_gets_alone)
     const struct {
         int max_num_seqs, max_batch_tokens, kv_blocks, no_prefix_cache;
         bool short_of_blocks;
+        mlora_speculate speculate;
     } machines[] = {
-        {8, 64, 256, 0, false}, {3, 7, 64, 0, false}, {6, 20, 4, 0, true}, {6, 20, 5, 1, true}};
+        {8, 64, 256, 0, false, MLORA_SPECULATE_OFF},  {3, 7, 64, 0, false, MLORA_SPECULATE_OFF},
+        {6, 20, 4, 0, true, MLORA_SPECULATE_OFF},     {6, 20, 5, 1, true, MLORA_SPECULATE_OFF},
+        {4, 20, 64, 0, false, MLORA_SPECULATE_NGRAM}, {6, 20, 4, 0, true, MLORA_SPECULATE_NGRAM}};
     mlora_stats stats;
     if (backend_under_test() != MLORA_BACKEND_CPU) return; /* bits are promised on the CPU */
 
-    mlora_engine *engine = open_machine(1, 512, 64, 1);
+    mlora_engine *engine = open_machine(1, 512, 64, 1, MLORA_SPECULATE_OFF);
     for (int i = 0; i < REQUESTS; i++) {
         submit_number(engine, i, 0, &alone[i]);
         run_all(engine);
     }
     mlora_close(engine);
     for (size_t m = 0; m < sizeof machines / sizeof machines[0]; m++) {
-        engine = open_machine(machines[m].max_num_seqs, machines[m].max_batch_tokens,
-                              machines[m].kv_blocks, machines[m].no_prefix_cache);
+        engine =
+            open_machine(machines[m].max_num_seqs, machines[m].max_batch_tokens,
+                         machines[m].kv_blocks, machines[m].no_prefix_cache, machines[m].speculate);
         for (int round = 0; round < ROUNDS; round++) {
             run_round(engine);
             mlora_engine_stats(engine, &stats);
             cr_assert_eq(stats.n_free_kv_blocks, machines[m].kv_blocks, "a KV block leaked");
         }
         cr_expect_eq(stats.n_cached_tokens == 0, machines[m].no_prefix_cache, "machine %zu", m);
+        cr_expect_eq(stats.n_accepted_tokens > 0, machines[m].speculate, "machine %zu", m);
         cr_expect(stats.n_preemptions > 0 || !machines[m].short_of_blocks, "machine %zu", m);
         mlora_close(engine);
     }

@@ -23,6 +23,7 @@ struct cell {
 struct world {
     struct schedule schedule;
     uint64_t random;
+    bool guesses;
     struct cell cells[BLOCKS_MAX][KV_BLOCK];
     struct request *requests[REQUESTS]; /* NULL: not there yet, or gone */
     int n_added, n_ended;
@@ -30,7 +31,7 @@ struct world {
 
 /* Totals of all schedules: that what is tested does happen. */
 static struct {
-    long n_steps, n_preemptions, n_found, n_shared, n_cancelled, n_partial;
+    long n_steps, n_preemptions, n_found, n_shared, n_cancelled, n_partial, n_right, n_wrong;
 } seen;
 
 static struct cell cell_of(const struct request *r, int position, uint64_t before)
@@ -117,7 +118,9 @@ static void check_plan(const struct world *w, const struct plan *plan)
         cr_assert(request_ready(r));
         cr_assert_geq(plan->rows[q].n_tokens, 1);
         cr_assert_geq(r->kv.n_blocks * KV_BLOCK, r->n_computed + plan->rows[q].n_tokens);
-        cr_assert_eq(plan->rows[q].samples, r->n_computed + plan->rows[q].n_tokens == r->n_tokens);
+        cr_assert_eq(plan->rows[q].samples,
+                     r->n_computed + plan->rows[q].n_tokens - plan->rows[q].n_drafts ==
+                         r->n_tokens);
         cr_assert(!r->prompt_logprobs || r->n_prompt_delivered == r->n_prompt ||
                       r->n_computed <= r->n_prompt_delivered,
                   "a prompt's scores need all of it");
@@ -132,6 +135,33 @@ static void check_plan(const struct world *w, const struct plan *plan)
         if (r->n_tokens - r->n_computed > 1) continue;
         for (q = 0; q < plan->n_rows && plan->rows[q].request != r;) q++;
         cr_assert_lt(q, plan->n_rows, "request %d was held back", (int)r->id);
+    }
+}
+
+/* Guesses, right and wrong ones, for some of the rows. */
+static void guess(struct world *w)
+{
+    struct scheduler *s = &w->schedule.scheduler;
+
+    for (int q = 0; q < s->plan.n_rows; q++) {
+        struct plan_row *row = &s->plan.rows[q];
+        struct request *r = row->request;
+        const int room = s->max_batch_tokens - s->plan.n_tokens;
+        const int left = r->max_total - r->n_tokens - 1;
+        int n = random_below(&w->random, 20), right = 0;
+        if (n > room) n = room;
+        if (n > left) n = left;
+        if (!row->samples || n <= 0) continue;
+        if (!kvcache_extend(&w->schedule.kv, &r->kv, r->n_tokens + n)) continue;
+        const int wrong_at = random_below(&w->random, 2 * n);
+        for (int i = 0; i < n; i++) {
+            r->tokens[r->n_tokens + i] = schedule_next_token(r, r->n_tokens + i);
+            if (i == wrong_at) r->tokens[r->n_tokens + i]++;
+            right += i < wrong_at;
+        }
+        scheduler_add_drafts(s, row, n);
+        seen.n_right += right;
+        seen.n_wrong += n - right;
     }
 }
 
@@ -170,6 +200,7 @@ static void step(struct world *w)
     const struct plan *plan = scheduler_plan(&w->schedule.scheduler, &w->schedule.kv);
 
     seen.n_steps++;
+    if (w->guesses) guess(w);
     check_plan(w, plan);
     check_blocks(w);
     compute(w, plan);
@@ -190,6 +221,7 @@ static void run_schedule(struct world *w, uint64_t seed)
 {
     memset(w, 0, sizeof *w);
     w->random = seed;
+    w->guesses = seed % 2 == 0;
     const int max_running = 1 + random_below(&w->random, 6);
     schedule_open(&w->schedule, max_running, max_running + random_below(&w->random, 40),
                   8 + random_below(&w->random, BLOCKS_MAX - 7), seed % 8 != 0);
@@ -216,6 +248,8 @@ Test(schedules, ten_thousand_keep_every_block_and_every_stream)
     cr_expect_gt(seen.n_shared, 10 * SCHEDULES);
     cr_expect_gt(seen.n_cancelled, SCHEDULES / 2);
     cr_expect_gt(seen.n_partial, 10 * SCHEDULES);
+    cr_expect_gt(seen.n_right, 10 * SCHEDULES);
+    cr_expect_gt(seen.n_wrong, 10 * SCHEDULES);
     cr_log_info("%ld steps, %ld set back, %ld found, %ld shared, %ld cancelled, %ld partial",
                 seen.n_steps, seen.n_preemptions, seen.n_found, seen.n_shared, seen.n_cancelled,
                 seen.n_partial);

@@ -1,0 +1,60 @@
+/* Speculative decoding: guess the next tokens of a request, compute them all in one pass, and keep
+ * those that would have been drawn anyway.
+ *
+ * Every position of a guessed run is drawn as it would be alone: from the logits after the tokens
+ * before it, with its own noise, which depends on the request's seed and the number of tokens drawn
+ * before (struct sampling). The guesses up to the first that differs from what was drawn are kept,
+ * and the token drawn there. So the output is not only of the same distribution as without
+ * speculation but the same token for token. Rejection sampling would keep a guess as often: its
+ * chance is p(guess), which is the chance that a draw from p is the guess. */
+#ifndef MLORA_ENGINE_SPECULATE_H
+#define MLORA_ENGINE_SPECULATE_H
+
+#include <stdint.h>
+
+#include "engine/mlora.h"
+
+enum { MAX_DRAFT = 32, DEFAULT_DRAFT = 8 };
+
+struct scheduler;
+struct kvcache;
+struct request;
+
+/* How far a request's next guess goes: twice as far after one that was right, as far as the last
+ * one was right otherwise; and after one that was wrong from its first token on there is none for
+ * some steps, for twice as many each time. */
+struct pace {
+    int length; /* tokens; 0: nothing was learned yet */
+    int wait;   /* steps without a guess */
+    int misses; /* guesses in a row of which nothing was right */
+};
+
+struct speculation {
+    mlora_speculate mode;
+    int max_draft;  /* tokens of a guess */
+    int max_tokens; /* of a step with guesses: those beyond it are no longer computed for free */
+    int64_t n_drafted, n_accepted;
+};
+
+/* How many tokens to guess now, at most `max`; counts a step of the wait. */
+int pace_next(struct pace *pace, int max);
+void pace_learn(struct pace *pace, int n_drafted, int n_accepted);
+
+/* Write up to `max` guesses after tokens [n] and return how many: what followed the last place
+ * before the end at which the longest suffix, of up to three tokens, stood before. */
+int ngram_draft(int32_t *tokens, int n, int max);
+
+/* How many of n guesses are right: those up to the first that was not what was drawn in its place.
+ * The token drawn after them counts, too; what was drawn later does not. */
+int count_accepted(const int32_t *guesses, const int32_t *drawn, int n);
+
+/* After planning: lengthen rows of requests that draw their next token by guesses, where tokens of
+ * the step and KV blocks are left for them. */
+void speculate_plan(struct speculation *speculation, struct scheduler *scheduler,
+                    struct kvcache *kv);
+
+/* Of a row's guesses so many were what was drawn. */
+void speculate_learn(struct speculation *speculation, struct request *request, int n_drafted,
+                     int n_accepted);
+
+#endif

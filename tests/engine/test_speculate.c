@@ -1,0 +1,287 @@
+/* Guesses change nothing but the number of steps: the tokens, log-probabilities, text and end of a
+ * request are to the bit those it gets without, whatever its sampling and its neighbours. */
+#include "engine/speculate.h"
+
+#include <criterion/criterion.h>
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "tests/engine/harness.h"
+#include "tests/support.h"
+
+/* ---- parts ---------------------------------------------------------------------------------- */
+
+Test(speculate, ngram_guesses_what_followed_the_longest_suffix)
+{
+    int32_t tokens[16] = {1, 2, 3, 9, 8, 2, 3, 7, 5, 1, 2, 3};
+
+    /* "1 2 3" stood at the start: longer than the later "2 3" */
+    cr_assert_eq(ngram_draft(tokens, 12, 3), 3);
+    cr_expect_arr_eq(tokens + 12, ((int32_t[]){9, 8, 2}), 3 * sizeof *tokens);
+    /* of two places with as much in common the later one */
+    int32_t again[8] = {4, 6, 4, 7, 4};
+    cr_assert_eq(ngram_draft(again, 5, 1), 1);
+    cr_expect_eq(again[5], 7);
+}
+
+Test(speculate, ngram_guesses_on_into_its_own_guess)
+{
+    int32_t tokens[8] = {5, 1, 2, 1, 2};
+
+    cr_assert_eq(ngram_draft(tokens, 5, 3), 3);
+    cr_expect_arr_eq(tokens + 5, ((int32_t[]){1, 2, 1}), 3 * sizeof *tokens);
+}
+
+Test(speculate, ngram_guesses_nothing_new)
+{
+    int32_t tokens[8] = {1, 2, 3, 4};
+
+    cr_expect_eq(ngram_draft(tokens, 4, 4), 0);
+    cr_expect_eq(ngram_draft(tokens, 1, 4), 0);
+    tokens[0] = 4;
+    cr_expect_eq(ngram_draft(tokens, 4, 0), 0);
+    cr_expect_eq(tokens[4], 0, "nothing is written");
+}
+
+Test(speculate, guesses_reach_as_far_as_they_are_right)
+{
+    struct pace pace = {0};
+
+    cr_expect_eq(pace_next(&pace, 8), 2);
+    pace_learn(&pace, 2, 2);
+    cr_expect_eq(pace_next(&pace, 8), 4);
+    pace_learn(&pace, 4, 4);
+    cr_expect_eq(pace_next(&pace, 5), 5, "no more than the bound");
+    pace_learn(&pace, 5, 3);
+    cr_expect_eq(pace_next(&pace, 8), 3);
+}
+
+Test(speculate, wrong_guesses_are_tried_again_ever_later)
+{
+    struct pace pace = {0};
+    int waited = 0;
+
+    for (int miss = 1; miss <= 10; miss++) {
+        pace_learn(&pace, 1, 0);
+        for (waited = 0; pace_next(&pace, 8) == 0; waited++) cr_assert_lt(waited, 100);
+        cr_expect_eq(waited, miss < 6 ? 1 << miss : 64, "miss %d: %d steps", miss, waited);
+    }
+    cr_expect_eq(pace_next(&pace, 8), 1, "a short one first");
+    pace_learn(&pace, 1, 1);
+    pace_learn(&pace, 2, 0);
+    for (waited = 0; pace_next(&pace, 8) == 0;) waited++;
+    cr_expect_eq(waited, 2, "a right one forgives");
+}
+
+Test(speculate, counts_guesses_up_to_the_first_wrong_one)
+{
+    const int32_t drawn[5] = {3, 4, 5, 6, 7};
+
+    cr_expect_eq(count_accepted((int32_t[]){3, 4, 5, 6}, drawn, 4), 4);
+    cr_expect_eq(count_accepted((int32_t[]){3, 4, 9, 6}, drawn, 4), 2, "the last one is by chance");
+    cr_expect_eq(count_accepted((int32_t[]){9, 4, 5, 6}, drawn, 4), 0);
+    cr_expect_eq(count_accepted(NULL, drawn, 0), 0);
+}
+
+/* ---- the distribution ----------------------------------------------------------------------- */
+
+enum { V = 5, CHAIN = 2000, DRAWS = 100000 };
+
+/* Of a chain in which the token before says how likely each next one is. */
+static const float chain_logits[V][V] = {
+    {0, 2, 1, -1, 0}, {1, 0, 3, 0, 0}, {2, 1, 0, 1, -2}, {0, 0, 0, 0, 0}, {-1, 0, 1, 2, 3}};
+
+/* As a step does it: the positions after the last token and after each of n guesses are drawn
+ * together, and those that count are appended. Returns the number of right guesses. */
+static int extend_chain(int32_t *tokens, int *n_tokens, int n, uint64_t seed, float temperature)
+{
+    float logits[MAX_DRAFT + 1][V];
+    struct sampling sampling[MAX_DRAFT + 1];
+    const int32_t no_history[MAX_DRAFT + 2] = {0};
+    int32_t drawn[MAX_DRAFT + 1];
+    void *ids = NULL;
+
+    for (int j = 0; j <= n; j++) {
+        memcpy(logits[j], chain_logits[tokens[*n_tokens - 1 + j]], sizeof logits[j]);
+        sampling[j] = (struct sampling){.temperature = temperature,
+                                        .top_p = 1,
+                                        .seed = seed,
+                                        .repetition_penalty = 1,
+                                        .draw = (uint32_t)(*n_tokens - 1 + j)};
+    }
+    void *const memory[] = {upload(logits, sizeof logits), upload(sampling, sizeof sampling),
+                            upload(no_history, sizeof no_history)};
+    const struct sample_view view = {n + 1, memory[1], memory[2], memory[2], memory[2]};
+    ids = device_memory(sizeof drawn);
+    dev->ops->sample(dev, ids, memory[0], &view, V);
+    download(drawn, ids, (size_t)(n + 1) * sizeof *drawn);
+
+    const int right = count_accepted(tokens + *n_tokens, drawn, n);
+    memcpy(tokens + *n_tokens, drawn, (size_t)(right + 1) * sizeof *drawn);
+    *n_tokens += right + 1;
+    return right;
+}
+
+static double p_of(int before, int v, double temperature)
+{
+    double sum = 0;
+    for (int u = 0; u < V; u++) sum += exp((double)chain_logits[before][u] / temperature);
+    return exp((double)chain_logits[before][v] / temperature) / sum;
+}
+
+TestSuite(speculate_draws, .init = device_open, .fini = device_close);
+
+Test(speculate_draws, of_100000_tokens_follow_the_model)
+{
+    static int32_t tokens[CHAIN + MAX_DRAFT + 1], plain[CHAIN + MAX_DRAFT + 1];
+    static double seen[V][V], from[V];
+    const double temperature = 0.8;
+    long n_drafted = 0, n_accepted = 0;
+    double chi = 0;
+
+    for (int c = 0; c < DRAWS / CHAIN; c++) {
+        int n = 1, n_plain = 1;
+        struct pace pace = {0};
+        tokens[0] = plain[0] = c % V;
+        while (n <= CHAIN) {
+            const int drafts = ngram_draft(tokens, n, pace_next(&pace, 8));
+            const int right = extend_chain(tokens, &n, drafts, (uint64_t)c, (float)temperature);
+            if (drafts > 0) pace_learn(&pace, drafts, right);
+            n_drafted += drafts;
+            n_accepted += right;
+        }
+        while (n_plain <= CHAIN) extend_chain(plain, &n_plain, 0, (uint64_t)c, (float)temperature);
+        cr_assert_arr_eq(tokens, plain, CHAIN * sizeof *tokens, "chain %d", c);
+        for (int i = 1; i <= CHAIN; i++) {
+            seen[tokens[i - 1]][tokens[i]]++;
+            from[tokens[i - 1]]++;
+        }
+    }
+    for (int b = 0; b < V; b++)
+        for (int v = 0; v < V; v++) {
+            const double want = from[b] * p_of(b, v, temperature);
+            chi += (seen[b][v] - want) * (seen[b][v] - want) / want;
+        }
+    cr_expect_lt(chi, 45.3, "chi-squared %g with 20 degrees of freedom: 45.3 is 1 in 1000", chi);
+    cr_expect_gt(n_accepted, 10000);
+    cr_expect_gt(n_drafted - n_accepted, 10000);
+}
+
+/* ---- the engine ----------------------------------------------------------------------------- */
+
+static const char *const adapters[] = {"pirate", "json", "sql", "mood", NULL, "spanish"};
+enum { N_ADAPTERS = 6, REQUESTS = 24 };
+
+static const char *const prompts[] = {
+    "Tim has a red hat. Tim has a red hat. Tim has a red hat. Tim has a",
+    "How many owls live near the bridge?\nHow many owls live near the",
+    "one two three one two three one two three one",
+    "Rosa laughed and went home.",
+};
+
+static struct answer without[REQUESTS], with[REQUESTS];
+
+/* Of every adapter, greedy and sampled, with penalties, log-probabilities, stop strings. */
+static mlora_request request_number(int i, struct answer *answer)
+{
+    static const char *const stop[] = {"the", "."};
+    mlora_request request =
+        greedy(adapters[i % N_ADAPTERS], prompts[i % 4], 6 + 3 * (i % 11), answer);
+
+    request.seed = 77 + i;
+    request.ignore_eos = i % 4 != 3;
+    request.n_logprobs = i % 3;
+    request.prompt_logprobs = i % 5 == 0;
+    if (i % 5 == 1) request.temperature = 0.5f;
+    if (i % 5 == 2) {
+        request.temperature = 1.0f;
+        request.top_k = 10;
+        request.top_p = 0.9f;
+    }
+    if (i % 5 == 3) {
+        request.repetition_penalty = 1.05f;
+        request.frequency_penalty = 0.05f;
+    }
+    if (i % 7 == 6) {
+        request.stop = stop;
+        request.n_stop = 2;
+    }
+    return request;
+}
+
+static mlora_options small_options(mlora_speculate speculate, int max_num_seqs, int kv_blocks)
+{
+    mlora_options options = options_for(LLAMA2);
+
+    options.dtype = MLORA_DTYPE_F32;
+    options.speculate = speculate;
+    options.max_num_seqs = max_num_seqs;
+    options.kv_blocks = kv_blocks;
+    return options;
+}
+
+static mlora_engine *open_with_adapters(const mlora_options *options)
+{
+    mlora_engine *engine = open_engine(options);
+
+    for (int i = 0; i < N_ADAPTERS; i++)
+        if (adapters[i]) load_adapter(engine, LLAMA2, adapters[i]);
+    return engine;
+}
+
+static void run_requests(const mlora_options *options, struct answer *answers, mlora_stats *stats)
+{
+    mlora_engine *engine = open_with_adapters(options);
+
+    for (int i = 0; i < REQUESTS; i++) {
+        const mlora_request request = request_number(i, &answers[i]);
+        submit(engine, &request);
+    }
+    run_all(engine);
+    mlora_engine_stats(engine, stats);
+    cr_expect_eq(stats->n_free_kv_blocks, options->kv_blocks, "a KV block leaked");
+    mlora_close(engine);
+}
+
+static void expect_same_answers(const char *how)
+{
+    for (int i = 0; i < REQUESTS; i++) {
+        char what[64];
+        snprintf(what, sizeof what, "%s: request %d", how, i);
+        expect_same_answer(&with[i], &without[i], what);
+    }
+}
+
+static void expect_right_and_wrong(const mlora_stats *stats)
+{
+    cr_expect_gt(stats->n_accepted_tokens, 0);
+    cr_expect_gt(stats->n_drafted_tokens, stats->n_accepted_tokens);
+}
+
+Test(speculate, changes_no_answer)
+{
+    mlora_options options = small_options(MLORA_SPECULATE_OFF, 1, 256);
+    mlora_stats plain, stats;
+
+    run_requests(&options, without, &plain);
+    cr_expect_eq(plain.n_drafted_tokens, 0);
+    options.speculate = MLORA_SPECULATE_NGRAM;
+    run_requests(&options, with, &stats);
+    expect_same_answers("one by one");
+    expect_right_and_wrong(&stats);
+    cr_expect_lt(stats.n_steps, plain.n_steps);
+    cr_expect_eq(stats.n_generated_tokens, plain.n_generated_tokens);
+
+    options = small_options(MLORA_SPECULATE_NGRAM, 4, 256);
+    run_requests(&options, with, &stats);
+    expect_same_answers("four together");
+    expect_right_and_wrong(&stats);
+
+    options = small_options(MLORA_SPECULATE_NGRAM, 4, 7);
+    options.max_model_len = 7 * 16;
+    run_requests(&options, with, &stats);
+    expect_same_answers("short of blocks");
+    expect_right_and_wrong(&stats);
+    cr_expect_gt(stats.n_preemptions, 0);
+}
