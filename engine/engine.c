@@ -138,14 +138,16 @@ static mlora_status run(struct mlora_engine *engine)
     const struct batch *batch = &engine->batch;
 
     scheduler_want_adapters(&engine->scheduler);
-    speculate_plan(&engine->speculation, &engine->scheduler, &engine->kvcache);
     if (plan->n_rows == 0) {
         registry_wait(&engine->registry);
         return MLORA_OK;
     }
     const int n_prompt = n_prompt_tokens(plan);
 
-    mlora_status status = batch_build(&engine->batch, plan, &engine->registry);
+    mlora_status status =
+        speculate_plan(&engine->speculation, &engine->scheduler, &engine->kvcache);
+    if (status != MLORA_OK) return status;
+    status = batch_build(&engine->batch, plan, &engine->registry);
     if (status != MLORA_OK) return status;
     forward(&engine->model, &engine->workspace, &engine->kv_cache, &batch->view, batch->block_table,
             batch->max_blocks, &batch->lora);

@@ -106,7 +106,8 @@ typedef enum mlora_lora_mode {
  * to rounding, which depends on how many tokens a step has). */
 typedef enum mlora_speculate {
     MLORA_SPECULATE_OFF = 0,
-    MLORA_SPECULATE_NGRAM = 1 /* what followed the last tokens where they stood before */
+    MLORA_SPECULATE_NGRAM = 1, /* what followed the last tokens where they stood before */
+    MLORA_SPECULATE_DRAFT = 2  /* a second model, mlora_options.draft_model             */
 } mlora_speculate;
 
 /* Called now and then while weights are read: `done` of `total` bytes. */
@@ -129,6 +130,9 @@ typedef struct mlora_options {
     int max_queue;        /* requests that may wait beside max_num_seqs that run; default 16384   */
     int no_prefix_cache;  /* 1: KV of tokens that were computed before is not used again          */
     mlora_speculate speculate;
+    /* With MLORA_SPECULATE_DRAFT: directory of a smaller model with the same vocabulary, and its own
+     * tokenizer files to tell. It gets as many KV blocks as the model. */
+    const char *draft_model;
     int max_draft; /* tokens of a guess, at most 32; default 8. Fewer where guesses fail, and none */
     /* in steps with so many tokens that guesses would slow it down                 */
     /* Memory of the device that weights, KV cache and adapters may take together, as a part of all

@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include "engine/base/error.h"
+#include "engine/draft.h"
 #include "engine/outputs.h"
 #include "kernels/profile.h"
 #include "lora/merge.h"
@@ -40,7 +41,7 @@ static mlora_status check_options(const mlora_options *o)
         {"max_batch_tokens", o->max_batch_tokens, MAX_BATCH_TOKENS},
         {"kv_blocks", o->kv_blocks, 1 << 26},
         {"max_queue", o->max_queue, 1 << 24},
-        {"speculate", (int)o->speculate, MLORA_SPECULATE_NGRAM},
+        {"speculate", (int)o->speculate, MLORA_SPECULATE_DRAFT},
         {"max_draft", o->max_draft, MAX_DRAFT},
         {"adapter_memory", o->adapter_memory, MAX_MIB},
         {"adapter_host_memory", o->adapter_host_memory, MAX_MIB},
@@ -49,6 +50,11 @@ static mlora_status check_options(const mlora_options *o)
         const mlora_status status = check_option(ranges[i].name, ranges[i].value, 0, ranges[i].max);
         if (status != MLORA_OK) return status;
     }
+    if ((o->speculate == MLORA_SPECULATE_DRAFT) != (o->draft_model && o->draft_model[0]))
+        return error_set(MLORA_EINVAL, o->draft_model
+                                           ? "option draft_model needs speculate draft"
+                                           : "option speculate draft needs draft_model: the "
+                                             "directory of a smaller model");
     if (!(o->gpu_memory_utilization >= 0 && o->gpu_memory_utilization <= 1))
         return error_set(MLORA_EINVAL,
                          "option gpu_memory_utilization is %g, must be above 0 and at most 1 (0: "
@@ -82,20 +88,6 @@ static mlora_status collect_eos(struct mlora_engine *engine)
     return MLORA_OK;
 }
 
-/* Guesses are computed while that costs little: while a step takes as long as reading the weights
- * takes, whatever its tokens are. On the CPU that ends early. */
-static struct speculation speculation_of(const mlora_options *options, bool cuda,
-                                         int max_batch_tokens)
-{
-    const int max_tokens = cuda ? 64 : 8;
-
-    return (struct speculation){
-        .mode = options->speculate,
-        .max_draft = options->max_draft ? options->max_draft : DEFAULT_DRAFT,
-        .max_tokens = max_tokens < max_batch_tokens ? max_tokens : max_batch_tokens,
-    };
-}
-
 /* What the weights leave for the KV cache and adapters. */
 static int64_t memory_budget(const struct mlora_engine *engine, const mlora_options *options)
 {
@@ -117,8 +109,9 @@ static mlora_status open_registry(struct mlora_engine *engine, const mlora_optio
     const int64_t ram = (int64_t)sysconf(_SC_PHYS_PAGES) * (int64_t)sysconf(_SC_PAGESIZE);
     int64_t room = options->adapter_memory * mib;
 
-    if (room == 0) room = (budget - engine->kv_cache.bytes) / mib * mib;
-    if (room < mib) room = mib;
+    const struct draft_model *draft = engine->speculation.draft;
+    if (room == 0) room = budget - engine->kv_cache.bytes - (draft ? draft->kv_cache.bytes : 0);
+    room = room < mib ? mib : room / mib * mib;
     return registry_open(&engine->registry, engine->dev, &engine->config, room,
                          options->adapter_host_memory ? options->adapter_host_memory * mib
                                                       : ram / 4);
@@ -129,7 +122,9 @@ static mlora_status size_kv(struct mlora_engine *engine, const mlora_options *op
                             int max_num_seqs, int64_t budget, int *n_blocks)
 {
     const int limit = engine->config.max_position;
-    const int64_t per_block = kv_block_bytes(&engine->model);
+    const struct draft_model *draft = engine->speculation.draft;
+    const int64_t per_block =
+        kv_block_bytes(&engine->model) + (draft ? kv_block_bytes(&draft->model) : 0);
 
     if (options->max_model_len > limit)
         return error_set(MLORA_EINVAL,
@@ -168,6 +163,27 @@ static struct hash_key fresh_key(void)
      * made to collide are the one thing it guards against. */
     if (getrandom(&key, sizeof key, 0) != (ssize_t)sizeof key) key = (struct hash_key){{1, 2}};
     return key;
+}
+
+/* What guesses need before memory is shared out. */
+static mlora_status open_speculation(struct mlora_engine *engine, const mlora_options *options,
+                                     int max_num_seqs, int max_batch_tokens)
+{
+    struct speculation *speculation = &engine->speculation;
+    const struct draft_options draft = {
+        .directory = options->draft_model,
+        .model = &engine->model,
+        .tokenizer = engine->tokenizer,
+        .random_weights = options->random_weights != 0,
+        .registry = &engine->registry,
+        .out = &engine->out,
+        .host = &engine->host,
+    };
+
+    mlora_status status = speculation_open(speculation, options, engine->dev->backend, max_num_seqs,
+                                           max_batch_tokens);
+    if (status == MLORA_OK && speculation->draft) status = draft_load(speculation->draft, &draft);
+    return status;
 }
 
 mlora_status engine_open(struct mlora_engine **out, const mlora_options *options)
@@ -234,11 +250,9 @@ mlora_status engine_open(struct mlora_engine **out, const mlora_options *options
     };
     status = workspace_open(&engine->workspace, &engine->model, n_tokens);
     if (status != MLORA_OK) goto failed;
-    engine->speculation = speculation_of(options, cuda, n_tokens);
-    const bool speculates = engine->speculation.mode != MLORA_SPECULATE_OFF;
-    const int n_draws = speculates && engine->speculation.max_tokens > n_seqs
-                            ? engine->speculation.max_tokens
-                            : n_seqs;
+    status = open_speculation(engine, options, n_seqs, n_tokens);
+    if (status != MLORA_OK) goto failed;
+    const int n_draws = speculation_max_draws(&engine->speculation, n_seqs);
     status = outputs_open(engine, n_draws);
     if (status != MLORA_OK) goto failed;
     const int64_t budget = memory_budget(engine, options);
@@ -247,6 +261,10 @@ mlora_status engine_open(struct mlora_engine **out, const mlora_options *options
     status = kv_cache_open(&engine->kv_cache, &engine->model, n_blocks);
     if (status != MLORA_OK) goto failed;
     status = kvcache_open(&engine->kvcache, n_blocks, !options->no_prefix_cache, engine->hash_key);
+    if (status != MLORA_OK) goto failed;
+    if (engine->speculation.draft)
+        status = draft_open(engine->speculation.draft, n_blocks, n_tokens, n_seqs,
+                            engine->max_model_len);
     if (status != MLORA_OK) goto failed;
     status = open_registry(engine, options, budget);
     if (status != MLORA_OK) goto failed;
@@ -294,6 +312,7 @@ void engine_close(struct mlora_engine *engine)
     if (!engine) return;
     free_requests(engine);
     if (engine->dev) {
+        speculation_close(&engine->speculation);
         batch_close(&engine->batch);
         registry_close(&engine->registry);
         kv_cache_close(&engine->kv_cache, engine->dev);

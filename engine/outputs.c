@@ -179,11 +179,10 @@ struct draw_key {
     int Q;
 };
 
-/* Logits of the rows that are due, and the tokens drawn from them, left in engine->out. */
-static void draw(struct mlora_engine *engine)
+void outputs_draw(const struct model *model, const struct workspace *workspace, struct batch *batch,
+                  const struct outputs *out)
 {
-    struct device *dev = engine->dev;
-    struct batch *batch = &engine->batch;
+    struct device *dev = model->dev;
     const struct sample_view *sample = &batch->sample;
     const int Q = batch->n_samples;
     const struct lora_view *lora = batch_head_rows(batch, batch->sample_tokens_host, Q);
@@ -193,16 +192,15 @@ static void draw(struct mlora_engine *engine)
     memcpy(key.what, "draw", 4);
     memcpy(&key.lora, lora, sizeof key.lora);
     key.tokens = batch->sample_tokens;
-    key.shrunk = engine->workspace.shrunk;
+    key.shrunk = workspace->shrunk;
     key.sampling = sample->sampling;
     key.history = sample->history;
     key.history_start = sample->history_start;
     key.n_prompt = sample->n_prompt;
     key.Q = Q;
     if (dev->ops->replay(dev, &key, sizeof key)) return;
-    forward_head(&engine->model, &engine->workspace, engine->out.logits, batch->sample_tokens, Q,
-                 lora);
-    dev->ops->sample(dev, engine->out.ids, engine->out.logits, sample, engine->config.vocab_size);
+    forward_head(model, workspace, out->logits, batch->sample_tokens, Q, lora);
+    dev->ops->sample(dev, out->ids, out->logits, sample, model->config->vocab_size);
     dev->ops->record_end(dev);
 }
 
@@ -216,7 +214,7 @@ mlora_status outputs_sample(struct mlora_engine *engine, const struct plan *plan
     const int n_top = wanted_logprobs(batch, plan);
 
     if (Q > 0) {
-        draw(engine);
+        outputs_draw(&engine->model, &engine->workspace, &engine->batch, out);
         op->download(dev, host->ids, out->ids, (size_t)Q * sizeof *host->ids);
     }
     if (Q > 0 && n_top >= 0) {

@@ -9,6 +9,11 @@ enum { TOP_MAX = 128 }; /* alternatives to a token */
 mlora_status outputs_open(struct mlora_engine *engine, int max_rows); /* OK or ENOMEM */
 void outputs_close(struct mlora_engine *engine);                      /* accepts zeroes */
 
+/* After forward() of any model: logits after the batch's sampled tokens, and the tokens drawn from
+ * them, left in out->logits and out->ids. */
+void outputs_draw(const struct model *model, const struct workspace *workspace, struct batch *batch,
+                  const struct outputs *out);
+
 /* After forward(): deliver the log-probabilities of the step's prompt tokens to the requests that
  * asked for them. Returns OK, ENOMEM or EDEVICE. */
 mlora_status outputs_score_prompts(struct mlora_engine *engine, const struct plan *plan);

@@ -38,6 +38,7 @@ struct request {
 
     struct pace pace; /* of guesses */
     int n_drafted, n_accepted;
+    int draft_sequence; /* index in struct draft_model, if that one has its id */
 
     struct sampling sampling;
     bool ignore_eos;

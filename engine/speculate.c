@@ -1,8 +1,49 @@
 #include "engine/speculate.h"
 
 #include <stdbool.h>
+#include <stdlib.h>
+#include <string.h>
 
+#include "engine/base/error.h"
+#include "engine/draft.h"
 #include "engine/scheduler.h"
+
+/* Guesses are computed while that costs little: while a step takes as long as reading the weights
+ * takes, whatever its tokens are. On the CPU that ends early. */
+enum { CUDA_TOKENS = 64, CPU_TOKENS = 8 };
+
+mlora_status speculation_open(struct speculation *out, const mlora_options *options,
+                              const char *backend, int max_num_seqs, int max_batch_tokens)
+{
+    const int max_tokens = strcmp(backend, "cuda") == 0 ? CUDA_TOKENS : CPU_TOKENS;
+
+    *out = (struct speculation){
+        .mode = options->speculate,
+        .max_draft = options->max_draft ? options->max_draft : DEFAULT_DRAFT,
+        .max_tokens = max_tokens < max_batch_tokens ? max_tokens : max_batch_tokens,
+    };
+    if (out->mode == MLORA_SPECULATE_OFF) return MLORA_OK;
+    out->guesses = calloc((size_t)max_num_seqs, sizeof *out->guesses);
+    if (out->mode == MLORA_SPECULATE_DRAFT) out->draft = calloc(1, sizeof *out->draft);
+    if (!out->guesses || (out->mode == MLORA_SPECULATE_DRAFT && !out->draft))
+        return error_set(MLORA_ENOMEM, "out of memory: guesses for %d requests", max_num_seqs);
+    return MLORA_OK;
+}
+
+void speculation_close(struct speculation *speculation)
+{
+    if (speculation->draft) draft_close(speculation->draft);
+    free(speculation->draft);
+    free(speculation->guesses);
+    *speculation = (struct speculation){0};
+}
+
+int speculation_max_draws(const struct speculation *speculation, int max_num_seqs)
+{
+    const bool more =
+        speculation->mode != MLORA_SPECULATE_OFF && speculation->max_tokens > max_num_seqs;
+    return more ? speculation->max_tokens : max_num_seqs;
+}
 
 /* ---- how far -------------------------------------------------------------------------------- */
 
@@ -79,28 +120,46 @@ static int wanted(const struct speculation *speculation, const struct plan_row *
     return max < room ? max : room;
 }
 
-void speculate_plan(struct speculation *speculation, struct scheduler *scheduler,
-                    struct kvcache *kv)
+/* Who may guess, and how far. Returns their number. */
+static int plan_guesses(struct speculation *speculation, const struct plan *plan)
 {
-    const struct plan *plan = &scheduler->plan;
-    int n_able = 0;
+    int room = speculation->max_tokens - plan->n_tokens;
+    int n_able = 0, n = 0;
 
-    if (speculation->mode == MLORA_SPECULATE_OFF) return;
     for (int q = 0; q < plan->n_rows; q++) n_able += can_draft(&plan->rows[q]);
-    for (int q = 0; q < plan->n_rows; q++) {
+    for (int q = 0; q < plan->n_rows && room > 0; q++) {
         struct plan_row *row = &plan->rows[q];
-        const int room = speculation->max_tokens - plan->n_tokens;
         if (!can_draft(row)) continue;
-        if (room <= 0) return;
-
         const int share = (room + n_able - 1) / n_able; /* what one leaves is for those after it */
-        struct request *request = row->request;
-        const int max = wanted(speculation, row, share);
-        const int n = ngram_draft(request->tokens, request->n_tokens, max);
+        const int length = wanted(speculation, row, share);
         n_able--;
-        if (n > 0 && kvcache_extend(kv, &request->kv, request->n_tokens + n))
-            scheduler_add_drafts(scheduler, row, n);
+        if (length == 0) continue;
+        room -= length;
+        speculation->guesses[n++] = (struct guess){row, length};
     }
+    return n;
+}
+
+mlora_status speculate_plan(struct speculation *speculation, struct scheduler *scheduler,
+                            struct kvcache *kv)
+{
+    struct guess *guesses = speculation->guesses;
+    mlora_status status = MLORA_OK;
+
+    if (speculation->mode == MLORA_SPECULATE_OFF) return MLORA_OK;
+    const int n = plan_guesses(speculation, &scheduler->plan);
+    if (speculation->mode == MLORA_SPECULATE_DRAFT)
+        status = draft_run(speculation->draft, &scheduler->plan, guesses, n);
+    for (int i = 0; i < n && status == MLORA_OK; i++) {
+        struct request *request = guesses[i].row->request;
+        if (speculation->mode == MLORA_SPECULATE_NGRAM)
+            guesses[i].n = ngram_draft(request->tokens, request->n_tokens, guesses[i].n);
+        if (guesses[i].n > 0 && kvcache_extend(kv, &request->kv, request->n_tokens + guesses[i].n))
+            scheduler_add_drafts(scheduler, guesses[i].row, guesses[i].n);
+        else if (speculation->draft)
+            draft_rewind(speculation->draft, request);
+    }
+    return status;
 }
 
 void speculate_learn(struct speculation *speculation, struct request *request, int n_drafted,
@@ -111,4 +170,5 @@ void speculate_learn(struct speculation *speculation, struct request *request, i
     request->n_drafted += n_drafted;
     request->n_accepted += n_accepted;
     pace_learn(&request->pace, n_drafted, n_accepted);
+    if (speculation->draft) draft_rewind(speculation->draft, request);
 }

@@ -16,9 +16,11 @@
 
 enum { MAX_DRAFT = 32, DEFAULT_DRAFT = 8 };
 
-struct scheduler;
+struct draft_model;
+struct guess;
 struct kvcache;
 struct request;
+struct scheduler;
 
 /* How far a request's next guess goes: twice as far after one that was right, as far as the last
  * one was right otherwise; and after one that was wrong from its first token on there is none for
@@ -33,8 +35,18 @@ struct speculation {
     mlora_speculate mode;
     int max_draft;  /* tokens of a guess */
     int max_tokens; /* of a step with guesses: those beyond it are no longer computed for free */
+    struct draft_model *draft; /* owned by the engine; NULL: there is none */
+    struct guess *guesses;     /* [max_num_seqs] of the step */
     int64_t n_drafted, n_accepted;
 };
+
+/* The draft model, if there is one, is still to be loaded. Returns OK or ENOMEM. */
+mlora_status speculation_open(struct speculation *out, const mlora_options *options,
+                              const char *backend, int max_num_seqs, int max_batch_tokens);
+void speculation_close(struct speculation *speculation); /* accepts zeroes */
+
+/* Tokens drawn in one step, at most. */
+int speculation_max_draws(const struct speculation *speculation, int max_num_seqs);
 
 /* How many tokens to guess now, at most `max`; counts a step of the wait. */
 int pace_next(struct pace *pace, int max);
@@ -49,9 +61,9 @@ int ngram_draft(int32_t *tokens, int n, int max);
 int count_accepted(const int32_t *guesses, const int32_t *drawn, int n);
 
 /* After planning: lengthen rows of requests that draw their next token by guesses, where tokens of
- * the step and KV blocks are left for them. */
-void speculate_plan(struct speculation *speculation, struct scheduler *scheduler,
-                    struct kvcache *kv);
+ * the step and KV blocks are left for them. Returns OK, ENOMEM or EDEVICE. */
+mlora_status speculate_plan(struct speculation *speculation, struct scheduler *scheduler,
+                            struct kvcache *kv);
 
 /* Of a row's guesses so many were what was drawn. */
 void speculate_learn(struct speculation *speculation, struct request *request, int n_drafted,

@@ -123,12 +123,13 @@ static mlora_status show_json(const struct answers *answers, const struct job *j
         return status;
     }
     for (size_t i = 0; i < n; i++) json_array_append_new(ids, json_integer(tokens[i].id));
-    json_t *line =
-        json_pack("{s:i, s:s?, s:s%, s:s%, s:o, s:s, s:{s:i, s:i, s:i}}", "index", answers->at,
-                  "adapter", job->adapter, "prompt", buffer_text(&prompt), prompt.bytes, "text",
-                  buffer_text(&job->text), job->text.bytes, "ids", ids, "finish_reason",
-                  job_finish_name(job->finish), "usage", "prompt_tokens", job->n_prompt_tokens,
-                  "cached_tokens", job->n_cached_tokens, "completion_tokens", (int)n);
+    json_t *line = json_pack(
+        "{s:i, s:s?, s:s%, s:s%, s:o, s:s, s:{s:i, s:i, s:i, s:i, s:i}}", "index", answers->at,
+        "adapter", job->adapter, "prompt", buffer_text(&prompt), prompt.bytes, "text",
+        buffer_text(&job->text), job->text.bytes, "ids", ids, "finish_reason",
+        job_finish_name(job->finish), "usage", "prompt_tokens", job->n_prompt_tokens,
+        "cached_tokens", job->n_cached_tokens, "completion_tokens", (int)n, "drafted_tokens",
+        job->n_drafted_tokens, "accepted_tokens", job->n_accepted_tokens);
     buffer_free(&prompt);
     if (line && (answers->logprobs || job->sampling.logprobs != OPTION_UNSET) &&
         json_object_set_new(line, "logprobs", tokens_json(answers->engine, job)) != 0) {
@@ -190,6 +191,8 @@ void print_timings(const mlora_engine *engine, const struct jobs *jobs,
     const double prompt_seconds = stats.prompt_seconds - since->stats.prompt_seconds;
     const double computed = (double)(stats.n_prompt_tokens - since->stats.n_prompt_tokens);
 
+    const long long n_drafted = stats.n_drafted_tokens - since->stats.n_drafted_tokens;
+
     fprintf(stderr, "mlora: ");
     if (jobs->n > 1) fprintf(stderr, "%d requests, ", jobs->n);
     fprintf(stderr, "%ld prompt tokens", n_prompt);
@@ -199,6 +202,9 @@ void print_timings(const mlora_engine *engine, const struct jobs *jobs,
     if (n_generated > 1 && end > first) /* the first token belongs to the prompt's time */
         fprintf(stderr, " (%s tokens/s)",
                 human_rate(rate, (double)(n_generated - 1) / (end - first)));
+    if (n_drafted > 0)
+        fprintf(stderr, ", %lld of %lld guesses right",
+                (long long)(stats.n_accepted_tokens - since->stats.n_accepted_tokens), n_drafted);
     if (n_generated > 0) fprintf(stderr, ", first token after %.0f", 1e3 * (first - begin));
     if (n_generated > 0 && last - first > 0.001) fprintf(stderr, " to %.0f", 1e3 * (last - begin));
     fprintf(stderr, "%s\n", n_generated > 0 ? " ms" : "");

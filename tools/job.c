@@ -99,6 +99,8 @@ static void on_event(void *user, const mlora_event *event)
     if (job->status == MLORA_OK) job->status = keep_event(job, event);
     job->n_prompt_tokens = event->n_prompt_tokens;
     job->n_cached_tokens = event->n_cached_tokens;
+    job->n_drafted_tokens = event->n_drafted_tokens;
+    job->n_accepted_tokens = event->n_accepted_tokens;
     job->finish = event->finish;
     if (event->error) job->error = strdup(event->error);
 }

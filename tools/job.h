@@ -29,6 +29,7 @@ struct job {
     char *error; /* what failed; NULL: nothing, or there was no memory to keep it */
     int n_prompt_tokens;
     int n_cached_tokens; /* of those: not computed */
+    int n_drafted_tokens, n_accepted_tokens;
     double first_token;  /* seconds() when it came; 0: none */
     mlora_status status; /* why an event could not be kept */
     uint64_t id;

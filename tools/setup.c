@@ -96,6 +96,14 @@ const struct option_spec setup_specs[] = {
      .fallback = "16384"},
     {.name = "no-prefix-cache", .kind = OPTION_FLAG, AT(no_prefix_cache),
      .help = "compute every prompt from its first token, also where one began alike before"},
+    {.name = "speculate", .kind = OPTION_CHOICE, AT(speculate), .choices = "off|ngram|draft",
+     .help = "guess next tokens and compute them together, for the same output in fewer steps: "
+             "what followed the last ones before, or what a draft model says",
+     .fallback = "off"},
+    {.name = "draft-model", .kind = OPTION_TEXT, AT(draft_model), .argument = "DIR",
+     .help = "of --speculate draft: a smaller model with the same vocabulary"},
+    {.name = "max-draft", .kind = OPTION_INT, AT(max_draft), .argument = "N", .min = 1,
+     .max = 32, .help = "tokens that are guessed at once", .fallback = "8"},
     {.name = "gpu-memory-utilization", .kind = OPTION_NUMBER, AT(gpu_memory_utilization),
      .argument = "P", .min = 0, .max = 1, .above_min = true,
      .help = "part of the GPU's memory that may be used", .fallback = "0.9"},
@@ -330,6 +338,9 @@ mlora_status setup_open(mlora_engine **out, const struct setup *setup)
     options.kv_blocks = (int)setup->kv_blocks;
     options.max_queue = (int)setup->max_queue;
     options.no_prefix_cache = setup->no_prefix_cache;
+    options.speculate = (mlora_speculate)setup->speculate;
+    options.draft_model = setup->draft_model;
+    options.max_draft = (int)setup->max_draft;
     options.gpu_memory_utilization = (float)setup->gpu_memory_utilization;
     options.adapter_memory = (int)setup->adapter_memory;
     options.adapter_host_memory = (int)setup->adapter_host_memory;

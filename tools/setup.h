@@ -15,6 +15,9 @@ struct setup {
     /* 0: default */
     int64_t n_threads, max_model_len, max_num_seqs, max_batch_tokens, kv_blocks, max_queue;
     bool no_prefix_cache;
+    int speculate; /* mlora_speculate */
+    const char *draft_model;
+    int64_t max_draft;                           /* 0: default */
     int64_t adapter_memory, adapter_host_memory; /* MiB; 0: default */
     double gpu_memory_utilization;               /* 0: default */
     bool lenient;

@@ -5,6 +5,7 @@
 #include <criterion/criterion.h>
 #include <math.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "tests/engine/harness.h"
@@ -284,4 +285,188 @@ Test(speculate, changes_no_answer)
     expect_same_answers("short of blocks");
     expect_right_and_wrong(&stats);
     cr_expect_gt(stats.n_preemptions, 0);
+}
+
+/* ---- a draft model -------------------------------------------------------------------------- */
+
+Test(speculate, with_a_draft_model_changes_no_answer)
+{
+    mlora_options options = small_options(MLORA_SPECULATE_OFF, 1, 256);
+    mlora_stats plain, stats;
+
+    run_requests(&options, without, &plain);
+    options.speculate = MLORA_SPECULATE_DRAFT;
+    options.draft_model = LLAMA2;
+    options.max_draft = 4;
+    run_requests(&options, with, &stats);
+    expect_same_answers("one by one");
+    expect_right_and_wrong(&stats);
+    cr_expect_lt(stats.n_steps, plain.n_steps);
+
+    options.max_num_seqs = 4;
+    options.kv_blocks = 7;
+    options.max_model_len = 7 * 16;
+    options.max_batch_tokens = 16; /* it follows long prompts in several steps */
+    run_requests(&options, with, &stats);
+    expect_same_answers("short of blocks");
+    expect_right_and_wrong(&stats);
+    cr_expect_gt(stats.n_preemptions, 0);
+}
+
+/* A model that guesses its own greedy tokens is always right: lengths of 2, then 4 guesses, and a
+ * token after each. */
+Test(speculate, by_the_model_itself_is_right)
+{
+    static struct answer answer;
+    mlora_options options = small_options(MLORA_SPECULATE_DRAFT, 1, 64);
+    mlora_request request = greedy(NULL, "There was once a", 32, &answer);
+    mlora_stats stats;
+
+    options.draft_model = LLAMA2;
+    options.max_draft = 4;
+    request.ignore_eos = 1;
+    mlora_engine *engine = open_engine(&options);
+    submit(engine, &request);
+    run_all(engine);
+    mlora_engine_stats(engine, &stats);
+    cr_expect_eq(answer.n, 32);
+    cr_expect_eq(answer.finish, MLORA_FINISH_LENGTH);
+    cr_expect_eq(stats.n_drafted_tokens, stats.n_accepted_tokens);
+    /* 1 of the prompt's step, 3, 5 times 5, then 3 are left: 2 guesses and a token */
+    cr_expect_eq(stats.n_steps, 8);
+    cr_expect_eq(stats.n_accepted_tokens, 24);
+    mlora_close(engine);
+}
+
+/* One token after another, with the model's own guesses, so that a stop string, an end token and
+ * the limit come at every place of a run. */
+Test(speculate, ends_at_every_place_of_a_run)
+{
+    static struct answer plain, answer;
+    mlora_options options = small_options(MLORA_SPECULATE_OFF, 1, 64);
+    mlora_engine *alone = open_engine(&options);
+    options.speculate = MLORA_SPECULATE_DRAFT;
+    options.draft_model = LLAMA2;
+    mlora_engine *engine = open_engine(&options);
+
+    for (int n = 0; n <= 20; n++) {
+        char what[32];
+        snprintf(what, sizeof what, "%d tokens", n);
+        mlora_request request = greedy(NULL, "There was once a", n, &plain);
+        submit(alone, &request);
+        run_all(alone);
+        request = greedy(NULL, "There was once a", n, &answer);
+        submit(engine, &request);
+        run_all(engine);
+        expect_same_answer(&answer, &plain, what);
+    }
+    for (size_t at = 0; at + 3 < plain.bytes; at += 3) {
+        const char word[4] = {plain.text[at], plain.text[at + 1], plain.text[at + 2], 0};
+        const char *const stop[] = {word};
+        static struct answer stopped;
+        mlora_request request = greedy(NULL, "There was once a", 20, &stopped);
+        request.stop = stop;
+        request.n_stop = 1;
+        submit(alone, &request);
+        run_all(alone);
+        request.user = memset(&answer, 0, sizeof answer);
+        submit(engine, &request);
+        run_all(engine);
+        cr_expect_eq(stopped.finish, MLORA_FINISH_STOP);
+        expect_same_answer(&answer, &stopped, word);
+    }
+    mlora_close(alone);
+    mlora_close(engine);
+}
+
+struct cancelling {
+    mlora_engine *engine;
+    struct answer answer;
+};
+
+static void cancel_third(void *user, const mlora_event *event)
+{
+    struct cancelling *cancelling = user;
+
+    collect(&cancelling->answer, event);
+    if (cancelling->answer.n == 3) mlora_cancel(cancelling->engine, event->id);
+}
+
+Test(speculate, can_be_cancelled_inside_a_run)
+{
+    static struct cancelling cancelling;
+    static struct answer plain;
+    mlora_options options = small_options(MLORA_SPECULATE_DRAFT, 2, 64);
+    mlora_stats stats;
+
+    options.draft_model = LLAMA2;
+    mlora_engine *engine = open_engine(&options);
+    mlora_request request = greedy(NULL, "There was once a", 40, &plain);
+    request.ignore_eos = 1;
+    submit(engine, &request);
+    run_all(engine);
+    cancelling.engine = engine;
+    request.on_event = cancel_third;
+    request.user = &cancelling;
+    submit(engine, &request);
+    run_all(engine);
+    cr_expect_eq(cancelling.answer.finish, MLORA_FINISH_CANCEL);
+    cr_expect_lt(cancelling.answer.n, 40);
+    cr_expect_arr_eq(cancelling.answer.ids, plain.ids,
+                     (size_t)cancelling.answer.n * sizeof *plain.ids);
+    mlora_engine_stats(engine, &stats);
+    cr_expect_eq(stats.n_free_kv_blocks, options.kv_blocks);
+    mlora_close(engine);
+}
+
+static void expect_refused(const mlora_options *options, const char *text)
+{
+    mlora_engine *engine = NULL;
+
+    cr_expect_eq(mlora_open(&engine, options), MLORA_EINVAL);
+    cr_expect_null(engine);
+    cr_expect(strstr(mlora_error(), text), "%s", mlora_error());
+}
+
+Test(speculate, refuses_another_vocabulary)
+{
+    mlora_options options = small_options(MLORA_SPECULATE_DRAFT, 2, 64);
+
+    options.draft_model = LLAMA3;
+    expect_refused(&options,
+                   LLAMA3 ": its tokenizer has 1369 tokens, the model's has 2048: a draft "
+                          "model needs the same vocabulary");
+    char directory[] = "/tmp/mlora-speculate-XXXXXX", command[200];
+    cr_assert_not_null(mkdtemp(directory));
+    snprintf(command, sizeof command, "sed 's/<0x41>/<0xZZ>/' %s > %s/tokenizer.json",
+             LLAMA2 "/tokenizer.json", directory);
+    cr_assert_eq(system(command), 0);
+    options.tokenizer = directory;
+    options.draft_model = LLAMA2;
+    expect_refused(&options,
+                   LLAMA2 ": token 68 is not what it is in the model's tokenizer: a draft "
+                          "model needs the same vocabulary");
+    snprintf(command, sizeof command, "rm -r %s", directory);
+    cr_assert_eq(system(command), 0);
+    options.tokenizer = NULL;
+    options.draft_model = "tests/fixtures/peft/llama";
+    expect_refused(&options, "tests/fixtures/peft/llama/config.json: vocab_size is ");
+    expect_refused(&options, ", the model's is 2048: a draft model needs the same vocabulary");
+}
+
+Test(speculate, refuses_options_that_do_not_fit)
+{
+    mlora_options options = small_options(MLORA_SPECULATE_DRAFT, 2, 64);
+
+    expect_refused(&options,
+                   "option speculate draft needs draft_model: the directory of a smaller model");
+    options.speculate = MLORA_SPECULATE_NGRAM;
+    options.draft_model = LLAMA2;
+    expect_refused(&options, "option draft_model needs speculate draft");
+    options.draft_model = NULL;
+    options.max_draft = 33;
+    expect_refused(&options, "option max_draft is 33, must be from 0 to 32 (0: default)");
+    options.max_draft = 0;
+    options.speculate = (mlora_speculate)3;
+    expect_refused(&options, "option speculate is 3, must be from 0 to 2 (0: default)");
 }
