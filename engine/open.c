@@ -182,7 +182,10 @@ static mlora_status open_speculation(struct mlora_engine *engine, const mlora_op
 
     mlora_status status = speculation_open(speculation, options, engine->dev->backend, max_num_seqs,
                                            max_batch_tokens);
-    if (status == MLORA_OK && speculation->draft) status = draft_load(speculation->draft, &draft);
+    if (status != MLORA_OK || !speculation->draft) return status;
+    status = draft_load(speculation->draft, &draft);
+    speculation->pass_cost =
+        (double)speculation->draft->weights.bytes / (double)engine->weights.bytes;
     return status;
 }
 

@@ -120,6 +120,32 @@ static int wanted(const struct speculation *speculation, const struct plan_row *
     return max < room ? max : room;
 }
 
+/* Of a step: longer rows, and more of them in the products and the draws. */
+static const double COST = 1.0 / 16;
+
+void speculate_judge(struct speculation *s)
+{
+    const double gained = (double)(s->n_accepted - s->before);
+
+    if (s->longest == 0) return;
+    if (gained >= (COST + s->longest * s->pass_cost) * s->n_rows) {
+        s->misses = 0;
+    } else {
+        if (s->misses < MAX_MISSES) s->misses++;
+        s->rest = 1 << s->misses;
+    }
+    s->longest = 0;
+}
+
+/* Nobody guesses in this step: it counts for all that wait. */
+static int plan_rest(struct speculation *speculation, const struct plan *plan)
+{
+    speculation->rest--;
+    for (int q = 0; q < plan->n_rows; q++)
+        if (can_draft(&plan->rows[q])) pace_next(&plan->rows[q].request->pace, 0);
+    return 0;
+}
+
 /* Who may guess, and how far. Returns their number. */
 static int plan_guesses(struct speculation *speculation, const struct plan *plan)
 {
@@ -127,6 +153,7 @@ static int plan_guesses(struct speculation *speculation, const struct plan *plan
     int n_able = 0, n = 0;
 
     for (int q = 0; q < plan->n_rows; q++) n_able += can_draft(&plan->rows[q]);
+    if (n_able > 0 && speculation->rest > 0) return plan_rest(speculation, plan);
     for (int q = 0; q < plan->n_rows && room > 0; q++) {
         struct plan_row *row = &plan->rows[q];
         if (!can_draft(row)) continue;
@@ -147,6 +174,7 @@ mlora_status speculate_plan(struct speculation *speculation, struct scheduler *s
     mlora_status status = MLORA_OK;
 
     if (speculation->mode == MLORA_SPECULATE_OFF) return MLORA_OK;
+    speculate_judge(speculation);
     const int n = plan_guesses(speculation, &scheduler->plan);
     if (speculation->mode == MLORA_SPECULATE_DRAFT)
         status = draft_run(speculation->draft, &scheduler->plan, guesses, n);
@@ -154,11 +182,16 @@ mlora_status speculate_plan(struct speculation *speculation, struct scheduler *s
         struct request *request = guesses[i].row->request;
         if (speculation->mode == MLORA_SPECULATE_NGRAM)
             guesses[i].n = ngram_draft(request->tokens, request->n_tokens, guesses[i].n);
-        if (guesses[i].n > 0 && kvcache_extend(kv, &request->kv, request->n_tokens + guesses[i].n))
+        if (guesses[i].n > 0 &&
+            kvcache_extend(kv, &request->kv, request->n_tokens + guesses[i].n)) {
             scheduler_add_drafts(scheduler, guesses[i].row, guesses[i].n);
-        else if (speculation->draft)
+            if (guesses[i].n > speculation->longest) speculation->longest = guesses[i].n;
+        } else if (speculation->draft) {
             draft_rewind(speculation->draft, request);
+        }
     }
+    speculation->before = speculation->n_accepted;
+    speculation->n_rows = scheduler->plan.n_rows;
     return status;
 }
 

@@ -37,8 +37,20 @@ struct speculation {
     int max_tokens; /* of a step with guesses: those beyond it are no longer computed for free */
     struct draft_model *draft; /* owned by the engine; NULL: there is none */
     struct guess *guesses;     /* [max_num_seqs] of the step */
+    double pass_cost;          /* of the draft model's, in steps of the model */
     int64_t n_drafted, n_accepted;
+
+    /* Whether guesses are worth their cost, over all requests together. */
+    int rest;       /* steps in which nobody guesses */
+    int misses;     /* steps with guesses in a row that were not worth it */
+    int64_t before; /* n_accepted when the last one was planned; of that one: */
+    int n_rows, longest;
 };
+
+/* Judge the last step with guesses, if it was not judged yet: was what they gained, the tokens that
+ * were right for each row, more than their cost? If not, all rest for some steps, for twice as many
+ * each time, so that guesses that fail cost next to nothing. */
+void speculate_judge(struct speculation *speculation);
 
 /* The draft model, if there is one, is still to be loaded. Returns OK or ENOMEM. */
 mlora_status speculation_open(struct speculation *out, const mlora_options *options,

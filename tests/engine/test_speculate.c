@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "engine/engine.h"
 #include "tests/engine/harness.h"
 #include "tests/support.h"
 
@@ -73,6 +74,36 @@ Test(speculate, wrong_guesses_are_tried_again_ever_later)
     pace_learn(&pace, 2, 0);
     for (waited = 0; pace_next(&pace, 8) == 0;) waited++;
     cr_expect_eq(waited, 2, "a right one forgives");
+}
+
+Test(speculate, rests_when_guesses_are_not_worth_it)
+{
+    struct speculation s = {.n_rows = 32, .longest = 4, .n_accepted = 1};
+
+    speculate_judge(&s); /* 1 of 32 rows gained a token: less than 1 in 16 */
+    cr_expect_eq(s.rest, 2);
+    s.longest = 4;
+    speculate_judge(&s);
+    cr_expect_eq(s.rest, 4, "twice as long");
+    speculate_judge(&s);
+    cr_expect_eq(s.rest, 4, "a step is judged once");
+    s.rest = 0;
+    s.longest = 4;
+    s.n_accepted = 2;
+    speculate_judge(&s);
+    cr_expect_eq(s.rest, 0);
+    cr_expect_eq(s.misses, 0);
+
+    /* four passes of a draft model of a tenth of the size: 32 (1/16 + 4/10) = 14.8 tokens */
+    s.pass_cost = 0.1;
+    s.longest = 4;
+    s.n_accepted = 15;
+    speculate_judge(&s);
+    cr_expect_eq(s.rest, 0);
+    s.longest = 4;
+    s.n_accepted = 14;
+    speculate_judge(&s);
+    cr_expect_eq(s.rest, 2);
 }
 
 Test(speculate, counts_guesses_up_to_the_first_wrong_one)
@@ -222,9 +253,18 @@ static mlora_options small_options(mlora_speculate speculate, int max_num_seqs, 
     return options;
 }
 
-static mlora_engine *open_with_adapters(const mlora_options *options)
+/* An engine whose guesses cost nothing, so that it makes as many as it can. */
+static mlora_engine *open_eager(const mlora_options *options)
 {
     mlora_engine *engine = open_engine(options);
+
+    engine->speculation.pass_cost = 0;
+    return engine;
+}
+
+static mlora_engine *open_with_adapters(const mlora_options *options)
+{
+    mlora_engine *engine = open_eager(options);
 
     for (int i = 0; i < N_ADAPTERS; i++)
         if (adapters[i]) load_adapter(engine, LLAMA2, adapters[i]);
@@ -325,7 +365,7 @@ Test(speculate, by_the_model_itself_is_right)
     options.draft_model = LLAMA2;
     options.max_draft = 4;
     request.ignore_eos = 1;
-    mlora_engine *engine = open_engine(&options);
+    mlora_engine *engine = open_eager(&options);
     submit(engine, &request);
     run_all(engine);
     mlora_engine_stats(engine, &stats);
@@ -347,7 +387,7 @@ Test(speculate, ends_at_every_place_of_a_run)
     mlora_engine *alone = open_engine(&options);
     options.speculate = MLORA_SPECULATE_DRAFT;
     options.draft_model = LLAMA2;
-    mlora_engine *engine = open_engine(&options);
+    mlora_engine *engine = open_eager(&options);
 
     for (int n = 0; n <= 20; n++) {
         char what[32];
@@ -400,7 +440,7 @@ Test(speculate, can_be_cancelled_inside_a_run)
     mlora_stats stats;
 
     options.draft_model = LLAMA2;
-    mlora_engine *engine = open_engine(&options);
+    mlora_engine *engine = open_eager(&options);
     mlora_request request = greedy(NULL, "There was once a", 40, &plain);
     request.ignore_eos = 1;
     submit(engine, &request);
@@ -469,4 +509,24 @@ Test(speculate, refuses_options_that_do_not_fit)
     options.max_draft = 0;
     options.speculate = (mlora_speculate)3;
     expect_refused(&options, "option speculate is 3, must be from 0 to 2 (0: default)");
+}
+
+/* A draft model as large as the model cannot gain: it is left alone but for a try now and then. */
+Test(speculate, rests_with_a_draft_model_that_is_too_large)
+{
+    static struct answer answer;
+    mlora_options options = options_for(LLAMA2);
+    mlora_request request = greedy(NULL, "There was once a", 200, &answer);
+    mlora_stats stats;
+
+    options.speculate = MLORA_SPECULATE_DRAFT;
+    options.draft_model = LLAMA2;
+    request.ignore_eos = 1;
+    mlora_engine *engine = open_engine(&options);
+    submit(engine, &request);
+    run_all(engine);
+    mlora_engine_stats(engine, &stats);
+    cr_expect_gt(stats.n_drafted_tokens, 0);
+    cr_expect_gt(stats.n_steps, 150, "%d steps", (int)stats.n_steps);
+    mlora_close(engine);
 }
