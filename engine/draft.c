@@ -77,19 +77,21 @@ mlora_status draft_load(struct draft_model *draft, const struct draft_options *o
     mlora_status status = model_config_read(&draft->config, options->directory);
     if (status == MLORA_OK) status = check_vocabulary(draft, options);
     if (status != MLORA_OK) return status;
-    return options->random_weights
-               ? weights_random(&draft->weights, dev, &draft->config)
-               : weights_load(&draft->weights, dev, options->directory, &draft->config, NULL, NULL);
+    status = options->random_weights ? weights_random(&draft->weights, dev, &draft->config)
+                                     : weights_load(&draft->weights, dev, options->directory,
+                                                    &draft->config, NULL, NULL);
+    draft->max_tokens = options->max_tokens;
+    if (status == MLORA_OK)
+        status = workspace_open(&draft->workspace, &draft->model, options->max_tokens);
+    return status;
 }
 
-mlora_status draft_open(struct draft_model *draft, int n_blocks, int max_tokens, int max_seqs,
-                        int max_model_len)
+mlora_status draft_open(struct draft_model *draft, int n_blocks, int max_seqs, int max_model_len)
 {
     const size_t per_sequence = (size_t)kvcache_blocks_for(max_model_len);
     const struct hash_key unused = {{0}};
 
     draft->max_seqs = max_seqs;
-    draft->max_tokens = max_tokens;
     draft->sequences = calloc((size_t)max_seqs, sizeof *draft->sequences);
     draft->blocks = malloc((size_t)max_seqs * per_sequence * sizeof *draft->blocks);
     draft->plan.rows = calloc((size_t)max_seqs, sizeof *draft->plan.rows);
@@ -98,11 +100,10 @@ mlora_status draft_open(struct draft_model *draft, int n_blocks, int max_tokens,
     for (int i = 0; i < max_seqs; i++)
         draft->sequences[i].shadow.kv.blocks = draft->blocks + (size_t)i * per_sequence;
 
-    mlora_status status = workspace_open(&draft->workspace, &draft->model, max_tokens);
-    if (status == MLORA_OK) status = kv_cache_open(&draft->kv_cache, &draft->model, n_blocks);
+    mlora_status status = kv_cache_open(&draft->kv_cache, &draft->model, n_blocks);
     if (status == MLORA_OK) status = kvcache_open(&draft->kvcache, n_blocks, false, unused);
     if (status == MLORA_OK)
-        status = batch_open(&draft->batch, draft->model.dev, max_tokens, max_seqs, max_seqs,
+        status = batch_open(&draft->batch, draft->model.dev, draft->max_tokens, max_seqs, max_seqs,
                             max_model_len);
     return status;
 }

@@ -48,17 +48,18 @@ struct draft_options {
     const struct model *model; /* of the engine, with its device and types */
     const struct tokenizer *tokenizer;
     bool random_weights;
+    int max_tokens; /* of a pass */
     const struct registry *registry;
     const struct outputs *out, *host;
 };
 
-/* Read it: weights, and nothing that depends on the memory left. Returns OK, EINVAL (another
- * vocabulary), EIO, EFORMAT, EUNSUPPORTED or ENOMEM; the caller closes it in any case. */
+/* Read it, and take the memory that its passes need. Returns OK, EINVAL (another vocabulary), EIO,
+ * EFORMAT, EUNSUPPORTED or ENOMEM; the caller closes it in any case. */
 mlora_status draft_load(struct draft_model *draft, const struct draft_options *options);
 
-/* Its memory: for steps of max_tokens tokens and max_seqs requests of up to max_model_len. */
-mlora_status draft_open(struct draft_model *draft, int n_blocks, int max_tokens, int max_seqs,
-                        int max_model_len);
+/* The rest of its memory: KV blocks, and sequences of up to max_seqs requests of max_model_len
+ * tokens. Returns OK or ENOMEM. */
+mlora_status draft_open(struct draft_model *draft, int n_blocks, int max_seqs, int max_model_len);
 void draft_close(struct draft_model *draft); /* accepts zeroes */
 
 /* Make the guesses for some rows of the plan; n becomes the number that was made: 0 while this

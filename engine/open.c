@@ -175,6 +175,7 @@ static mlora_status open_speculation(struct mlora_engine *engine, const mlora_op
         .model = &engine->model,
         .tokenizer = engine->tokenizer,
         .random_weights = options->random_weights != 0,
+        .max_tokens = max_batch_tokens,
         .registry = &engine->registry,
         .out = &engine->out,
         .host = &engine->host,
@@ -266,8 +267,7 @@ mlora_status engine_open(struct mlora_engine **out, const mlora_options *options
     status = kvcache_open(&engine->kvcache, n_blocks, !options->no_prefix_cache, engine->hash_key);
     if (status != MLORA_OK) goto failed;
     if (engine->speculation.draft)
-        status = draft_open(engine->speculation.draft, n_blocks, n_tokens, n_seqs,
-                            engine->max_model_len);
+        status = draft_open(engine->speculation.draft, n_blocks, n_seqs, engine->max_model_len);
     if (status != MLORA_OK) goto failed;
     status = open_registry(engine, options, budget);
     if (status != MLORA_OK) goto failed;

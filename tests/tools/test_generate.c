@@ -229,6 +229,40 @@ Test(generate, runs_more_requests_than_sequences)
     buffer_free(&lines);
 }
 
+Test(generate, says_how_many_guesses_were_right)
+{
+    const char *const how[] = {"off", "ngram", "draft --draft-model " LLAMA2 " --max-draft 3"};
+    char *texts[3];
+
+    for (int i = 0; i < 3; i++) {
+        struct outcome outcome =
+            run(NULL,
+                "generate --json -m " LLAMA2 " --ignore-eos --temperature 0 -n 60 --speculate %s"
+                " -p 'one two three one two three one two'",
+                how[i]);
+        json_t *answer = output_line_json(&outcome, 0);
+        const json_t *usage = json_object_get(answer, "usage");
+        const int n_drafted = (int)json_integer_value(json_object_get(usage, "drafted_tokens"));
+        const int n_accepted = (int)json_integer_value(json_object_get(usage, "accepted_tokens"));
+        char summary[64];
+
+        texts[i] = strdup(json_string_value(json_object_get(answer, "text")));
+        cr_expect_eq(n_drafted > 0, i > 0, "%s", how[i]);
+        cr_expect_leq(n_accepted, n_drafted);
+        cr_expect(i < 2 || n_accepted > 0, "%s", how[i]);
+        snprintf(summary, sizeof summary, ", %d of %d guesses right", n_accepted, n_drafted);
+        cr_expect_eq(strstr(outcome.err, summary) != NULL, i > 0, "%s", outcome.err);
+        cr_expect_str_eq(texts[i], texts[0], "%s", how[i]);
+        json_decref(answer);
+        outcome_free(&outcome);
+    }
+    for (int i = 0; i < 3; i++) free(texts[i]);
+
+    struct outcome refused = run(NULL, "generate -m " LLAMA2 " -p x --speculate draft");
+    cr_expect(strstr(refused.err, "speculate draft needs draft_model"), "%s", refused.err);
+    outcome_free(&refused);
+}
+
 Test(generate, waits_for_room_in_a_short_queue_and_counts_what_it_found)
 {
     struct buffer lines = {0};
