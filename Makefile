@@ -1,9 +1,10 @@
 # make run      install what is missing, build, generate with the shipped model
 # make test     install what is missing, build, run every test
-# make          build build/mlora, build/libmlora.a and build/libmlora.so
+# make          build build/mlora, build/libmlora.a, build/libmlora.so and build/libmlora_kernels.so
 # make asan     the same tests under AddressSanitizer and UBSan
 # make fuzz     fuzzing programs, with clang
 # make check    formatting, static analysis, who includes whom
+# make test-torch   the Python module for PyTorch (needs torch; PYTHON=python3)
 # make cuda-report   registers and spills of every CUDA kernel
 # make format   format all sources
 # make profile-ncu   Nsight Compute's reports of the kernels of a decode step, to build/ncu
@@ -63,16 +64,22 @@ else
 LIB_C += $(wildcard kernels/cuda/none.c)
 endif
 
+# The kernels alone, behind kernels/mlora_kernels.h.
+KERNELS_C := $(wildcard kernels/abi/*.c kernels/cpu/*.c) $(filter kernels/cuda/none.c,$(LIB_C)) \
+             engine/base/error.c engine/base/file.c engine/base/buffer.c
+KERNELS_O := $(KERNELS_C:%.c=$(BUILD)/obj/%.o) $(CUDA_CU:%.cu=$(BUILD)/obj/%.cu.o)
+KERNELS_LIBS := $(filter-out -ljansson -lpcre2-8 -lutf8proc,$(LIBS))
+
 LIB_O   := $(LIB_C:%.c=$(BUILD)/obj/%.o) $(CUDA_CU:%.cu=$(BUILD)/obj/%.cu.o)
 TOOLS_O := $(TOOLS_C:%.c=$(BUILD)/obj/%.o)
 SUPPORT_O := $(BUILD)/obj/tests/support.o
 
 # ---- build ----------------------------------------------------------------------------------
 
-.PHONY: all setup run test unit-test api-test test-cuda cuda-report asan check format install clean note fuzz
+.PHONY: all setup run test unit-test api-test test-cuda test-torch cuda-report asan check format install clean note fuzz
 .SECONDARY:
 
-all: note $(BUILD)/mlora $(BUILD)/libmlora.a $(BUILD)/libmlora.so
+all: note $(BUILD)/mlora $(BUILD)/libmlora.a $(BUILD)/libmlora.so $(BUILD)/libmlora_kernels.so
 
 note:
 ifeq ($(NVCC),)
@@ -103,6 +110,11 @@ $(BUILD)/libmlora.so: $(LIB_O)
 	@echo "ld   $@"
 	$(Q)$(CC) -shared -Wl,-soname,libmlora.so.0 $(SANITIZE) -o $@.0 $^ $(LIBS)
 	$(Q)ln -sf libmlora.so.0 $@
+
+$(BUILD)/libmlora_kernels.so: $(KERNELS_O)
+	@echo "ld   $@"
+	$(Q)$(CC) -shared -Wl,-soname,libmlora_kernels.so.1 $(SANITIZE) -o $@.1 $^ $(KERNELS_LIBS)
+	$(Q)ln -sf libmlora_kernels.so.1 $@
 
 $(BUILD)/mlora: $(TOOLS_O) $(LIB_O)
 	@echo "ld   $@"
@@ -136,12 +148,16 @@ unit-test: $(SUITES:%=$(BUILD)/tests/%)
 	@MLORA_BIN=$(BUILD)/mlora ./tests/run -- $(SUITES:%=$(BUILD)/tests/%)
 
 # The public header alone, as C99 and as C++, against the archive and the shared library.
-api-test: $(BUILD)/libmlora.a $(BUILD)/libmlora.so
+api-test: $(BUILD)/libmlora.a $(BUILD)/libmlora.so $(BUILD)/libmlora_kernels.so
 	@mkdir -p $(BUILD)/tests
 	$(Q)$(CC) -std=c99 -Wall -Wextra -Wpedantic -I. $(SANITIZE) tests/api/test_embed.c -o $(BUILD)/tests/embed-c $(BUILD)/libmlora.a $(LIBS)
 	$(Q)$(CXX) -std=c++11 -Wall -Wextra -Wpedantic -I. $(SANITIZE) -x c++ tests/api/test_embed.c -x none -o $(BUILD)/tests/embed-c++ $(BUILD)/libmlora.so -Wl,-rpath,$(abspath $(BUILD)) $(LIBS)
+	$(Q)$(CC) -std=c99 -Wall -Wextra -Wpedantic -I. $(SANITIZE) tests/api/test_kernels.c -o $(BUILD)/tests/kernels-c $(BUILD)/libmlora_kernels.so -Wl,-rpath,$(abspath $(BUILD)) -lm
+	$(Q)$(CXX) -std=c++11 -Wall -Wextra -Wpedantic -I. $(SANITIZE) -x c++ tests/api/test_kernels.c -x none -o $(BUILD)/tests/kernels-c++ $(BUILD)/libmlora_kernels.so -Wl,-rpath,$(abspath $(BUILD)) -lm
 	$(Q)$(BUILD)/tests/embed-c
 	$(Q)$(BUILD)/tests/embed-c++
+	$(Q)$(BUILD)/tests/kernels-c
+	$(Q)$(BUILD)/tests/kernels-c++
 	$(Q)./tests/api/check-symbols $(BUILD)
 
 asan: setup
@@ -150,6 +166,12 @@ asan: setup
 	    $(SUITES:%=build/asan/tests/%)
 	@$(MAKE) --no-print-directory BUILD=build/asan NVCC= CFLAGS='-O1 -g -fno-omit-frame-pointer' \
 	    SANITIZE='-fsanitize=address,undefined -fno-sanitize-recover=undefined' unit-test
+
+# The module for PyTorch against references in PyTorch, on the CPU, and on a GPU where there is one.
+PYTHON ?= python3
+test-torch: $(BUILD)/libmlora_kernels.so
+	@$(PYTHON) -c 'import torch' 2>/dev/null || { echo "mlora: test-torch needs PyTorch, which $(PYTHON) does not have: name one that does with PYTHON=" >&2; exit 2; }
+	cd tools/torch && MLORA_KERNELS_LIBRARY=$(abspath $(BUILD))/libmlora_kernels.so $(PYTHON) -m unittest
 
 # The same kernel and engine tests on a GPU; fails without one.
 test-cuda: all $(BUILD)/tests/kernels $(BUILD)/tests/engine
@@ -220,12 +242,18 @@ install: all
 	install -D -m 644 $(BUILD)/libmlora.a $(DESTDIR)$(PREFIX)/lib/libmlora.a
 	install -D -m 755 $(BUILD)/libmlora.so.0 $(DESTDIR)$(PREFIX)/lib/libmlora.so.0
 	ln -sf libmlora.so.0 $(DESTDIR)$(PREFIX)/lib/libmlora.so
+	install -D -m 644 kernels/mlora_kernels.h $(DESTDIR)$(PREFIX)/include/mlora_kernels.h
+	install -D -m 755 $(BUILD)/libmlora_kernels.so.1 $(DESTDIR)$(PREFIX)/lib/libmlora_kernels.so.1
+	ln -sf libmlora_kernels.so.1 $(DESTDIR)$(PREFIX)/lib/libmlora_kernels.so
 	@for shape in $(notdir $(wildcard tools/shapes/*)); do \
 	    install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/mlora/shapes/$$shape tools/shapes/$$shape/*; done
 	@mkdir -p $(DESTDIR)$(PREFIX)/lib/pkgconfig
 	@printf '%s\n' 'Name: mlora' 'Description: multi-LoRA Llama inference engine' \
 	    'Version: $(VERSION)' 'Cflags: -I$(PREFIX)/include' 'Libs: -L$(PREFIX)/lib -lmlora' \
 	    'Libs.private: $(LIBS)' > $(DESTDIR)$(PREFIX)/lib/pkgconfig/mlora.pc
+	@printf '%s\n' 'Name: mlora_kernels' 'Description: kernels for many LoRA adapters in one batch' \
+	    'Version: $(VERSION)' 'Cflags: -I$(PREFIX)/include' 'Libs: -L$(PREFIX)/lib -lmlora_kernels' \
+	    > $(DESTDIR)$(PREFIX)/lib/pkgconfig/mlora_kernels.pc
 
 clean:
 	rm -rf build

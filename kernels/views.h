@@ -56,7 +56,7 @@ struct heads {
 /* Rotary embedding: element i < d/2 of a head turns with element i + d/2 by
  * position * frequency[i]; cos and sin are multiplied by `amplitude` (1 but for yarn). */
 struct rope_view {
-    const float *frequency; /* [d / 2] */
+    const float *frequency; /* [d / 2], or NULL: nothing is turned */
     float amplitude;
 };
 
@@ -134,6 +134,11 @@ struct lora_view {
     /* Some adapter of the step changes these: else the ops for them are not called. */
     bool changes_embedding, changes_head, changes_norms;
     bool expands_more; /* some factors of the step have g, b_bias or bias_delta */
+    /* Segments of slot -1, which no op works on, may stand among the others, and those of fewer
+     * than one token; their tokens count in n_tokens. */
+    bool has_base_segments;
+    bool h_by_slice; /* h is [n_slices, n_rows, max_rank], else [T, n_slices, max_rank] */
+    int n_rows;      /* of h, where it is by slice */
 };
 
 /* ---- sampling ----------------------------------------------------------------------------- */
@@ -170,7 +175,7 @@ enum extend_search {
     EXTEND_BY_REQUEST
 };
 
-enum { EXTEND_LINEAR_MAX = 16 };
+enum { EXTEND_LINEAR_MAX = 16, EXTEND_BLOCK = 1024 /* tokens of a block of threads */ };
 
 /* A batch in which request b extends its sequence by extend_len[b] tokens, whose number the host
  * need not know: drafted tokens, or those that a verification has accepted. */

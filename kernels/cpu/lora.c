@@ -45,6 +45,7 @@ static int lora_unit(struct lora_unit *unit, const struct lora_op *op, int item)
     const int segment = item / op->site->n_slices;
 
     const int n_tokens = lora->segment_start[segment + 1] - lora->segment_start[segment];
+    if (lora->segment_slot[segment] < 0) return 0;
     const size_t slot = (size_t)lora->segment_slot[segment];
     const size_t linear = (size_t)op->layer * LORA_LINEARS + (size_t)(op->site->linear + slice);
     unit->factors = &lora->factors[slot * (size_t)lora->L * LORA_LINEARS + linear];
@@ -60,7 +61,9 @@ static int lora_unit(struct lora_unit *unit, const struct lora_op *op, int item)
 /* h[t, slice, :] */
 static float *h_row(const struct lora_op *op, int32_t token, int slice)
 {
-    const size_t row = (size_t)token * (size_t)op->site->n_slices + (size_t)slice;
+    const size_t row = op->lora->h_by_slice
+                           ? (size_t)slice * (size_t)op->lora->n_rows + (size_t)token
+                           : (size_t)token * (size_t)op->site->n_slices + (size_t)slice;
     return op->h + row * (size_t)op->pitch;
 }
 

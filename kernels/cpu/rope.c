@@ -48,12 +48,12 @@ static void rope_tokens(void *context, int begin, int end, int thread)
         const int position = op->batch->position[t];
         char *row = element(op->qkv, op->dtype, (size_t)t * (size_t)(H + 2 * G) * (size_t)d);
 
-        for (int i = 0; i < d / 2; i++) {
+        for (int i = 0; i < d / 2 && op->rope->frequency; i++) {
             const float angle = (float)position * op->rope->frequency[i];
             cosine[i] = cosf(angle) * op->rope->amplitude;
             sine[i] = sinf(angle) * op->rope->amplitude;
         }
-        for (int h = 0; h < H + G; h++)
+        for (int h = 0; h < H + G && op->rope->frequency; h++)
             turn(element(row, op->dtype, (size_t)h * (size_t)d), cosine, sine, d, op->dtype);
 
         const int32_t *table = kv->block_table + (size_t)op->batch->row[t] * (size_t)kv->max_blocks;

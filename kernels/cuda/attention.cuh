@@ -23,6 +23,9 @@ static inline __device__ int first_seen(const struct attention_args &args, int p
  * kernel's, longer ones the prefill kernel's. */
 void attention_decode(struct cuda_device *cuda, bf16 *y, const bf16 *qkv, const bf16 *k,
                       const bf16 *v, const struct attention_args *args, int max_kv);
+/* Scratch that attention_decode() takes. */
+size_t attention_decode_bytes(const struct cuda_device *cuda, int Q, int H, int G, int d,
+                              int max_kv);
 void attention_prefill(struct cuda_device *cuda, bf16 *y, const bf16 *qkv, const bf16 *k,
                        const bf16 *v, const struct attention_args *args, int T);
 

@@ -302,6 +302,15 @@ static int split_pages(const struct cuda_device *cuda, int rows_of_heads, int ma
     return max_int(pages, ceil_div(max_pages, SPLITS_MAX));
 }
 
+size_t attention_decode_bytes(const struct cuda_device *cuda, int Q, int H, int G, int d,
+                              int max_kv)
+{
+    const int max_pages = ceil_div(max_kv, KV_BLOCK);
+    const int rows = Q * G * ceil_div(H / G, DECODE_HEADS);
+    const size_t splits = ceil_div(max_pages, split_pages(cuda, rows, max_pages));
+    return splits > 1 ? (size_t)Q * H * splits * (d + 2) * sizeof(float) : 0;
+}
+
 template <int D>
 static void launch(struct cuda_device *cuda, bf16 *y, const bf16 *qkv, const bf16 *k, const bf16 *v,
                    const struct attention_args *args, int max_kv)

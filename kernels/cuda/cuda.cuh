@@ -50,6 +50,7 @@ struct cuda_device {
     int ordinal;
     int n_sms;      /* multiprocessors */
     bool is_hopper; /* or newer: kernels overlap, and blocks of a cluster share their memory */
+    bool overlaps;  /* the next kernel may begin while the one before it runs */
     cudaStream_t stream;
     struct blas *blas;
     struct recordings *recordings;
@@ -63,6 +64,7 @@ struct cuda_device {
     void *scratch[SCRATCHES];
     int n_scratches;
     size_t scratch_bytes;
+    bool is_lent; /* scratch is a caller's: it does not grow */
     struct staging staging;
     char failure[256]; /* the first one, "" while there is none */
 };
@@ -111,7 +113,7 @@ static inline void cuda_launch(struct cuda_device *cuda, const char *op,
     config.attrs = attributes;
     if (cuda->is_hopper) {
         attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-        attributes[0].val.programmaticStreamSerializationAllowed = 1;
+        attributes[0].val.programmaticStreamSerializationAllowed = cuda->overlaps;
         config.numAttrs = 1;
     }
     if (cluster > 1) {
@@ -123,6 +125,7 @@ static inline void cuda_launch(struct cuda_device *cuda, const char *op,
     }
     cuda_check(cuda, cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...),
                op);
+    cuda->overlaps = true;
 }
 
 /* Call f with a value of the C++ type of `dtype`. */

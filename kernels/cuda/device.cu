@@ -30,6 +30,10 @@ struct cuda_device *cuda_begin(struct device *dev)
 void *cuda_scratch(struct cuda_device *cuda, size_t bytes, const char *op)
 {
     if (bytes <= cuda->scratch_bytes) return cuda->scratch[cuda->n_scratches - 1];
+    if (cuda->is_lent) {
+        cuda_fail(cuda, op, "the workspace is smaller than what its size function said");
+        return NULL;
+    }
 
     const size_t twice = 2 * cuda->scratch_bytes;
     const size_t wanted = bytes > twice ? bytes : twice;
@@ -247,6 +251,7 @@ extern "C" mlora_status cuda_device_open(struct device **out, int ordinal, const
     cuda->ordinal = ordinal;
     cuda->n_sms = properties.multiProcessorCount;
     cuda->is_hopper = properties.major >= 9;
+    cuda->overlaps = true;
 
     error = open_parts(cuda);
     mlora_status status = error == cudaSuccess ? blas_open(cuda, cache_dir, properties.name)

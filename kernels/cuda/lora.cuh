@@ -13,6 +13,7 @@ struct lora_args {
     int L, n_segments, n_tokens, max_rank, max_segment;
     bool is_part; /* one segment of several: it need not begin at order[0], nor have n_tokens */
     int layer, linear, n_slices, K, N;
+    int h_token, h_slice; /* floats of h from one to the next */
     int offset[LORA_SLICES_MAX], width[LORA_SLICES_MAX];
 };
 
@@ -35,6 +36,8 @@ static inline struct lora_args lora_args(const struct lora_view *lora, const str
     args.n_slices = site->n_slices;
     args.K = site->K;
     args.N = site->N;
+    args.h_token = lora->h_by_slice ? lora->max_rank : site->n_slices * lora->max_rank;
+    args.h_slice = lora->h_by_slice ? lora->n_rows * lora->max_rank : lora->max_rank;
     for (int i = 0; i < site->n_slices; i++) {
         args.offset[i] = site->offset[i];
         args.width[i] = site->width[i];
@@ -85,6 +88,10 @@ void lora_shrink_gathered(struct cuda_device *cuda, float *h, const void *x,
 void lora_expand_gathered(struct cuda_device *cuda, void *y, const float *h,
                           const struct lora_args *args, enum dtype dtype);
 
+/* Scratch that the two take at most; what lora_shrink_by_tile() takes. */
+size_t lora_gathered_bytes(const struct lora_args *args);
+size_t lora_shrink_tile_bytes(const struct cuda_device *cuda);
+
 #ifdef __CUDACC__
 
 static inline __device__ const struct lora_factors *lora_factors_of(const struct lora_args &args,
@@ -107,13 +114,14 @@ static inline __device__ struct lora_factors lora_factors_of_token(const struct 
                                                                    int t, int slice)
 {
     struct lora_factors none = {};
-    return t < 0 ? none : *lora_factors_of(args, args.slot[t], slice);
+    const int slot = t < 0 ? -1 : args.slot[t];
+    return slot < 0 ? none : *lora_factors_of(args, slot, slice);
 }
 
 /* h[t, slice, :] */
 static inline __device__ size_t lora_h_row(const struct lora_args &args, int t, int slice)
 {
-    return ((size_t)t * args.n_slices + slice) * args.max_rank;
+    return (size_t)t * args.h_token + (size_t)slice * args.h_slice;
 }
 
 /* Find tile number `index` among the segments' tiles of `size` tokens. Every warp of the block
@@ -128,8 +136,8 @@ static inline __device__ bool lora_find_tile(struct lora_tile *out, int index,
         const int segment = base + lane;
         const bool valid = segment < args.n_segments;
         const int start = valid ? args.segment_start[segment] : 0;
-        const int n = valid ? args.segment_start[segment + 1] - start : 0;
-        const int slot = valid ? args.segment_slot[segment] : 0;
+        const int slot = valid ? args.segment_slot[segment] : -1;
+        const int n = slot < 0 ? 0 : max_int(0, args.segment_start[segment + 1] - start);
         const int tiles = ceil_div(n, size);
         int upto = tiles;
 #pragma unroll

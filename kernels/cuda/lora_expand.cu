@@ -319,14 +319,14 @@ static __global__ void __launch_bounds__(TILE_BLOCK, STEPS == 1 ? 5 : 4)
     tile.n = first + warp * WARP_N + lane / 4 * GROUP;
     tile.N = args.width[slice];
     tile.y = y + args.offset[slice] + tile.n;
-    tile.h = h + slice * args.max_rank;
+    tile.h = h + (size_t)slice * args.h_slice;
     tile.order = args.order + tokens.first;
     tile.b = f.b;
     tile.scale = f.scale;
     tile.dtype = f.dtype;
     tile.R = f.R;
     tile.y_pitch = args.N;
-    tile.h_pitch = args.n_slices * args.max_rank;
+    tile.h_pitch = args.h_token;
     tile.n_tokens = tokens.n;
     tile.whole_b = f.R % 4 == 0 && is_aligned_on_device(f.b);
     tile.whole_h = args.max_rank % 4 == 0 && f.R % 4 == 0;

@@ -41,7 +41,7 @@ static __device__ void side_begin(struct side *side, const bf16 *y, const float 
     side->N = args.width[slice];
     side->f = slot < 0 ? none : *lora_factors_of(args, slot, slice);
     if (!side->f.a) side->f = none;
-    side->h = h + slice * args.max_rank;
+    side->h = h + (size_t)slice * args.h_slice;
     side->y = y + args.offset[slice] + n;
     side->whole = side->f.R % 4 == 0 && is_aligned_on_device(side->f.b);
     side->kept = side->whole && side->f.dtype == DTYPE_BF16 && side->f.R <= steps * 16;
@@ -157,7 +157,7 @@ static __global__ void __launch_bounds__(SILU_BLOCK, STEPS == 1 ? 4 : 3)
         ask_for_b<STEPS>(b[i], sides[i]);
     }
     const bool whole_h = args.max_rank % 4 == 0;
-    const int h_pitch = args.n_slices * args.max_rank;
+    const int h_pitch = args.h_token;
     grid_wait();
 
     for (int first = 0; first < tokens.n; first += EIGHT) {
@@ -219,7 +219,8 @@ void cuda_lora_expand_silu_mul(struct device *dev, void *y, void *gate_up, const
     while (eights > 1 && lora_tiles(&args, EIGHT * eights) * chunks < HALF_WAVE * cuda->n_sms)
         eights /= 2;
     const int n_tiles = lora_tiles(&args, EIGHT * eights);
-    const int n_base = lora->n_tokens < T ? ceil_div(T, EIGHT * eights) : 0;
+    const bool has_base = lora->n_tokens < T || lora->has_base_segments;
+    const int n_base = has_base ? ceil_div(T, EIGHT * eights) : 0;
     const dim3 grid(chunks, n_tiles + n_base);
     assert(grid.y <= 65535);
     const auto kernel = lora->max_rank <= 16   ? lora_expand_silu_mul_kernel<1>

@@ -106,6 +106,19 @@ static int tokens_a_chunk(const struct lora_args *args, int N, int K)
     return max_int(1, min_int(args->n_tokens, (int)(CHUNK_BYTES / bytes)));
 }
 
+size_t lora_gathered_bytes(const struct lora_args *args)
+{
+    size_t most = 0;
+    for (int i = -1; i < args->n_slices; i++) { /* -1: shrink */
+        const size_t N = i < 0 ? args->max_rank : args->width[i];
+        const size_t K = i < 0 ? args->K : args->max_rank;
+        const size_t n = tokens_a_chunk(args, (int)N, (int)K), pads = 2 * 64;
+        const size_t bytes = (n * N * K + n * K + n * N + pads) * sizeof(float);
+        if (bytes > most) most = bytes;
+    }
+    return most;
+}
+
 /* Memory for n tokens: w [n, N, K], x [n, K], y [n, N]. */
 static bool chunk_memory(float **w, float **x, float **y, struct cuda_device *cuda, const char *op,
                          int n, int N, int K)

@@ -372,6 +372,13 @@ static void launch_tiles(struct cuda_device *cuda, float *h, const bf16 *x,
                 parts, cuda->counters, cuda->is_hopper, *args);
 }
 
+size_t lora_shrink_tile_bytes(const struct cuda_device *cuda)
+{
+    enum { LARGEST = 3 * 4 * 128 }; /* sums of a block: MT NT 128 */
+    /* Where sums are shared out, their parts are no more than the multiprocessors. */
+    return cuda->is_hopper ? 0 : (size_t)cuda->n_sms * LARGEST * sizeof(float);
+}
+
 /* The smallest tiles that are no more than the chip does at once, each a whole cluster; else as
  * large as the longest segment, and for long ones x is read once for several row tiles. */
 void lora_shrink_by_tile(struct cuda_device *cuda, float *h, const bf16 *x,

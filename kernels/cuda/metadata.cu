@@ -37,7 +37,6 @@ static __global__ void metadata_kernel(int32_t *position, int32_t *row, const in
 /* ---- draft and extend ---------------------------------------------------------------------- */
 
 enum {
-    EXTEND_BLOCK = 1024,                 /* threads, and tokens of a block */
     OWN_REQUESTS = 4,                    /* of a thread in a round of the scan */
     ROUND = EXTEND_BLOCK * OWN_REQUESTS, /* requests of a round */
     OWN_RUN = 8,                         /* tokens that a thread writes alone */

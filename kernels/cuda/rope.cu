@@ -8,7 +8,7 @@
 enum { ROPE_BLOCK = 128 };
 
 struct rope_args {
-    const float *frequency;        /* [d / 2] */
+    const float *frequency;        /* [d / 2], or NULL: nothing is turned */
     const int32_t *position, *row; /* [T] */
     const int32_t *block_table;    /* [Q, max_blocks] */
     float amplitude;
@@ -34,7 +34,7 @@ static __global__ void rope_kernel(X *qkv, C *k, C *v, const struct rope_args ar
     const int32_t *table = args.block_table + (size_t)args.row[t] * args.max_blocks;
     const int32_t block = table[position / KV_BLOCK];
 
-    for (int i = threadIdx.x; i < half; i += ROPE_BLOCK) {
+    for (int i = threadIdx.x; i < half && args.frequency; i += ROPE_BLOCK) {
         float s, c;
         sincosf((float)position * args.frequency[i], &s, &c);
         cosine[i] = c * args.amplitude;
@@ -55,7 +55,7 @@ static __global__ void rope_kernel(X *qkv, C *k, C *v, const struct rope_args ar
         } else {
             a[0] = widen(head[i]), b[0] = widen(head[i + half]);
         }
-        if (h < H + G) {
+        if (h < H + G && args.frequency) {
 #pragma unroll
             for (int e = 0; e < WIDTH; e++) {
                 const float c = cosine[i + e], s = sine[i + e], x = a[e];
