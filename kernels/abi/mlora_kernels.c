@@ -380,7 +380,8 @@ static mlora_status paged_call(struct paged_call *call, const mlora_kernels *ker
                                const mlora_kernels_paged *paged, const char *op)
 {
     if (!is_there(op, "kernels", kernels) || !is_there(op, "paged", paged)) return MLORA_EINVAL;
-    if (!in_range(op, "T", paged->T, 0, TOKENS_MAX) || !in_range(op, "Q", paged->Q, 0, paged->T) ||
+    if (!in_range(op, "T", paged->T, 0, TOKENS_MAX) ||
+        !in_range(op, "Q", paged->Q, paged->T > 0, TOKENS_MAX) ||
         !in_range(op, "G", paged->G, 1, 1024) || !in_range(op, "H", paged->H, paged->G, 1024) ||
         !in_range(op, "d", paged->d, 2, 512) ||
         !in_range(op, "max_row", paged->max_row, paged->T > 0, paged->T) ||
