@@ -31,6 +31,28 @@ Test(rope, turns_queries_and_keys_and_writes_the_cache)
     sequences_free(&sequences);
 }
 
+Test(rope, writes_the_cache_alone_where_there_are_no_frequencies)
+{
+    const float qkv0[3][2] = {{1, 2}, {INFINITY, 4}, {5, -INFINITY}};
+    const struct heads heads = {.H = 1, .G = 1, .d = 2};
+    const struct rope_view rope = {NULL, 1};
+    struct numbers numbers = {1};
+    struct sequences sequences;
+    float *qkv = upload(qkv0, sizeof qkv0);
+    float got[3][2], k[2], v[2];
+
+    sequences_build(&sequences, &numbers, 1, (int[]){2}, (int[]){1}, 1, 2, DTYPE_F32);
+    dev->ops->rope(dev, qkv, &rope, &sequences.kv, &sequences.batch, &heads, DTYPE_F32);
+    download(got, qkv, sizeof got);
+    cr_expect_arr_eq(got, qkv0, sizeof got);
+    const size_t slot = sequences_slot(&sequences, 0, 1, 0, 1, 2);
+    download(k, (float *)sequences.kv.k + slot, sizeof k);
+    download(v, (float *)sequences.kv.v + slot, sizeof v);
+    cr_expect_arr_eq(k, qkv0[1], sizeof k);
+    cr_expect_arr_eq(v, qkv0[2], sizeof v);
+    sequences_free(&sequences);
+}
+
 static void check_random(int H, int G, int d, enum dtype dtype, enum dtype kv_dtype)
 {
     const int row = (H + 2 * G) * d;
