@@ -234,7 +234,7 @@ check: setup
 	./tools/check-includes
 	cppcheck --quiet --std=c11 --error-exitcode=1 --inline-suppr -I. -D__linux__ \
 	    --enable=warning,performance,portability --suppress=missingIncludeSystem \
-	    engine kernels/*.c kernels/cpu model tokenizer lora tools
+	    engine kernels/*.c kernels/abi kernels/cpu model tokenizer lora tools
 
 install: all
 	install -D -m 755 $(BUILD)/mlora $(DESTDIR)$(PREFIX)/bin/mlora
