@@ -186,6 +186,25 @@ cuda-report:
 
 $(BUILD)/tests/tools: | $(BUILD)/mlora
 
+# Ops in shared objects: those that tests load, and the examples in C. plain.c is one of each kind.
+PLAIN_OPS := silu_mul add_rms_norm matmul rope lora_shrink lora_expand
+OPS := $(patsubst tests/ops/%.c,%,$(filter-out %/plain.c,$(wildcard tests/ops/*.c))) \
+       $(PLAIN_OPS:%=plain_%) $(patsubst tools/examples/custom_op/%.c,%,$(wildcard tools/examples/custom_op/*.c))
+OPS_SO := $(OPS:%=$(BUILD)/tests/ops/%.so)
+OP_CC = $(CC) -std=c99 -D_DEFAULT_SOURCE -O2 -Wall -Wextra -Wpedantic -I. -fPIC -shared
+$(BUILD)/obj/tests/%.o: FLAGS += -DMLORA_TEST_OPS='"$(BUILD)/tests/ops"'
+$(BUILD)/tests/kernels $(BUILD)/tests/engine $(BUILD)/tests/tools: | $(OPS_SO)
+
+$(BUILD)/tests/ops/plain_%.so: tests/ops/plain.c kernels/mlora_op.h
+	@mkdir -p $(@D)
+	$(Q)$(OP_CC) -DOP=$* -o $@ $< -lm
+$(BUILD)/tests/ops/%.so: tests/ops/%.c kernels/mlora_op.h
+	@mkdir -p $(@D)
+	$(Q)$(OP_CC) -o $@ $< -lm
+$(BUILD)/tests/ops/%.so: tools/examples/custom_op/%.c kernels/mlora_op.h
+	@mkdir -p $(@D)
+	$(Q)$(OP_CC) -o $@ $< -lm
+
 define SUITE
 $(BUILD)/tests/$(1): $(patsubst %.c,$(BUILD)/obj/%.o,$(wildcard tests/$(1)/*.c)) $(SUPPORT_O) $(LIB_O)
 	@mkdir -p $$(@D)
@@ -239,6 +258,7 @@ check: setup
 install: all
 	install -D -m 755 $(BUILD)/mlora $(DESTDIR)$(PREFIX)/bin/mlora
 	install -D -m 644 engine/mlora.h $(DESTDIR)$(PREFIX)/include/mlora.h
+	install -D -m 644 kernels/mlora_op.h $(DESTDIR)$(PREFIX)/include/mlora_op.h
 	install -D -m 644 $(BUILD)/libmlora.a $(DESTDIR)$(PREFIX)/lib/libmlora.a
 	install -D -m 755 $(BUILD)/libmlora.so.0 $(DESTDIR)$(PREFIX)/lib/libmlora.so.0
 	ln -sf libmlora.so.0 $(DESTDIR)$(PREFIX)/lib/libmlora.so

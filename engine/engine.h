@@ -63,6 +63,9 @@ struct mlora_engine {
 mlora_status engine_open(struct mlora_engine **out, const mlora_options *options);
 void engine_close(struct mlora_engine *engine);
 
+/* See mlora_op_try(). */
+mlora_status engine_try_op(const mlora_op_source *op, mlora_backend backend);
+
 /* Hand a request over; any thread. Its adapter is held already. Returns OK with its id, or EBUSY:
  * the queue is full, and the request stays the caller's. */
 mlora_status engine_submit(struct mlora_engine *engine, struct request *request, uint64_t *id);

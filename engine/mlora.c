@@ -73,6 +73,12 @@ mlora_status mlora_open(mlora_engine **out, const mlora_options *options)
     return engine_open(out, options);
 }
 
+mlora_status mlora_op_try(const mlora_op_source *op, mlora_backend backend)
+{
+    if (!op) return null_argument("mlora_op_try", "op");
+    return engine_try_op(op, backend);
+}
+
 void mlora_close(mlora_engine *engine)
 {
     engine_close(engine);
@@ -178,6 +184,21 @@ static mlora_status check_unmerged(const mlora_engine *engine)
                                    "other can be loaded; open the model without merge");
 }
 
+/* An op from a file takes one set of norms for all tokens. */
+static mlora_status check_norms(const mlora_engine *engine, const struct adapter_plan *plan,
+                                const char *dir)
+{
+    const int n = plan->n_layers * LORA_NORMS + 1;
+
+    for (int i = 0; i < n && !engine->dev->ops->lora_add_rms_norm; i++)
+        if (plan->norms[i])
+            return error_set(MLORA_EUNSUPPORTED,
+                             "%s: has norms of its own, and the op add_rms_norm is replaced by one "
+                             "that cannot tell tokens apart: leave that op out",
+                             dir);
+    return MLORA_OK;
+}
+
 static mlora_status load_adapter(mlora_engine *engine, const char *dir, const char *name,
                                  bool replace)
 {
@@ -191,6 +212,7 @@ static mlora_status load_adapter(mlora_engine *engine, const char *dir, const ch
     if (status == MLORA_OK)
         status = adapter_plan_read(&plan, dir, &engine->config, engine->lenient);
     plan.hash_key = engine->hash_key;
+    if (status == MLORA_OK) status = check_norms(engine, &plan, dir);
     if (status == MLORA_OK)
         status = adapter_load(&adapter, engine->dev, &plan, &engine->config, &engine->weights);
     adapter_plan_free(&plan);

@@ -110,6 +110,13 @@ typedef enum mlora_speculate {
     MLORA_SPECULATE_DRAFT = 2  /* a second model, mlora_options.draft_model             */
 } mlora_speculate;
 
+/* An op of the engine that comes from a shared object, written against kernels/mlora_op.h. */
+typedef struct mlora_op_source {
+    const char *name; /* silu_mul, add_rms_norm, matmul, rope, lora_shrink or lora_expand; NULL: */
+                      /* what the file says it is                                             */
+    const char *path; /* the shared object */
+} mlora_op_source;
+
 /* Called now and then while weights are read: `done` of `total` bytes. */
 typedef void (*mlora_progress_fn)(void *user, int64_t done, int64_t total);
 
@@ -157,11 +164,21 @@ typedef struct mlora_options {
         *cache_dir; /* folder for what was measured on this GPU, for the next process;       */
                     /* made if need be; NULL: nothing is kept                               */
     int profile; /* 1: mlora_engine_profile() can be called                                       */
+    const mlora_op_source
+        *ops;  /* [n_ops] that stand in the place of mlora's own. They run in this */
+    int n_ops; /* process: see mlora_op_try()                                     */
     mlora_progress_fn on_progress;
     void *user; /* given to on_progress */
 } mlora_options;
 
 MLORA_API void mlora_options_default(mlora_options *options);
+
+/* Load an op and call it once, on a few small numbers: what mlora_open() would refuse is refused. A
+ * shared object may crash while it is loaded or called, so call this in a process of its own, which
+ * is lost then. Returns OK, EINVAL (no such op), EIO, EFORMAT (not an op of this version),
+ * EUNSUPPORTED (the op is for another backend, or there is none of that kind), ENOMEM or EDEVICE
+ * (the call failed). Thread: any. */
+MLORA_API mlora_status mlora_op_try(const mlora_op_source *op, mlora_backend backend);
 
 /* Load a model and make an engine.
  *

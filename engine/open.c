@@ -9,6 +9,7 @@
 #include "engine/base/error.h"
 #include "engine/draft.h"
 #include "engine/outputs.h"
+#include "kernels/op_case.h"
 #include "kernels/profile.h"
 #include "lora/merge.h"
 
@@ -45,7 +46,10 @@ static mlora_status check_options(const mlora_options *o)
         {"max_draft", o->max_draft, MAX_DRAFT},
         {"adapter_memory", o->adapter_memory, MAX_MIB},
         {"adapter_host_memory", o->adapter_host_memory, MAX_MIB},
+        {"n_ops", o->n_ops, CUSTOM_KINDS},
     };
+    if (o->n_ops > 0 && !o->ops)
+        return error_set(MLORA_EINVAL, "option n_ops is %d, ops is NULL", o->n_ops);
     for (size_t i = 0; i < sizeof ranges / sizeof ranges[0]; i++) {
         const mlora_status status = check_option(ranges[i].name, ranges[i].value, 0, ranges[i].max);
         if (status != MLORA_OK) return status;
@@ -70,6 +74,16 @@ static mlora_status open_device(struct device **out, const mlora_options *option
         if (status != MLORA_EUNSUPPORTED || options->backend == MLORA_BACKEND_CUDA) return status;
     }
     return cpu_device_open(out, options->n_threads);
+}
+
+mlora_status engine_try_op(const mlora_op_source *op, mlora_backend backend)
+{
+    const mlora_options options = {.backend = backend, .n_threads = 1};
+    struct device *dev;
+
+    mlora_status status = check_option("backend", (int)backend, 0, MLORA_BACKEND_CUDA);
+    if (status == MLORA_OK) status = open_device(&dev, &options);
+    return status == MLORA_OK ? op_case_try(dev, op) : status;
 }
 
 /* The end tokens of the model's files and of the tokenizer, each once. */
@@ -229,6 +243,8 @@ mlora_status engine_open(struct mlora_engine **out, const mlora_options *options
     if (status != MLORA_OK) goto failed;
 
     status = open_device(&engine->dev, options);
+    if (status != MLORA_OK) goto failed;
+    status = custom_open(engine->dev, options->ops, options->n_ops);
     if (status != MLORA_OK) goto failed;
     if (options->profile) status = profile_open(engine->dev);
     if (status != MLORA_OK) goto failed;

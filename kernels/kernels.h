@@ -213,6 +213,12 @@ struct kernels {
 
     /* Move within the device towards lower addresses; the two may overlap. */
     void (*move)(struct device *dev, void *to, const void *from, size_t bytes);
+
+    /* ---- ops from elsewhere --------------------------------------------------------------- */
+
+    /* The stream (cudaStream_t) in which ops run, its device made current; NULL after a failure.
+     * The CPU has none: the entry is NULL. */
+    void *(*stream)(struct device *dev);
 };
 
 struct device {
@@ -220,6 +226,7 @@ struct device {
     const char *backend;     /* "cpu" or "cuda" */
     char description[96];    /* such as "avx512, 8 threads" */
     struct profile *profile; /* NULL, or what times its ops: kernels/profile.h */
+    struct custom *custom;   /* NULL, or its ops from shared objects: kernels/custom.h */
 };
 
 /* n_threads 0: one per core. Returns OK or ENOMEM. */

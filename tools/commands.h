@@ -5,6 +5,6 @@
 #include "tools/options.h"
 
 extern const struct command command_generate, command_score, command_tokenize, command_inspect,
-    command_merge, command_bench;
+    command_merge, command_bench, command_check_op;
 
 #endif

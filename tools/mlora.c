@@ -8,13 +8,9 @@
 #include "tools/io.h"
 #include "tools/text.h"
 
-static const struct command *const commands[] = {&command_generate,
-                                                 &command_score,
-                                                 &command_tokenize,
-                                                 &command_inspect,
-                                                 &command_merge,
-                                                 &command_bench,
-                                                 NULL};
+static const struct command *const commands[] = {
+    &command_generate, &command_score, &command_tokenize, &command_inspect,
+    &command_merge,    &command_bench, &command_check_op, NULL};
 
 static void print_help(void)
 {

@@ -10,6 +10,7 @@
 
 #include "engine/base/error.h"
 #include "engine/base/file.h"
+#include "tools/child.h"
 #include "tools/io.h"
 #include "tools/shape.h"
 #include "tools/text.h"
@@ -49,6 +50,25 @@ static mlora_status add_adapters(void *target, const char *text)
         if (status != MLORA_OK || !text[bytes]) return status;
         text += bytes + 1;
     }
+}
+
+static mlora_status add_op(void *target, const char *text)
+{
+    struct setup *setup = target;
+    const char *equals = strchr(text, '=');
+    mlora_op_source *ops = realloc(setup->ops, ((size_t)setup->n_ops + 1) * sizeof *ops);
+
+    if (!ops) return error_set(MLORA_ENOMEM, "out of memory");
+    setup->ops = ops;
+    ops[setup->n_ops++] = (mlora_op_source){
+        .name = equals ? strndup(text, (size_t)(equals - text)) : NULL,
+        .path = strdup(equals ? equals + 1 : text),
+    };
+    const mlora_op_source *added = &ops[setup->n_ops - 1];
+    if (!added->path || (equals && !added->name)) return error_set(MLORA_ENOMEM, "out of memory");
+    if (!added->path[0] || (added->name && !added->name[0]))
+        return error_set(MLORA_EINVAL, "\"%s\" names no file or no op: OP=FILE is needed", text);
+    return MLORA_OK;
 }
 
 /* clang-format off */
@@ -113,6 +133,9 @@ const struct option_spec setup_specs[] = {
     {.name = "adapter-host-memory", .kind = OPTION_INT, AT(adapter_host_memory), .argument = "MIB",
      .min = 1, .max = 1 << 24, .help = "of the host for adapters; others are read again",
      .fallback = "a quarter of it"},
+    {.name = "op", .kind = OPTION_EACH, .each = add_op, .argument = "OP=FILE",
+     .help = "a shared object in the place of silu_mul, add_rms_norm, matmul, rope, lora_shrink or "
+             "lora_expand (see kernels/mlora_op.h); repeatable"},
     {.name = "lenient", .kind = OPTION_FLAG, AT(lenient),
      .help = "leave out adapter tensors that fit nothing, with a warning"},
     {.name = "quiet", .letter = 'q', .kind = OPTION_FLAG, AT(quiet),
@@ -127,7 +150,12 @@ void setup_free(struct setup *setup)
         free(setup->sources[i].name);
         free(setup->sources[i].path);
     }
+    for (int i = 0; i < setup->n_ops; i++) {
+        free((char *)(uintptr_t)setup->ops[i].name);
+        free((char *)(uintptr_t)setup->ops[i].path);
+    }
     free(setup->sources);
+    free(setup->ops);
     *setup = (struct setup){0};
 }
 
@@ -143,6 +171,30 @@ static void show_progress(void *user, int64_t done, int64_t total)
             "##############################", WIDTH - filled, "", human_bytes(now, done),
             human_bytes(all, total));
     fflush(stderr);
+}
+
+struct trial {
+    const mlora_op_source *op;
+    mlora_backend backend;
+};
+
+static mlora_status try_op(void *context)
+{
+    const struct trial *trial = context;
+    return mlora_op_try(trial->op, trial->backend);
+}
+
+mlora_status setup_try_ops(struct setup *setup)
+{
+    enum { LIMIT_S = 60 };
+    mlora_status status = MLORA_OK;
+
+    for (int i = 0; i < setup->n_ops && status == MLORA_OK; i++) {
+        struct trial trial = {&setup->ops[i], (mlora_backend)setup->backend};
+        status = child_run(trial.op->path, LIMIT_S, try_op, &trial);
+    }
+    setup->ops_tried = true;
+    return status;
 }
 
 /* The last component of a path. */
@@ -318,7 +370,7 @@ static void warn_unloaded(const struct setup *setup)
     if (n > 0) fputc('\n', stderr);
 }
 
-mlora_status setup_open(mlora_engine **out, const struct setup *setup)
+mlora_status setup_open(mlora_engine **out, struct setup *setup)
 {
     mlora_options options;
     char *folder = NULL, *tokenizer = NULL;
@@ -326,8 +378,11 @@ mlora_status setup_open(mlora_engine **out, const struct setup *setup)
     *out = NULL;
     mlora_options_default(&options);
     mlora_status status = find_merge(&options.merge, setup);
+    if (status == MLORA_OK && !setup->ops_tried) status = setup_try_ops(setup);
     if (status == MLORA_OK) status = choose_model(&options, &folder, &tokenizer, setup);
     if (status != MLORA_OK) return status;
+    options.ops = setup->ops;
+    options.n_ops = setup->n_ops;
     options.backend = (mlora_backend)setup->backend;
     options.dtype = (mlora_dtype)setup->dtype;
     options.lora_mode = (mlora_lora_mode)setup->lora_mode;

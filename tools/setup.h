@@ -11,6 +11,9 @@ struct setup {
     const char *merge;              /* the adapter that is folded into the weights */
     struct adapter_source *sources; /* [n_sources], in the order given */
     int n_sources;
+    mlora_op_source *ops; /* [n_ops] names (NULL: the file's own) and paths are owned */
+    int n_ops;
+    bool ops_tried;                /* by setup_try_ops() */
     int backend, dtype, lora_mode; /* mlora_backend, mlora_dtype, mlora_lora_mode */
     /* 0: default */
     int64_t n_threads, max_model_len, max_num_seqs, max_batch_tokens, kv_blocks, max_queue;
@@ -40,7 +43,11 @@ mlora_status setup_folder(char **out, const struct setup *setup);
 
 /* Open the engine, with a progress bar if stderr is a terminal, and load the adapters. An adapter
  * of a folder that is refused is said on stderr and left out; one that was named is an error. */
-mlora_status setup_open(mlora_engine **out, const struct setup *setup);
+mlora_status setup_open(mlora_engine **out, struct setup *setup);
+
+/* Try each of --op in a process of its own, before a GPU is in use. setup_open() does it where it was
+ * not done. */
+mlora_status setup_try_ops(struct setup *setup);
 
 void setup_free(struct setup *setup);
 

@@ -157,6 +157,12 @@ static void device_memory(struct device *dev, size_t *free_bytes, size_t *total_
     if (cuda_begin(dev)) cudaMemGetInfo(free_bytes, total_bytes);
 }
 
+static void *device_stream(struct device *dev)
+{
+    struct cuda_device *cuda = cuda_begin(dev);
+    return cuda ? cuda->stream : NULL;
+}
+
 /* ---- open, close -------------------------------------------------------------------------- */
 
 static void device_close(struct device *dev)
@@ -198,6 +204,7 @@ static const struct kernels cuda_kernels = {
     cuda_lora_head_norm,  cuda_lora_row_norms,
     cuda_extend_metadata, cuda_lora_expand_silu_mul,
     cuda_upload_beside,   cuda_move,
+    device_stream,
 };
 
 /* The parts that need the device to be current. */

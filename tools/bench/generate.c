@@ -319,6 +319,7 @@ static mlora_status bench_action_generate(void *target, json_t *report)
     if (status == MLORA_OK && bench->output.plot) status = plot_check(bench->output.plot);
     if (status == MLORA_OK) status = setup_folder(&folder, &bench->setup);
     if (status == MLORA_OK) status = model_config_read(&session.config, folder);
+    if (status == MLORA_OK) status = setup_try_ops(&bench->setup);
     if (status != MLORA_OK) goto done;
 
     if (bench->setup.max_num_seqs == 0)

@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "engine/base/error.h"
+#include "kernels/custom.h"
 #include "tools/bench/ops.h"
 
 /* ---- one op over many layers ---------------------------------------------------------------- */
@@ -339,7 +340,9 @@ static mlora_status action(void *target, json_t *report)
     if (status == MLORA_OK && bench->output.plot) status = plot_check(bench->output.plot);
     if (status == MLORA_OK) status = setup_folder(&folder, &bench->setup);
     if (status == MLORA_OK) status = model_config_read(&ops.config, folder);
+    if (status == MLORA_OK) status = setup_try_ops(&bench->setup);
     if (status == MLORA_OK) status = ops_open(&ops, &bench->setup);
+    if (status == MLORA_OK) status = custom_open(ops.dev, bench->setup.ops, bench->setup.n_ops);
     if (status != MLORA_OK) goto done;
 
     lists.tokens = tokens, lists.adapters = adapters, lists.ranks = ranks, lists.modes = modes;

@@ -263,6 +263,7 @@ static mlora_status action(void *target, json_t *report)
 
     mlora_status status = setup_folder(&folder, setup);
     if (status == MLORA_OK && bench->output.plot) status = plot_check(bench->output.plot);
+    if (status == MLORA_OK) status = setup_try_ops(setup);
     if (status == MLORA_OK) status = measure_device(&ops, setup);
     setup->profile = true;
     setup->no_prefix_cache = true; /* every prompt is computed, and measured */
