@@ -1,9 +1,9 @@
 /* A linear of one's own on a GPU, in the place of matmul: the product, its bias and an activation in
  * one kernel.
  *
- * Bound by memory while there are few tokens: w is read once for TILE of them. Beyond that it is
- * read again and the tensor cores stay idle, which is where a library is better: check-op's table
- * shows from how many tokens on.
+ * Bound by memory at one token: w is read once for TILE of them. With more, the loads of x and the
+ * arithmetic outside of the tensor cores are what it waits for, which is where a library is better:
+ * check-op's table shows by how much.
  *
  * As it is, the activation is the identity, and check-op compares it with mlora's own. Built with
  * -DRELU it is max(W x + bias, 0), another function, which brings its definition along. */
