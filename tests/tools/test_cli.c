@@ -6,7 +6,7 @@
 
 Test(cli, help_of_each_command_fits_80_columns)
 {
-    static const char *const commands[] = {"generate", "score", "tokenize", "inspect"};
+    static const char *const commands[] = {"generate", "score", "tokenize", "inspect", "check-op"};
 
     for (size_t i = 0; i < sizeof commands / sizeof *commands; i++) {
         struct outcome help = run(NULL, "help %s", commands[i]);
