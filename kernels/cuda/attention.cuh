@@ -19,6 +19,47 @@ static inline __device__ int first_seen(const struct attention_args &args, int p
     return args.window > 0 ? max_int(0, position - args.window + 1) : 0;
 }
 
+/* Find the row whose tiles of `size` packed queries hold tile number `tile` of all rows longer
+ * than one token; heavy tiles come first within a row. False: there is none. */
+static inline __device__ bool find_tile(int *row, int *tile_of_row, int tile,
+                                        const struct attention_args &args, int size)
+{
+    const int lane = threadIdx.x % WARP, group = args.H / args.G;
+    int before = 0; /* tiles of earlier rows */
+
+    for (int first = 0; first < args.Q; first += WARP) {
+        const int q = first + lane;
+        const int n = q < args.Q ? args.row_start[q + 1] - args.row_start[q] : 0;
+        const int tiles = n > 1 ? ceil_div(n * group, size) : 0;
+        int upto = tiles;
+#pragma unroll
+        for (int step = 1; step < WARP; step *= 2) {
+            const int other = __shfl_up_sync(~0u, upto, step);
+            if (lane >= step) upto += other;
+        }
+        const unsigned reach = __ballot_sync(~0u, before + upto > tile);
+        if (reach) {
+            const int found = __ffs(reach) - 1;
+            const int rest = before + __shfl_sync(~0u, upto, found) - 1 - tile;
+            *row = first + found;
+            *tile_of_row = rest;
+            return true;
+        }
+        before += __shfl_sync(~0u, upto, WARP - 1);
+    }
+    return false;
+}
+
+/* Tiles of all rows longer than one token, or more: full ones, and at most one more for each row.
+ * They are y of a grid, so that heavy tiles of all heads come first. */
+static inline int prefill_tiles(const struct attention_args *args, int T, int size)
+{
+    const long long packed = (long long)T * (args->H / args->G);
+    const long long tiles = packed / size + min_int(args->Q, max_int(1, T / 2));
+    assert(tiles <= 65535);
+    return (int)tiles;
+}
+
 /* bf16 activations and cache, d one of 64, 80, 96, 128, 256. Rows of one token are the decode
  * kernel's, longer ones the prefill kernel's. */
 void attention_decode(struct cuda_device *cuda, bf16 *y, const bf16 *qkv, const bf16 *k,
@@ -28,5 +69,8 @@ size_t attention_decode_bytes(const struct cuda_device *cuda, int Q, int H, int 
                               int max_kv);
 void attention_prefill(struct cuda_device *cuda, bf16 *y, const bf16 *qkv, const bf16 *k,
                        const bf16 *v, const struct attention_args *args, int T);
+/* Of the latter, what wgmma can do; false: nothing, by what the device and the heads are. */
+bool attention_prefill_sm90(struct cuda_device *cuda, bf16 *y, const bf16 *qkv, const bf16 *k,
+                            const bf16 *v, const struct attention_args *args, int T);
 
 #endif

@@ -28,37 +28,6 @@ template <int D, int MT> static constexpr int prefill_shared()
     return (queries<MT>() + 2 * POSITIONS) * pitch<D>() * 2;
 }
 
-/* Find the row whose tiles of `size` packed queries hold tile number `tile` of all rows longer
- * than one token; heavy tiles come first within a row. False: there is none. */
-static __device__ bool find_tile(int *row, int *tile_of_row, int tile,
-                                 const struct attention_args &args, int size)
-{
-    const int lane = threadIdx.x % WARP, group = args.H / args.G;
-    int before = 0; /* tiles of earlier rows */
-
-    for (int first = 0; first < args.Q; first += WARP) {
-        const int q = first + lane;
-        const int n = q < args.Q ? args.row_start[q + 1] - args.row_start[q] : 0;
-        const int tiles = n > 1 ? ceil_div(n * group, size) : 0;
-        int upto = tiles;
-#pragma unroll
-        for (int step = 1; step < WARP; step *= 2) {
-            const int other = __shfl_up_sync(~0u, upto, step);
-            if (lane >= step) upto += other;
-        }
-        const unsigned reach = __ballot_sync(~0u, before + upto > tile);
-        if (reach) {
-            const int found = __ffs(reach) - 1;
-            const int rest = before + __shfl_sync(~0u, upto, found) - 1 - tile;
-            *row = first + found;
-            *tile_of_row = rest;
-            return true;
-        }
-        before += __shfl_sync(~0u, upto, WARP - 1);
-    }
-    return false;
-}
-
 /* Begin to copy positions [first, first + POSITIONS) of a head; zeros from `end` on. Where a pass
  * of the block's threads is a whole number of rows, a block of the cache is looked up once. */
 template <int D>
@@ -270,12 +239,7 @@ template <int D, int MT>
 static void launch(struct cuda_device *cuda, bf16 *y, const bf16 *qkv, const bf16 *k, const bf16 *v,
                    const struct attention_args *args, int T)
 {
-    /* Tiles of all long rows: full ones, and at most one more for each row of two tokens or
-     * more. */
-    const long long packed = (long long)T * (args->H / args->G);
-    const int tiles = (int)(packed / queries<MT>()) + min_int(args->Q, max_int(1, T / 2));
-    const dim3 grid(args->G, tiles); /* heavy tiles of all heads first */
-    assert(tiles <= 65535);
+    const dim3 grid(args->G, prefill_tiles(args, T, queries<MT>()));
     cuda_allow_shared(cuda, attention_prefill_kernel<D, MT>, prefill_shared<D, MT>(), "attention");
     cuda_launch(cuda, "attention", attention_prefill_kernel<D, MT>, grid, PREFILL_BLOCK,
                 prefill_shared<D, MT>(), 1, y, qkv, k, v, *args);
@@ -284,6 +248,7 @@ static void launch(struct cuda_device *cuda, bf16 *y, const bf16 *qkv, const bf1
 void attention_prefill(struct cuda_device *cuda, bf16 *y, const bf16 *qkv, const bf16 *k,
                        const bf16 *v, const struct attention_args *args, int T)
 {
+    if (attention_prefill_sm90(cuda, y, qkv, k, v, args, T)) return;
     switch (args->d) {
     case 64:
         launch<64, 2>(cuda, y, qkv, k, v, args, T);

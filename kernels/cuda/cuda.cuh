@@ -51,6 +51,7 @@ struct cuda_device {
     int n_sms;      /* multiprocessors */
     bool is_hopper; /* or newer: kernels overlap, and blocks of a cluster share their memory */
     bool overlaps;  /* the next kernel may begin while the one before it runs */
+    void *encode_tensor_map; /* the driver's function, where there is wgmma: 9.0; else NULL */
     cudaStream_t stream;
     struct blas *blas;
     struct recordings *recordings;

@@ -226,6 +226,17 @@ static cudaError_t open_parts(struct cuda_device *cuda)
     return error;
 }
 
+/* A function of the driver's that is there since CUDA 12.0: the library is not linked with it. */
+static void *driver_function(const char *name)
+{
+    cudaDriverEntryPointQueryResult result;
+    void *function = NULL;
+    if (cudaGetDriverEntryPointByVersion(name, &function, 12000, cudaEnableDefault, &result) !=
+        cudaSuccess)
+        cudaGetLastError(); /* the device does without */
+    return function;
+}
+
 static mlora_status refuse(int ordinal, const char *why)
 {
     return error_set(MLORA_EUNSUPPORTED, "GPU %d: no usable GPU: %s: use the CPU backend", ordinal,
@@ -259,6 +270,7 @@ extern "C" mlora_status cuda_device_open(struct device **out, int ordinal, const
     cuda->n_sms = properties.multiProcessorCount;
     cuda->is_hopper = properties.major >= 9;
     cuda->overlaps = true;
+    if (properties.major == 9) cuda->encode_tensor_map = driver_function("cuTensorMapEncodeTiled");
 
     error = open_parts(cuda);
     mlora_status status = error == cudaSuccess ? blas_open(cuda, cache_dir, properties.name)

@@ -4,7 +4,7 @@
 
 #include "tests/support.h"
 
-enum { SEQUENCES_MAX = 8, TOKENS_MAX = 400 };
+enum { SEQUENCES_MAX = 8, TOKENS_MAX = 512 };
 
 /* Row q holds the n_new[q] last of kv_len[q] tokens. */
 struct sequences {

@@ -9,7 +9,8 @@
 
 TestSuite(attention, .init = device_open, .fini = device_close);
 
-/* A cache full of keys and values, also where no row has any. */
+/* A cache full of keys and values, also where no row has any; NaN in the unused slots of a row's
+ * last block, which nothing may read. */
 static void fill_cache(struct sequences *sequences, float **k, float **v, struct numbers *numbers,
                        int G, int d)
 {
@@ -18,6 +19,12 @@ static void fill_cache(struct sequences *sequences, float **k, float **v, struct
 
     *k = next_floats(numbers, n, dtype);
     *v = next_floats(numbers, n, dtype);
+    for (int q = 0; q < sequences->batch.Q; q++)
+        for (int g = 0; g < G; g++)
+            for (int p = sequences->kv_len[q]; p % KV_BLOCK != 0; p++) {
+                const size_t slot = sequences_slot(sequences, q, p, g, G, d);
+                for (int i = 0; i < d; i++) (*k)[slot + (size_t)i] = (*v)[slot + (size_t)i] = NAN;
+            }
     sequences->kv.k = upload_as(dtype, *k, n);
     sequences->kv.v = upload_as(dtype, *v, n);
 }
@@ -76,14 +83,15 @@ static void want_attention(float *y, const float *q, const float *k, const float
     free(weight);
 }
 
-static void check_random(int H, int G, int d, int window, enum dtype dtype, enum dtype kv_dtype)
+/* Q rows of n_new[q] tokens at the end of kv_len[q] positions. */
+static void check_rows(int Q, const int *kv_len, const int *n_new, int H, int G, int d, int window,
+                       enum dtype dtype, enum dtype kv_dtype)
 {
     const struct heads heads = {H, G, d, window, 1.0f / sqrtf((float)d)};
     struct numbers numbers = {(uint64_t)(H * 1000 + d)};
     struct sequences sequences;
     float *k, *v;
-    sequences_build(&sequences, &numbers, 5, (int[]){21, 1, 33, 150, 16}, (int[]){21, 1, 1, 37, 7},
-                    G, d, kv_dtype);
+    sequences_build(&sequences, &numbers, Q, kv_len, n_new, G, d, kv_dtype);
     fill_cache(&sequences, &k, &v, &numbers, G, d);
     const int T = sequences.T;
     const size_t n_in = (size_t)(T * (H + 2 * G) * d), n_out = (size_t)(T * H * d);
@@ -99,7 +107,7 @@ static void check_random(int H, int G, int d, int window, enum dtype dtype, enum
             want_attention(want + (t * H + h) * d, qkv + (t * (H + 2 * G) + h) * d, k, v,
                            &sequences, &heads, t, h);
     /* Values are below 1 and weights sum to 1; the scores, exp and sums are off by some units of
-     * 2^-24 each, and the sums have up to 150 terms. */
+     * 2^-24 each, and the sums have some hundred terms. */
     double absolute = 2e-5;
     /* A GPU's tensor cores take the weights in bf16, too: each is off by up to 2^-9 of itself, and
      * so is their mean of values below 1 in absolute value. */
@@ -111,6 +119,21 @@ static void check_random(int H, int G, int d, int window, enum dtype dtype, enum
     free(got);
     free(want);
     sequences_free(&sequences);
+}
+
+static void check_random(int H, int G, int d, int window, enum dtype dtype, enum dtype kv_dtype)
+{
+    check_rows(5, (int[]){21, 1, 33, 150, 16}, (int[]){21, 1, 1, 37, 7}, H, G, d, window, dtype,
+               kv_dtype);
+}
+
+Test(attention, is_right_for_long_rows_with_and_without_history)
+{
+    static const int shapes[][3] = {{4, 1, 64}, {4, 1, 128}, {3, 3, 64}, {2, 2, 128}, {3, 1, 96}};
+    for (int i = 0; i < 5; i++)
+        check_rows(4, (int[]){257, 128, 401, 516}, (int[]){257, 128, 68, 3}, shapes[i][0],
+                   shapes[i][1], shapes[i][2], 0, DTYPE_BF16, DTYPE_BF16);
+    check_rows(2, (int[]){257, 401}, (int[]){257, 68}, 4, 2, 64, 130, DTYPE_BF16, DTYPE_BF16);
 }
 
 Test(attention, is_right_for_all_head_shapes_and_types)
