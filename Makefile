@@ -55,7 +55,7 @@ CUDA_CODE  := $(foreach a,80 86 89 90a 100 120,-gencode=arch=compute_$(a),code=s
 else ifneq ($(findstring -gencode,$(CUDA_ARCH)),)
 CUDA_CODE  := $(CUDA_ARCH)
 else
-CUDA_CODE  := $(foreach a,$(CUDA_ARCH),-gencode=arch=compute_$(a),code=sm_$(a))
+CUDA_CODE  := $(foreach a,$(patsubst 90,90a,$(CUDA_ARCH)),-gencode=arch=compute_$(a),code=sm_$(a))
 endif
 NVCC_FLAGS := -std=c++17 -O3 -lineinfo -I. $(CUDA_CODE) -DMLORA_CUDA_LIB='"$(CUDA_HOME)/lib64"' \
               -Xcompiler -fPIC,-fvisibility=hidden,-fno-exceptions,-fno-threadsafe-statics,-Wall,-Wextra

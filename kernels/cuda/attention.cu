@@ -112,7 +112,8 @@ void cuda_attention(struct device *dev, void *y, const void *qkv, const struct k
         const bool all_long = (long long)batch->Q * batch->max_row == batch->T;
         if (batch->max_row == 1 || !all_long)
             attention_decode(cuda, (bf16 *)y, x, k, v, &args, batch->max_kv);
-        if (batch->max_row > 1) attention_prefill(cuda, (bf16 *)y, x, k, v, &args, batch->T);
+        if (batch->max_row > 1)
+            attention_prefill(cuda, (bf16 *)y, x, k, v, &args, batch->T, batch->max_kv);
     } else {
         with_activation(dtype, [&](auto x_type) {
             with_activation(kv->dtype, [&](auto c_type) {

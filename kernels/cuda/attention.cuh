@@ -68,7 +68,7 @@ void attention_decode(struct cuda_device *cuda, bf16 *y, const bf16 *qkv, const 
 size_t attention_decode_bytes(const struct cuda_device *cuda, int Q, int H, int G, int d,
                               int max_kv);
 void attention_prefill(struct cuda_device *cuda, bf16 *y, const bf16 *qkv, const bf16 *k,
-                       const bf16 *v, const struct attention_args *args, int T);
+                       const bf16 *v, const struct attention_args *args, int T, int max_kv);
 /* Of the latter, what wgmma can do; false: nothing, by what the device and the heads are. */
 bool attention_prefill_sm90(struct cuda_device *cuda, bf16 *y, const bf16 *qkv, const bf16 *k,
                             const bf16 *v, const struct attention_args *args, int T);

@@ -2,7 +2,7 @@
  * it runs on tensor cores: a block holds the queries of some tokens and of all heads of a group
  * (they read the same keys), packed token by token, and walks over the keys and values in tiles
  * of 64 positions. The values of a tile are copied while its scores are computed, the next keys
- * while the values are used. */
+ * while the values are used. On sm_90a attention_prefill_sm90.cu does the longer ones. */
 #include "kernels/cuda/attention.cuh"
 
 #include <math.h>
@@ -10,6 +10,7 @@
 /* ---- kernels ------------------------------------------------------------------------------ */
 
 enum { PREFILL_BLOCK = 128, PREFILL_WARPS = PREFILL_BLOCK / WARP, POSITIONS = 64 };
+enum { WGMMA_KV_MIN = 256 };
 
 /* A row of shared memory is 16 bytes longer than a head: see attention_decode.cu. */
 template <int D> static constexpr __host__ __device__ int pitch()
@@ -246,9 +247,11 @@ static void launch(struct cuda_device *cuda, bf16 *y, const bf16 *qkv, const bf1
 }
 
 void attention_prefill(struct cuda_device *cuda, bf16 *y, const bf16 *qkv, const bf16 *k,
-                       const bf16 *v, const struct attention_args *args, int T)
+                       const bf16 *v, const struct attention_args *args, int T, int max_kv)
 {
-    if (attention_prefill_sm90(cuda, y, qkv, k, v, args, T)) return;
+    /* Short rows are over before the larger blocks have begun: three of these are on a
+     * multiprocessor at a time, one of those. */
+    if (max_kv > WGMMA_KV_MIN && attention_prefill_sm90(cuda, y, qkv, k, v, args, T)) return;
     switch (args->d) {
     case 64:
         launch<64, 2>(cuda, y, qkv, k, v, args, T);

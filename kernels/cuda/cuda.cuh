@@ -493,12 +493,13 @@ static inline __device__ void grid_begin()
 }
 
 /* A barrier for all threads of the cluster's blocks: what one wrote before, the others see after.
- * Before Hopper a cluster is one block. */
+ * Before Hopper a cluster is one block. The threads of a warp arrive together. */
 static inline __device__ void cluster_sync()
 {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.release;\n"
-                 "barrier.cluster.wait.acquire;" ::
+    __syncwarp();
+    asm volatile("barrier.cluster.arrive.release.aligned;\n"
+                 "barrier.cluster.wait.acquire.aligned;" ::
                      : "memory");
 #else
     __syncthreads();

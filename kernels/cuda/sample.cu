@@ -1,7 +1,9 @@
 /* The next token of each row, as kernels/cpu/sample.c defines it. A cluster of blocks a row. Bound
- * by reading the logits (from L2) two to six times, and by the arithmetic of each pass: where few
- * can be drawn, they are gathered in the second. */
+ * by reading the logits (from L2) two to six times, and by the arithmetic of each pass: what
+ * can be drawn is gathered in the second where there is room for it. */
 #include "kernels/cuda/select.cuh"
+
+#include <float.h>
 
 /* ---- kernels ------------------------------------------------------------------------------ */
 
@@ -138,16 +140,14 @@ static __device__ struct candidate cluster_largest(struct candidate *memory, str
 }
 
 /* The few that can be drawn, where they are few: of the cluster's first block. */
-enum { FEW = 512, FEW_WANTED = 384, TOP_P_FEW = 320 };
+enum { FEW = 512, FEW_WANTED = 384 };
 
 struct few_memory {
     struct candidate list[FEW];
     unsigned weight[FEW];
-    unsigned n, kept;           /* kept: sort key of the smallest */
-    unsigned long long all;     /* weight of what top_k keeps */
-    unsigned long long row_all; /* weight of the row, for top_p alone */
-    unsigned bound;             /* of each block: a sort key, see reached_by() */
-    bool enough;
+    unsigned n, kept;       /* kept: sort key of the smallest */
+    unsigned long long all; /* weight of what top_k keeps */
+    unsigned bound;         /* of each block: a sort key, see reached_by() */
 };
 
 static __device__ unsigned likelihood(float z)
@@ -170,7 +170,7 @@ static __device__ float reached_by(struct few_memory *few, float mine, int wante
         few->bound = bound;
         few->n = 0;
         few->kept = ~0u;
-        few->all = few->row_all = 0;
+        few->all = 0;
     }
     cluster_sync();
     for (int p = 0; p < part.parts; p++) {
@@ -182,8 +182,7 @@ static __device__ float reached_by(struct few_memory *few, float mine, int wante
 
 /* Draw from the list, in the first block: the smallest of its values that top_k, then top_p
  * keep, by comparing each with all, then the best of those with their noise. */
-static __device__ struct candidate draw_few(struct few_memory *few, const struct sampling &sampling,
-                                            bool by_number)
+static __device__ struct candidate draw_few(struct few_memory *few, const struct sampling &sampling)
 {
     const int n = (int)few->n, i = threadIdx.x;
     const struct candidate mine = i < n ? few->list[i] : candidate{-INFINITY, 0};
@@ -198,17 +197,16 @@ static __device__ struct candidate draw_few(struct few_memory *few, const struct
                 greater++;
                 before += few->weight[j];
             }
-        if (!by_number || greater < (unsigned)sampling.top_k) {
+        if (greater < (unsigned)sampling.top_k) {
             atomicMin(&few->kept, sort_key(mine.value));
-            if (by_number) atomicAdd(&few->all, (unsigned long long)few->weight[i]);
+            atomicAdd(&few->all, (unsigned long long)few->weight[i]);
         }
     }
     __syncthreads();
     bool keep = i < n && sort_key(mine.value) >= few->kept;
     if (sampling.top_p < 1.0f) {
-        const unsigned long long all = by_number ? few->all : few->row_all;
         const unsigned long long wanted =
-            (unsigned long long)((double)sampling.top_p * (double)all);
+            (unsigned long long)((double)sampling.top_p * (double)few->all);
         keep = keep && before < (wanted > 0 ? wanted : 1);
     }
     if (sampling.min_p > 0.0f) keep = keep && expf(mine.value) >= sampling.min_p;
@@ -216,66 +214,114 @@ static __device__ struct candidate draw_few(struct few_memory *few, const struct
     return {noisy(mine.value, mine.id, sampling), mine.id};
 }
 
-/* Gather what may be drawn in the first block's list. False where that is too much, or top_p
- * needs more than what was gathered; *row_all is the row's weight then. */
+/* Gather what top_k may keep in the first block's list. False where that is too much. */
 static __device__ bool gather_few(struct few_memory *few, const struct row_part &part,
-                                  const struct wanted_row &row, float least, bool by_number,
-                                  unsigned long long *row_all)
+                                  const struct wanted_row &row, float least)
 {
     struct few_memory *shared = cluster_block(few, 0);
     const float least_z = row.scaled(least); /* -infinity: all */
-    const bool sums = !by_number;
-    unsigned long long sum = 0;
 
     for_fours(part, [&](int v, float(&four)[4]) {
         row.penalize(v, four);
-        if (!sums) { /* nothing below `least` but what rounding makes equal */
-            const float largest = fmaxf(fmaxf(four[0], four[1]), fmaxf(four[2], four[3]));
-            if (row.scaled(largest) < least_z) return;
-        }
+        /* Nothing is below `least` but what rounding makes equal. */
+        const float largest = fmaxf(fmaxf(four[0], four[1]), fmaxf(four[2], four[3]));
+        if (row.scaled(largest) < least_z) return;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const float z = row.scaled(four[i]);
-            if (sums) sum += likelihood(z);
             if (z < least_z || z == -INFINITY) continue;
             const unsigned at = atomicAdd(&shared->n, 1u);
             if (at < FEW) shared->list[at] = {z, v + i};
         }
     });
-    if (sums) {
-        for (int step = WARP / 2; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
-        if (threadIdx.x % WARP == 0) atomicAdd(&shared->row_all, sum);
-    }
     cluster_sync();
-    if (part.part == 0 && sums) {
-        /* Whether the list's weights reach the share: then what top_p keeps is all in it. */
-        const int n = min_int((int)few->n, FEW);
-        if ((int)threadIdx.x < n)
-            atomicAdd(&few->all, (unsigned long long)likelihood(few->list[threadIdx.x].value));
-        __syncthreads();
-        if (threadIdx.x == 0)
-            few->enough = few->all >=
-                          (unsigned long long)((double)row.sampling->top_p * (double)few->row_all);
-    }
-    cluster_sync();
-    const bool fits = shared->n <= FEW && (!sums || shared->enough);
-    *row_all = shared->row_all;
+    const bool fits = shared->n <= FEW;
     cluster_sync(); /* the first block may end */
     return fits;
+}
+
+/* What top_p alone may keep of a block's part: each warp has `room` WARP places of its own, WARP
+ * in every ROW_BLOCK. */
+struct likely_list {
+    float *values; /* [room, ROW_BLOCK] */
+    int32_t *ids;  /* [room, ROW_BLOCK] */
+    int room;
+};
+
+/* The block's sums are added up here. */
+struct likely_memory {
+    unsigned long long all; /* weight of the block's part */
+    int most;               /* rows of ROW_BLOCK places that some warp needs */
+};
+
+/* Gather what is not below `least`; *row_all is the row's weight. -1 where some warp has no
+ * room for it; else how many rows of ROW_BLOCK places are used, the rest of which is -infinity. */
+static __device__ int gather_likely(struct likely_memory *memory, const struct likely_list &list,
+                                    const struct row_part &part, const struct wanted_row &row,
+                                    float least, unsigned long long *row_all)
+{
+    const int lane = threadIdx.x % WARP, first = threadIdx.x - lane;
+    unsigned long long sum = 0;
+    int n = 0; /* of the warp; lanes that have come to the row's end do not count any more */
+
+    if (threadIdx.x == 0) memory->all = 0, memory->most = 0;
+    __syncthreads();
+    for_fours(part, [&](int v, float(&four)[4]) {
+        const int lanes = min_int(WARP, ceil_div(part.V - v + lane * 4, 4)); /* that are here */
+        row.penalize(v, four);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const float z = row.scaled(four[i]);
+            const bool likely = z >= least && z > -INFINITY;
+            const unsigned all = __ballot_sync(~0u >> (WARP - lanes), likely);
+            const int mine = n + __popc(all & ((1u << lane) - 1));
+            sum += likelihood(z);
+            if (likely && mine < list.room * WARP) {
+                const int at = mine / WARP * ROW_BLOCK + first + mine % WARP;
+                list.values[at] = z;
+                list.ids[at] = v + i;
+            }
+            n += __popc(all);
+        }
+    });
+    __syncwarp();
+    n = __shfl_sync(~0u, n, 0); /* the last lane to come to the end is the first */
+    for (int step = WARP / 2; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+    if (lane == 0) {
+        atomicAdd(&memory->all, sum);
+        atomicMax(&memory->most, ceil_div(n, WARP));
+    }
+    cluster_sync();
+    bool fits = true;
+    *row_all = 0;
+    for (int p = 0; p < part.parts; p++) {
+        const struct likely_memory *other = cluster_block(memory, p);
+        *row_all += other->all;
+        fits = fits && other->most <= list.room;
+    }
+    const int used = memory->most;
+    if (fits)
+        for (int i = n + lane; i < used * WARP; i += WARP)
+            list.values[i / WARP * ROW_BLOCK + first + i % WARP] = -INFINITY;
+    cluster_sync(); /* the memory may be used again */
+    return fits ? used : -1;
 }
 
 /* ids[q] = the token drawn from logits[q, :]
  *
  *   ids [Q]    logits [Q, V]    counts [Q, V] scratch
- *   grid (Q, 1, parts of a row), a cluster along z    block ROW_BLOCK    shared V bits */
+ *   grid (Q, 1, parts of a row), a cluster along z    block ROW_BLOCK
+ *   shared V bits, then 2 room ROW_BLOCK numbers */
 static __global__ void __launch_bounds__(ROW_BLOCK, 1)
     sample_kernel(int32_t *ids, const float *logits, int32_t *counts, const struct sample_view view,
-                  int V, bool whole)
+                  int V, bool whole, int room)
 {
-    extern __shared__ uint32_t touched[];
+    extern __shared__ __align__(16) uint32_t touched[];
     __shared__ union {
         struct select_memory select;
         struct few_memory few;
+        struct likely_memory likely;
+        float sums[WARP];
     } memory;
     __shared__ struct candidate candidates[WARP + 1];
     __shared__ unsigned bar_key; /* of the best value of this block so far */
@@ -294,7 +340,11 @@ static __global__ void __launch_bounds__(ROW_BLOCK, 1)
                       n_history, view.n_prompt[q], V, part.part);
     }
 
+    const bool by_number = sampling.top_k > 0 && sampling.top_k < V;
+    const bool by_weight = sampling.top_p < 1.0f && !by_number && sampling.temperature > 0.0f;
+    const float per_logit = 1.44269504f / sampling.temperature;
     struct candidate best = {-INFINITY, V}, least = {-INFINITY, 0};
+    float about_max = -FLT_MAX, about_sum = 0.0f; /* of by_weight: exp2(per_logit (l - max)) */
     for_fours(part, [&](int v, float(&four)[4]) {
         wanted.penalize(v, four);
 #pragma unroll
@@ -303,6 +353,13 @@ static __global__ void __launch_bounds__(ROW_BLOCK, 1)
             if (logit > best.value) best = {logit, v + i};
             if (logit > -INFINITY) least.value = fmaxf(least.value, -logit);
             if (!(logit < INFINITY)) least.id = -1; /* NaN too */
+        }
+        if (by_weight) {
+            const float max = fmaxf(about_max, best.value);
+            about_sum *= fast_exp2((about_max - max) * per_logit);
+#pragma unroll
+            for (int i = 0; i < 4; i++) about_sum += fast_exp2((four[i] - max) * per_logit);
+            about_max = max;
         }
     });
     const float mine = best.value;
@@ -322,38 +379,66 @@ static __global__ void __launch_bounds__(ROW_BLOCK, 1)
         for (int i = 0; i < 4; i++) four[i] = wanted.scaled(four[i]);
     };
     float floor = -INFINITY;
-    const bool by_number = sampling.top_k > 0 && sampling.top_k < V;
-    unsigned long long row_all = 0;
-    const int few = by_number ? sampling.top_k : TOP_P_FEW;
-    if ((by_number || sampling.top_p < 1.0f) && few <= FEW_WANTED) {
-        const float reached = reached_by(&memory.few, mine, few, part);
-        if (gather_few(&memory.few, part, wanted, reached, by_number, &row_all)) {
+    float low = -INFINITY; /* nothing that counts is below */
+    unsigned long long row_all = 0, wanted_weight = 0;
+    if (by_number && sampling.top_k <= FEW_WANTED) {
+        const float reached = reached_by(&memory.few, mine, sampling.top_k, part);
+        if (gather_few(&memory.few, part, wanted, reached)) {
             if (part.part > 0) return; /* the whole block */
-            best = draw_few(&memory.few, sampling, by_number);
+            best = draw_few(&memory.few, sampling);
             best = block_largest(candidates, best);
             if (threadIdx.x == 0) ids[q] = best.id;
             return;
         }
     }
-    if (by_number || sampling.top_p < 1.0f) {
+    if (by_weight) {
+        /* Those that are under half of an even share of 1 - top_p are not among the most likely
+         * that make up top_p, as in the CPU's: of the row, so of what is here of it, too. */
+        const float half_share = 0.5f * (1.0f - sampling.top_p) / (float)V;
+        const float sum =
+            block_sum(about_sum * fast_exp2(fmaxf(about_max - wanted.max, -FLT_MAX) * per_logit),
+                      memory.sums);
+        const struct likely_list list = {
+            (float *)(touched + ceil_div(V, 128) * 4),
+            (int32_t *)(touched + ceil_div(V, 128) * 4) + room * ROW_BLOCK, room};
+        __syncthreads(); /* all have read the sums */
+        const int used = gather_likely(&memory.likely, list, part, wanted,
+                                       logf(half_share * sum) - 0.01f, &row_all);
+        const unsigned long long share =
+            (unsigned long long)((double)sampling.top_p * (double)row_all);
+        unsigned long long n_reached;
+        floor = logf(half_share * (float)row_all * 0x1p-31f);
+        if (used >= 0) {
+            const struct row_part mine_only = {list.values, used * ROW_BLOCK, true,
+                                               part.part,   part.parts,       true};
+            floor = smallest_kept(
+                &memory.select, mine_only, floor, floor, 0.0f, share > 0 ? share : 1, 0.0,
+                &n_reached, [](int, float(&)[4]) {}, likelihood);
+            best = {-INFINITY, V};
+            for (int i = threadIdx.x; i < used * ROW_BLOCK; i += ROW_BLOCK) {
+                const float z = list.values[i];
+                if (!(z >= floor) || z == -INFINITY) continue;
+                if (sampling.min_p > 0.0f && expf(z) < sampling.min_p) continue;
+                best = better(best, {noisy(z, list.ids[i], sampling), list.ids[i]});
+            }
+            best = cluster_largest(candidates, best, part.parts);
+            if (part.part == 0 && threadIdx.x == 0) ids[q] = best.id;
+            return; /* the whole cluster */
+        }
+        low = floor;
+        wanted_weight = share > 0 ? share : 1;
+    } else if (by_number) {
         unsigned long long n_reached;
         least = cluster_largest(candidates, {least.value, 0}, part.parts);
-        const float low = (-least.value - wanted.max) / sampling.temperature;
-        if (by_number)
-            floor = smallest_kept(&memory.select, part, floor, low, 0.0f, sampling.top_k, 0.0,
-                                  &n_reached, scaled, [](float) { return 1u; });
-        if (sampling.top_p < 1.0f && !by_number) {
-            /* Those that are under half of an even share of 1 - top_p are not among the most
-             * likely that make up top_p, as in the CPU's. */
-            floor = logf(0.5f * (1.0f - sampling.top_p) * (float)row_all * 0x1p-31f / (float)V);
-            const unsigned long long share =
-                (unsigned long long)((double)sampling.top_p * (double)row_all);
-            floor = smallest_kept(&memory.select, part, floor, fmaxf(low, floor), 0.0f,
-                                  share > 0 ? share : 1, 0.0, &n_reached, scaled, likelihood);
-        } else if (sampling.top_p < 1.0f) {
-            floor = smallest_kept(&memory.select, part, floor, low, 0.0f, 0, sampling.top_p,
-                                  &n_reached, scaled, likelihood);
-        }
+        low = (-least.value - wanted.max) / sampling.temperature;
+        floor = smallest_kept(&memory.select, part, floor, low, 0.0f, sampling.top_k, 0.0,
+                              &n_reached, scaled, [](float) { return 1u; });
+    }
+    if (sampling.top_p < 1.0f) {
+        unsigned long long n_reached;
+        floor =
+            smallest_kept(&memory.select, part, floor, low, 0.0f, wanted_weight,
+                          by_number ? (double)sampling.top_p : 0.0, &n_reached, scaled, likelihood);
     }
 
     /* Noise is at most -log(1 - u). What cannot win by that, or could not have some time before,
@@ -405,14 +490,22 @@ void cuda_sample(struct device *dev, int32_t *ids, const float *logits,
 
     int32_t *counts = (int32_t *)cuda_scratch(cuda, (size_t)view->Q * V * sizeof *counts, "sample");
     if (!counts) return;
-    const size_t shared = (size_t)ceil_div(V, 32) * sizeof(uint32_t);
+    int most = 0;
+    cudaFuncAttributes kernel;
+    cuda_check(
+        cuda, cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, cuda->ordinal),
+        "sample");
+    cuda_check(cuda, cudaFuncGetAttributes(&kernel, sample_kernel), "sample");
+    if (cuda->failure[0]) return;
+    const int bits = ceil_div(V, 128) * 16, of_room = 2 * ROW_BLOCK * 4; /* bytes */
+    const int room = (most - (int)kernel.sharedSizeBytes - bits) / of_room;
+    const size_t shared = (size_t)bits + (size_t)max_int(room, 0) * of_room;
     int parts = 1; /* as many blocks a row as there are multiprocessors for */
     while (cuda->is_hopper && parts < 8 && 2 * parts * view->Q <= cuda->n_sms) parts *= 2;
-    /* The kernel has static shared memory of its own: ask also where V bits alone would fit. */
     cuda_check(cuda,
                cudaFuncSetAttribute(sample_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     (int)shared),
                "sample");
     cuda_launch(cuda, "sample", sample_kernel, dim3(view->Q, 1, parts), ROW_BLOCK, shared, parts,
-                ids, logits, counts, *view, V, V % 4 == 0 && is_aligned(logits));
+                ids, logits, counts, *view, V, V % 4 == 0 && is_aligned(logits), max_int(room, 0));
 }

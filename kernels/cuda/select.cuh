@@ -11,7 +11,8 @@
 
 enum {
     ROW_BLOCK = 1024,
-    AHEAD = 4, /* groups of four numbers that a thread asks for at once */
+    AHEAD = 4,        /* groups of four numbers that a thread asks for at once */
+    SELECT_AHEAD = 2, /* the same where there are fewer registers left */
     BINS = 2048,
     LIST = 512, /* values of one bin that are compared with each other */
 };
@@ -39,23 +40,27 @@ static inline __device__ float from_sort_key(unsigned key)
     return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
 }
 
-/* A row of numbers, `part` of `parts` of which is this block's. */
+/* A row of numbers, `part` of `parts` of which is this block's. `own`: the block has all that it
+ * holds in its own shared memory. */
 struct row_part {
     const float *row; /* [V] */
     int V;
     bool whole; /* V is a multiple of four and the row is aligned */
     int part, parts;
+    bool own;
 };
 
 /* Call f4(v, values of v to v + 3, which it may change) for this block's part of the row, spread
- * over its threads; values past V are -infinity. */
-template <typename F> static inline __device__ void for_fours(const struct row_part &part, F &&f4)
+ * over its threads; values past V are -infinity. N groups of four are asked for at once. */
+template <int N = AHEAD, typename F>
+static inline __device__ void for_fours(const struct row_part &part, F &&f4)
 {
-    const int step = part.parts * ROW_BLOCK * 4;
-    for (int v0 = (part.part * ROW_BLOCK + threadIdx.x) * 4; v0 < part.V; v0 += AHEAD * step) {
-        float fours[AHEAD][4]; /* all asked for before the first is used */
+    const int step = (part.own ? 1 : part.parts) * ROW_BLOCK * 4;
+    for (int v0 = ((part.own ? 0 : part.part) * ROW_BLOCK + threadIdx.x) * 4; v0 < part.V;
+         v0 += N * step) {
+        float fours[N][4]; /* all asked for before the first is used */
 #pragma unroll
-        for (int j = 0; j < AHEAD; j++) {
+        for (int j = 0; j < N; j++) {
             const int v = v0 + j * step;
             if (part.whole) {
                 float4 bits = make_float4(0, 0, 0, 0);
@@ -69,7 +74,7 @@ template <typename F> static inline __device__ void for_fours(const struct row_p
             }
         }
 #pragma unroll
-        for (int j = 0; j < AHEAD; j++)
+        for (int j = 0; j < N; j++)
             if (v0 + j * step < part.V) f4(v0 + j * step, fours[j]);
     }
 }
@@ -134,7 +139,7 @@ static __device__ void select_bin(struct select_memory *memory, const struct row
     for (int i = threadIdx.x; i < BINS; i += ROW_BLOCK) memory->low[i] = memory->high[i] = 0;
     if (threadIdx.x == 0) memory->n_list = 0, memory->smallest = ~0u, memory->largest = 0;
     __syncthreads();
-    for_fours(part, [&](int v, float(&four)[4]) {
+    for_fours<SELECT_AHEAD>(part, [&](int v, float(&four)[4]) {
         unsigned old[4], added[4]; /* four additions are under way before the first is looked at */
         int bin[4];
         values(v, four);
@@ -197,7 +202,7 @@ static __device__ float smallest_kept(struct select_memory *memory, const struct
         select_bin(memory, part, first ? share : 0.0, counts, bin_of, values, weight);
 
         const int bin = shared->bin;
-        for_fours(part, [&](int v, float(&four)[4]) {
+        for_fours<SELECT_AHEAD>(part, [&](int v, float(&four)[4]) {
             values(v, four);
 #pragma unroll
             for (int i = 0; i < 4; i++) {

@@ -189,6 +189,37 @@ Test(sample, top_p_keeps_the_smallest_set_that_reaches_p)
     expect_kept(logits, sampling, "0101");
 }
 
+/* Probabilities in proportion to e^-av: the first n have (1 - e^-an) / (1 - e^-aV) of them. */
+static void check_wide(int V, double top_p)
+{
+    enum { Q = 16 };
+    const double a = 1e-6, n = -log(1 - top_p * (1 - exp(-a * V))) / a;
+    float *logits = zeros((size_t)Q * (size_t)V, sizeof *logits);
+    struct sampling sampling[Q];
+    int32_t ids[Q], most = 0;
+
+    for (int q = 0; q < Q; q++) {
+        sampling[q] = plain;
+        sampling[q].top_p = (float)top_p;
+        sampling[q].draw = (uint32_t)q;
+        for (int v = 0; v < V; v++) logits[(size_t)q * (size_t)V + (size_t)v] = (float)(-a * v);
+    }
+    sample(ids, logits, sampling, Q, V);
+    for (int q = 0; q < Q; q++) {
+        cr_expect_lt(ids[q], n + 100, "%d of %d", ids[q], V); /* weights are rounded */
+        if (ids[q] > most) most = ids[q];
+    }
+    cr_expect_gt(most, 0.7 * n); /* 16 draws over all that is kept */
+    free(logits);
+}
+
+Test(sample, top_p_keeps_the_smallest_set_of_a_wide_row)
+{
+    check_wide(150000, 0.5);
+    check_wide(250001, 0.5);
+    check_wide(250000, 0.9);
+}
+
 Test(sample, min_p_is_relative_to_the_largest)
 {
     const float logits[4] = {logf(0.1f), logf(0.4f), logf(0.2f), logf(0.3f)};
