@@ -530,3 +530,34 @@ Test(speculate, rests_with_a_draft_model_that_is_too_large)
     cr_expect_gt(stats.n_steps, 150, "%d steps", (int)stats.n_steps);
     mlora_close(engine);
 }
+
+/* With a penalty below zero a text repeats itself, and each guess counts in the penalties of what is
+ * drawn after it. */
+Test(speculate, counts_guesses_in_penalties)
+{
+    static struct answer plain, answer;
+    mlora_options options = small_options(MLORA_SPECULATE_OFF, 1, 64);
+    mlora_engine *alone = open_engine(&options);
+    mlora_stats stats;
+
+    options.speculate = MLORA_SPECULATE_NGRAM;
+    mlora_engine *engine = open_engine(&options);
+    for (int seed = 0; seed < 6; seed++) {
+        mlora_request request = greedy(NULL, prompts[0], 80, &plain);
+        request.temperature = 2.0f;
+        request.frequency_penalty = -2.5f;
+        request.ignore_eos = 1;
+        request.seed = seed;
+        submit(alone, &request);
+        run_all(alone);
+        request.user = memset(&answer, 0, sizeof answer);
+        engine->speculation.rest = engine->speculation.misses = 0; /* of the one before */
+        submit(engine, &request);
+        run_all(engine);
+        expect_same_answer(&answer, &plain, "a text that repeats itself");
+    }
+    mlora_engine_stats(engine, &stats);
+    expect_right_and_wrong(&stats);
+    mlora_close(alone);
+    mlora_close(engine);
+}
