@@ -124,15 +124,32 @@ enum { V = 5, CHAIN = 2000, DRAWS = 100000 };
 static const float chain_logits[V][V] = {
     {0, 2, 1, -1, 0}, {1, 0, 3, 0, 0}, {2, 1, 0, 1, -2}, {0, 0, 0, 0, 0}, {-1, 0, 1, 2, 3}};
 
+/* What one draw reads and writes on the device, made once and used again. */
+struct draw_memory {
+    float *logits;
+    struct sampling *sampling;
+    int32_t *no_history, *ids;
+};
+
+static struct draw_memory draw_memory(void)
+{
+    const int32_t no_history[MAX_DRAFT + 2] = {0};
+    return (struct draw_memory){
+        .logits = device_memory(sizeof(float[MAX_DRAFT + 1][V])),
+        .sampling = device_memory(sizeof(struct sampling[MAX_DRAFT + 1])),
+        .no_history = upload(no_history, sizeof no_history),
+        .ids = device_memory(sizeof(int32_t[MAX_DRAFT + 1])),
+    };
+}
+
 /* As a step does it: the positions after the last token and after each of n guesses are drawn
  * together, and those that count are appended. Returns the number of right guesses. */
-static int extend_chain(int32_t *tokens, int *n_tokens, int n, uint64_t seed, float temperature)
+static int extend_chain(const struct draw_memory *memory, int32_t *tokens, int *n_tokens, int n,
+                        uint64_t seed, float temperature)
 {
     float logits[MAX_DRAFT + 1][V];
     struct sampling sampling[MAX_DRAFT + 1];
-    const int32_t no_history[MAX_DRAFT + 2] = {0};
     int32_t drawn[MAX_DRAFT + 1];
-    void *ids = NULL;
 
     for (int j = 0; j <= n; j++) {
         memcpy(logits[j], chain_logits[tokens[*n_tokens - 1 + j]], sizeof logits[j]);
@@ -142,12 +159,12 @@ static int extend_chain(int32_t *tokens, int *n_tokens, int n, uint64_t seed, fl
                                         .repetition_penalty = 1,
                                         .draw = (uint32_t)(*n_tokens - 1 + j)};
     }
-    void *const memory[] = {upload(logits, sizeof logits), upload(sampling, sizeof sampling),
-                            upload(no_history, sizeof no_history)};
-    const struct sample_view view = {n + 1, memory[1], memory[2], memory[2], memory[2]};
-    ids = device_memory(sizeof drawn);
-    dev->ops->sample(dev, ids, memory[0], &view, V);
-    download(drawn, ids, (size_t)(n + 1) * sizeof *drawn);
+    dev->ops->upload(dev, memory->logits, logits, (size_t)(n + 1) * sizeof logits[0]);
+    dev->ops->upload(dev, memory->sampling, sampling, (size_t)(n + 1) * sizeof sampling[0]);
+    const struct sample_view view = {n + 1, memory->sampling, memory->no_history,
+                                     memory->no_history, memory->no_history};
+    dev->ops->sample(dev, memory->ids, memory->logits, &view, V);
+    download(drawn, memory->ids, (size_t)(n + 1) * sizeof *drawn);
 
     const int right = count_accepted(tokens + *n_tokens, drawn, n);
     memcpy(tokens + *n_tokens, drawn, (size_t)(right + 1) * sizeof *drawn);
@@ -168,6 +185,7 @@ Test(speculate_draws, of_100000_tokens_follow_the_model)
 {
     static int32_t tokens[CHAIN + MAX_DRAFT + 1], plain[CHAIN + MAX_DRAFT + 1];
     static double seen[V][V], from[V];
+    const struct draw_memory memory = draw_memory();
     const double temperature = 0.8;
     long n_drafted = 0, n_accepted = 0;
     double chi = 0;
@@ -178,12 +196,14 @@ Test(speculate_draws, of_100000_tokens_follow_the_model)
         tokens[0] = plain[0] = c % V;
         while (n <= CHAIN) {
             const int drafts = ngram_draft(tokens, n, pace_next(&pace, 8));
-            const int right = extend_chain(tokens, &n, drafts, (uint64_t)c, (float)temperature);
+            const int right =
+                extend_chain(&memory, tokens, &n, drafts, (uint64_t)c, (float)temperature);
             if (drafts > 0) pace_learn(&pace, drafts, right);
             n_drafted += drafts;
             n_accepted += right;
         }
-        while (n_plain <= CHAIN) extend_chain(plain, &n_plain, 0, (uint64_t)c, (float)temperature);
+        while (n_plain <= CHAIN)
+            extend_chain(&memory, plain, &n_plain, 0, (uint64_t)c, (float)temperature);
         cr_assert_arr_eq(tokens, plain, CHAIN * sizeof *tokens, "chain %d", c);
         for (int i = 1; i <= CHAIN; i++) {
             seen[tokens[i - 1]][tokens[i]]++;
