@@ -77,4 +77,17 @@ static inline uint16_t f16_from_f32(float value)
     return (uint16_t)(sign | ((bits - 0x38000000u) >> 13));
 }
 
+/* out [n] = the values at `from`. */
+static inline void dtype_widen(float *out, const void *from, enum dtype dtype, size_t n)
+{
+    const uint16_t *half = (const uint16_t *)from;
+
+    if (dtype == DTYPE_F32)
+        memcpy(out, from, n * sizeof *out);
+    else if (dtype == DTYPE_BF16)
+        for (size_t i = 0; i < n; i++) out[i] = bf16_to_f32(half[i]);
+    else
+        for (size_t i = 0; i < n; i++) out[i] = f16_to_f32(half[i]);
+}
+
 #endif

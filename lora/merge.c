@@ -50,14 +50,7 @@ static mlora_status fetch(struct merger *merger, struct buffer *out, const void 
         copy_out(merger, merger->stored.data, (const char *)from + first * element, n * element);
     if (status != MLORA_OK) return status;
 
-    float *to = (float *)(void *)(out->data + out->bytes);
-    const uint16_t *half = (const void *)merger->stored.data;
-    if (dtype == DTYPE_F32)
-        memcpy(to, merger->stored.data, n * element);
-    else if (dtype == DTYPE_BF16)
-        for (size_t i = 0; i < n; i++) to[i] = bf16_to_f32(half[i]);
-    else
-        for (size_t i = 0; i < n; i++) to[i] = f16_to_f32(half[i]);
+    dtype_widen((float *)(void *)(out->data + out->bytes), merger->stored.data, dtype, n);
     return MLORA_OK;
 }
 

@@ -16,15 +16,6 @@ void values_free(struct values *values)
 
 /* ---- reading ------------------------------------------------------------------------------ */
 
-static void widen(float *out, const void *from, enum dtype dtype, int64_t n)
-{
-    const uint16_t *half = from;
-
-    if (dtype == DTYPE_F32) memcpy(out, from, (size_t)n * sizeof *out);
-    for (int64_t i = 0; i < n && dtype == DTYPE_BF16; i++) out[i] = bf16_to_f32(half[i]);
-    for (int64_t i = 0; i < n && dtype == DTYPE_F16; i++) out[i] = f16_to_f32(half[i]);
-}
-
 /* `n` elements from number `first` on. */
 static mlora_status read_elements(struct values *values, const struct safetensors *file,
                                   const struct tensor *tensor, int64_t first, int64_t n,
@@ -49,7 +40,7 @@ static mlora_status read_elements(struct values *values, const struct safetensor
 
     status = buffer_reserve(&values->wide, (size_t)n * sizeof(float));
     if (status != MLORA_OK) return status;
-    widen((float *)(void *)values->wide.data, values->read.data, stored, n);
+    dtype_widen((float *)(void *)values->wide.data, values->read.data, stored, (size_t)n);
     *out = values->wide.data;
     return MLORA_OK;
 }
@@ -138,7 +129,7 @@ static mlora_status base_rows(struct buffer *stored, struct buffer *wide, struct
     if (status != MLORA_OK) return status;
     dev->ops->download(dev, stored->data,
                        (const char *)w->data + (size_t)row * (size_t)w->K * element, n * element);
-    widen((float *)(void *)wide->data, stored->data, w->dtype, (int64_t)n);
+    dtype_widen((float *)(void *)wide->data, stored->data, w->dtype, n);
     return MLORA_OK;
 }
 

@@ -144,15 +144,6 @@ static mlora_status order_half(struct reader *reader, struct piece *pieces)
     return status;
 }
 
-static void widen(float *out, const void *in, enum dtype dtype, size_t n)
-{
-    const uint16_t *half = in;
-
-    if (dtype == DTYPE_F32) memcpy(out, in, n * sizeof *out);
-    for (size_t i = 0; i < n && dtype == DTYPE_BF16; i++) out[i] = bf16_to_f32(half[i]);
-    for (size_t i = 0; i < n && dtype == DTYPE_F16; i++) out[i] = f16_to_f32(half[i]);
-}
-
 /* Wait until the piece is read, and start its upload. */
 static mlora_status send_piece(struct reader *reader, struct piece *piece)
 {
@@ -164,7 +155,7 @@ static mlora_status send_piece(struct reader *reader, struct piece *piece)
     const size_t n = piece->bytes / dtype_bytes(piece->part->dtype);
     const void *from = piece->buffer;
     if (piece->part->dtype != piece->dtype) {
-        widen(reader->wide, piece->buffer, piece->part->dtype, n);
+        dtype_widen(reader->wide, piece->buffer, piece->part->dtype, n);
         from = reader->wide;
     }
     reader->dev->ops->upload(reader->dev, piece->to, from, n * dtype_bytes(piece->dtype));
