@@ -45,6 +45,14 @@ struct staging {
 };
 struct transfer;
 
+/* What the next launch of a recording depends on. */
+enum { EDGES = 4 };
+struct edges {
+    cudaGraphNode_t from[EDGES];
+    cudaGraphEdgeData data[EDGES];
+    size_t n;
+};
+
 struct cuda_device {
     struct device base; /* first: a struct device * is one of these */
     int ordinal;
@@ -55,7 +63,9 @@ struct cuda_device {
     cudaStream_t stream;
     struct blas *blas;
     struct recordings *recordings;
-    struct clock_marks *marks; /* NULL before the first mark */
+    struct edges before, beside; /* a branch of the recording: where it begins, its end */
+    bool edges_are_set;          /* the next launch has them from cuda_join() */
+    struct clock_marks *marks;   /* NULL before the first mark */
     struct transfer *transfer;
     /* [COUNTERS] zero between ops: blocks count here who of them is the last to finish a common
      * sum; that one adds the parts up in their order and sets the counter back. */
@@ -112,7 +122,7 @@ static inline void cuda_launch(struct cuda_device *cuda, const char *op,
     config.dynamicSmemBytes = shared;
     config.stream = cuda->stream;
     config.attrs = attributes;
-    if (cuda->is_hopper) {
+    if (cuda->is_hopper && !cuda->edges_are_set) {
         attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
         attributes[0].val.programmaticStreamSerializationAllowed = cuda->overlaps;
         config.numAttrs = 1;
@@ -124,10 +134,18 @@ static inline void cuda_launch(struct cuda_device *cuda, const char *op,
         attributes[config.numAttrs].val.clusterDim.z = cluster;
         config.numAttrs++;
     }
+    cuda->edges_are_set = false;
     cuda_check(cuda, cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...),
                op);
     cuda->overlaps = true;
 }
+
+/* In a recording on Hopper, launches between fork and fork_end run beside those from there to the
+ * join, after which the next cuda_launch() waits for both. Elsewhere the three do nothing. One
+ * branch at a time; what runs beside each other shares no scratch. */
+void cuda_fork(struct cuda_device *cuda);
+void cuda_fork_end(struct cuda_device *cuda);
+void cuda_join(struct cuda_device *cuda);
 
 /* Call f with a value of the C++ type of `dtype`. */
 template <typename F> static inline void with_type(enum dtype dtype, F &&f)

@@ -33,7 +33,13 @@ static void for_parts(const struct lora_view *lora, const struct lora_args *args
  *   64/64    64             195.7   212.7   219.1    1137    2351
  *   256/7    16             131.8    55.2    51.8   152.4    2662
  *   512/7    16                 -    81.6    74.6   170.3       -
- *   4096/7   16                 -   357.2   294.4   564.3       - */
+ *   4096/7   16                 -   357.2   294.4   564.3       -
+ *
+ * What they add to whole layers, whose base products run beside shrink:
+ *   64/1     16                      18.3    20.0
+ *   64/7     16                      24.3    25.6
+ *   128/7    16                      31.4    34.5
+ *   256/7    16                      82.3    53.5 */
 
 /* Whether tokens go in tiles of one adapter; else one by one, which reads factors once a token. */
 static bool wants_tiles(const struct lora_view *lora)
@@ -47,7 +53,7 @@ bool lora_is_fused(const struct lora_view *lora)
 {
     if (lora->n_tokens == 0 || lora->max_rank == 0 || lora->expands_more) return false;
     if (lora->mode == MLORA_LORA_FUSED) return true;
-    return lora->mode == MLORA_LORA_AUTO && wants_tiles(lora) && lora->n_tokens >= 64 &&
+    return lora->mode == MLORA_LORA_AUTO && wants_tiles(lora) && lora->n_tokens > 128 &&
            lora->max_rank <= 32;
 }
 
@@ -72,12 +78,14 @@ void cuda_lora_shrink(struct device *dev, float *h, const void *x, const struct 
         return;
     }
     const bool tiles = wants_tiles(lora) && lora_shrink_has_tiles(x, &args, dtype);
+    cuda_fork(cuda); /* the base product reads the same x and writes another y */
     for_parts(lora, &args, [&](const struct lora_args *part) {
         if (tiles)
             lora_shrink_by_tile(cuda, h, (const bf16 *)x, part);
         else
             lora_shrink_by_row(cuda, h, x, part, dtype);
     });
+    cuda_fork_end(cuda);
 }
 
 void cuda_lora_expand(struct device *dev, void *y, const float *h, const struct lora_view *lora,
@@ -85,6 +93,7 @@ void cuda_lora_expand(struct device *dev, void *y, const float *h, const struct 
 {
     struct cuda_device *cuda = cuda_begin(dev);
     if (!cuda || lora->n_segments == 0 || lora->n_tokens == 0) return;
+    cuda_join(cuda);
     if (lora->expands_more) {
         cuda_lora_expand_more(dev, y, h, lora, site, layer, dtype);
         return;

@@ -60,6 +60,7 @@ static inline struct lora_args lora_part(const struct lora_args *args, int s)
 /* Tokens of one adapter that a block works on: order[first] to order[first + n - 1]. */
 struct lora_tile {
     int slot, first, n;
+    bool leads; /* the first of its segment */
 };
 
 /* Tiles of up to `size` tokens of all segments are never more than this; where each segment is
@@ -152,6 +153,7 @@ static inline __device__ bool lora_find_tile(struct lora_tile *out, int index,
             out->slot = __shfl_sync(~0u, slot, found);
             out->first = __shfl_sync(~0u, start, found) + skip;
             out->n = min_int(size, __shfl_sync(~0u, n, found) - skip);
+            out->leads = skip == 0;
             return true;
         }
         before += __shfl_sync(~0u, upto, WARP - 1);

@@ -172,18 +172,25 @@ struct expand_tile {
     bool whole_y, whole_h, whole_b; /* aligned */
 };
 
-/* y of this lane's eight outputs and token i + 2 (lane % 4) + c, or the last. */
-static __device__ bf16 *y_of(const struct expand_tile &tile, int i, int c)
+/* Of 32 tokens of the tile from i on, this lane's, or the last: asked for before the wait. */
+static __device__ int token_of(const struct expand_tile &tile, int i)
 {
-    const int token = min_int(i + threadIdx.x % 4 * 2 + c, tile.n_tokens - 1);
-    return tile.y + (size_t)tile.order[token] * tile.y_pitch;
+    return tile.order[min_int(i + (int)threadIdx.x % WARP, tile.n_tokens - 1)];
 }
 
-static __device__ void load_y(uint4 (&old)[2], const struct expand_tile &tile, int i)
+/* y of this lane's eight outputs and token i + 2 (lane % 4) + c, or the last; `tokens` are those
+ * from a multiple of 32 on. */
+static __device__ bf16 *y_of(const struct expand_tile &tile, int tokens, int i, int c)
+{
+    const int token = __shfl_sync(~0u, tokens, i % WARP + threadIdx.x % 4 * 2 + c);
+    return tile.y + (size_t)token * tile.y_pitch;
+}
+
+static __device__ void load_y(uint4 (&old)[2], const struct expand_tile &tile, int tokens, int i)
 {
 #pragma unroll
     for (int c = 0; c < 2; c++) {
-        const bf16 *y = y_of(tile, i, c);
+        const bf16 *y = y_of(tile, tokens, i, c);
         if (tile.whole_y) {
             old[c] = *(const uint4 *)y;
             continue;
@@ -198,10 +205,11 @@ static __device__ void load_y(uint4 (&old)[2], const struct expand_tile &tile, i
 
 /* sum[j][c] and sum[j][c + 2] are outputs n + 2 j and the next of token c. */
 static __device__ void add_to_y(const struct expand_tile &tile, const uint4 (&old)[2],
-                                const float (&sum)[4][4], int i)
+                                const float (&sum)[4][4], int tokens, int i)
 {
 #pragma unroll
     for (int c = 0; c < 2; c++) {
+        bf16 *y = y_of(tile, tokens, i, c);
         if (i + (int)threadIdx.x % 4 * 2 + c >= tile.n_tokens || tile.n >= tile.N) continue;
         const uint32_t pairs[4] = {old[c].x, old[c].y, old[c].z, old[c].w};
         float value[GROUP];
@@ -210,16 +218,16 @@ static __device__ void add_to_y(const struct expand_tile &tile, const uint4 (&ol
             value[2 * j] = bf16_low(pairs[j]) + tile.scale * sum[j][c];
             value[2 * j + 1] = bf16_high(pairs[j]) + tile.scale * sum[j][c + 2];
         }
-        store_some(y_of(tile, i, c), value, tile.N - tile.n, tile.whole_y);
+        store_some(y, value, tile.N - tile.n, tile.whole_y);
     }
     __syncwarp(); /* products take the whole warp */
 }
 
 /* The row of h of token i + lane / 4, or of the last. */
-static __device__ const float *h_of(const struct expand_tile &tile, int i)
+static __device__ const float *h_of(const struct expand_tile &tile, int tokens, int i)
 {
-    const int token = min_int(i + threadIdx.x % WARP / 4, tile.n_tokens - 1);
-    return tile.h + (size_t)tile.order[token] * tile.h_pitch;
+    const int token = __shfl_sync(~0u, tokens, i % WARP + threadIdx.x % WARP / 4);
+    return tile.h + (size_t)token * tile.h_pitch;
 }
 
 /* B, of STEPS 16 of the rank at most, in registers: asked for before h and y are waited for. The
@@ -233,10 +241,12 @@ template <int STEPS> static __device__ void expand_kept(const struct expand_tile
 #pragma unroll
     for (int s = 0; s < STEPS; s++)
         load_b(b[s], (const bf16 *)tile.b, tile.n, tile.N, tile.R, s * 16 + r0);
+    int tokens = token_of(tile, 0);
     grid_wait();
-    load_y(old, tile, 0);
+    load_y(old, tile, tokens, 0);
+    const float *row = h_of(tile, tokens, 0);
 #pragma unroll
-    for (int s = 0; s < STEPS; s++) h[s] = load_h(h_of(tile, 0), s * 16 + r0, tile.R, tile.whole_h);
+    for (int s = 0; s < STEPS; s++) h[s] = load_h(row, s * 16 + r0, tile.R, tile.whole_h);
     for (int i = 0; i < tile.n_tokens; i += 8) {
         float sum[4][4] = {};
         const uint4 y[2] = {old[0], old[1]};
@@ -246,13 +256,15 @@ template <int STEPS> static __device__ void expand_kept(const struct expand_tile
             split_h(x, h[s]);
             multiply(sum, b[s], x);
         }
+        const int here = tokens;
         if (i + 8 < tile.n_tokens) {
-            load_y(old, tile, i + 8);
+            if ((i + 8) % WARP == 0) tokens = token_of(tile, i + 8);
+            load_y(old, tile, tokens, i + 8);
+            row = h_of(tile, tokens, i + 8);
 #pragma unroll
-            for (int s = 0; s < STEPS; s++)
-                h[s] = load_h(h_of(tile, i + 8), s * 16 + r0, tile.R, tile.whole_h);
+            for (int s = 0; s < STEPS; s++) h[s] = load_h(row, s * 16 + r0, tile.R, tile.whole_h);
         }
-        add_to_y(tile, y, sum, i);
+        add_to_y(tile, y, sum, here, i);
     }
 }
 
@@ -260,10 +272,12 @@ template <int STEPS> static __device__ void expand_kept(const struct expand_tile
 static __device__ void expand_any(const struct expand_tile &tile)
 {
     const int r0 = threadIdx.x % 4 * 4;
+    int tokens = token_of(tile, 0);
     grid_wait();
 #pragma unroll 1
     for (int i = 0; i < tile.n_tokens; i += 8) {
-        const float *h = h_of(tile, i);
+        if (i > 0 && i % WARP == 0) tokens = token_of(tile, i);
+        const float *h = h_of(tile, tokens, i);
         float sum[4][4] = {};
 #pragma unroll 1
         for (int r = r0; r - r0 < tile.R; r += 16) {
@@ -285,8 +299,8 @@ static __device__ void expand_any(const struct expand_tile &tile)
             }
         }
         uint4 old[2];
-        load_y(old, tile, i);
-        add_to_y(tile, old, sum, i);
+        load_y(old, tile, tokens, i);
+        add_to_y(tile, old, sum, tokens, i);
     }
 }
 
@@ -298,7 +312,7 @@ static __device__ void expand_any(const struct expand_tile &tile)
  *   grid (chunks, tiles)    block TILE_BLOCK, a warp for WARP_N outputs
  *   STEPS of 16 of the rank whose B stays in registers; 0: none */
 template <int STEPS>
-static __global__ void __launch_bounds__(TILE_BLOCK, STEPS == 1 ? 5 : 4)
+static __global__ void __launch_bounds__(TILE_BLOCK, STEPS == 4 ? 3 : 4)
     lora_expand_tile_kernel(bf16 *y, const float *h, const __grid_constant__ struct lora_args args,
                             int eights)
 {

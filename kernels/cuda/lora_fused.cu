@@ -210,6 +210,7 @@ void cuda_lora_expand_silu_mul(struct device *dev, void *y, void *gate_up, const
     }
     struct cuda_device *cuda = cuda_begin(dev);
     if (!cuda) return;
+    cuda_join(cuda);
 
     /* Tiles of as many tokens as leave half a wave of blocks: B is read once for each. */
     enum { HALF_WAVE = 2 }; /* blocks for each multiprocessor */

@@ -203,6 +203,27 @@ static __device__ void shrink_steps_any(float (&sum)[MT][NT][4], const struct ro
     }
 }
 
+/* Keep in L2 what expand reads after the base product, which streams more than L2 holds through
+ * it: the tables, and this block's part of B. */
+static __device__ void keep_for_expand(const struct lora_args &args, const struct lora_tile &tokens,
+                                       int slice, int part, int parts)
+{
+    const auto keep = [](const void *line) {
+        asm volatile("prefetch.global.L2::evict_last [%0];" ::"l"(line));
+    };
+    const struct lora_factors *f = lora_factors_of(args, tokens.slot, slice);
+    if (part == 0 && threadIdx.x == 0) {
+        keep(f);
+        keep(&args.order[tokens.first]);
+        keep(args.segment_start);
+        keep(args.segment_slot);
+    }
+    const size_t bytes = (size_t)args.width[slice] * f->R * (f->dtype == DTYPE_F32 ? 4 : 2);
+    const size_t step = (size_t)parts * TILE_BLOCK * 128;
+    for (size_t at = ((size_t)part * TILE_BLOCK + threadIdx.x) * 128; at < bytes; at += step)
+        keep((const char *)f->b + at);
+}
+
 /* Segments of several tokens on tensor cores: h[t, i, r] = dot(A[r, :], x[t, :]) for a tile of
  * 8 NT tokens of one adapter, MT tiles of 16 rows of A, and one of `splits` parts of K. The parts
  * are added up by the blocks of a cluster, or (before Hopper) by the last block.
@@ -213,7 +234,7 @@ static __device__ void shrink_steps_any(float (&sum)[MT][NT][4], const struct ro
 template <int MT, int NT, int AHEAD>
 static __global__ void __launch_bounds__(TILE_BLOCK, 2)
     lora_shrink_tile_kernel(float *h, const bf16 *x, float *parts, int *counters, bool has_clusters,
-                            const __grid_constant__ struct lora_args args)
+                            bool keeps, const __grid_constant__ struct lora_args args)
 {
     enum { SUMS = NT * 128 }; /* of a row tile */
     /* With clusters, of_block holds the parts of all blocks of the sums that this one finishes. */
@@ -257,6 +278,8 @@ static __global__ void __launch_bounds__(TILE_BLOCK, 2)
     const int steps = args.K / STEP_K, a_split = ceil_div(steps, splits);
     const int begin = blockIdx.z * a_split, end = min_int(steps, begin + a_split);
     float sum[MT][NT][4] = {};
+    if (MT == 1 && keeps && tokens.leads && tiles[0].first == 0)
+        keep_for_expand(args, tokens, tiles[0].slice, blockIdx.z, splits);
     if (all_bf16) {
         shrink_steps_bf16<MT, NT, AHEAD>(sum, tiles, rows, args.K, begin + warp, end);
     } else {
@@ -349,8 +372,11 @@ static void launch_tiles(struct cuda_device *cuda, float *h, const bf16 *x,
     const int row_tiles = args->n_slices * ceil_div(args->max_rank, 16);
     const int groups = ceil_div(row_tiles, MT), steps = args->K / STEP_K;
     /* A block for each multiprocessor, which leaves room for the next kernel's to begin, of two
-     * steps for each warp or more. Clusters of a power of two find room most easily. */
-    int splits = min_int(cuda->n_sms / (tiles * groups), steps / (2 * TILE_WARPS));
+     * steps for each warp or more. Where there is little to do, some multiprocessors are left to
+     * the base product, and B is kept in L2. Clusters of a power of two find room most easily. */
+    const bool is_small = args->n_tokens <= 64 && args->n_tokens * args->max_rank <= 1024;
+    const int blocks = is_small ? cuda->n_sms * 3 / 4 : cuda->n_sms;
+    int splits = min_int(blocks / (tiles * groups), steps / (2 * TILE_WARPS));
     splits = min_int(cuda->is_hopper ? CLUSTER_MAX : PARTS_MAX, max_int(1, splits));
     if (!cuda->is_hopper && (long long)tiles * groups > COUNTERS) splits = 1;
     while (splits & (splits - 1)) splits &= splits - 1;
@@ -369,7 +395,7 @@ static void launch_tiles(struct cuda_device *cuda, float *h, const bf16 *x,
                    "lora_shrink");
     cuda_launch(cuda, "lora_shrink", lora_shrink_tile_kernel<MT, NT, AHEAD>,
                 dim3(tiles, groups, splits), TILE_BLOCK, 0, cuda->is_hopper ? splits : 1, h, x,
-                parts, cuda->counters, cuda->is_hopper, *args);
+                parts, cuda->counters, cuda->is_hopper, is_small, *args);
 }
 
 size_t lora_shrink_tile_bytes(const struct cuda_device *cuda)

@@ -39,6 +39,79 @@ static struct recording *find_recording(struct recordings *all, const void *key,
     return oldest;
 }
 
+/* What the next launch will depend on; false: nothing is being recorded, or too much. */
+static bool read_edges(struct cuda_device *cuda, struct edges *edges)
+{
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    const cudaGraphNode_t *from = NULL;
+    const cudaGraphEdgeData *data = NULL;
+    size_t n = 0;
+
+    const cudaError_t error =
+        cudaStreamGetCaptureInfo(cuda->stream, &status, NULL, NULL, &from, &data, &n);
+    cuda_check(cuda, error, "recording a step");
+    memset(edges, 0, sizeof *edges);
+    if (error != cudaSuccess || status != cudaStreamCaptureStatusActive || n > EDGES / 2)
+        return false;
+    edges->n = n;
+    for (size_t i = 0; i < n; i++) {
+        edges->from[i] = from[i];
+        if (data) edges->data[i] = data[i];
+    }
+    return true;
+}
+
+static void set_edges(struct cuda_device *cuda, struct edges *edges)
+{
+    cuda_check(cuda,
+               cudaStreamUpdateCaptureDependencies(cuda->stream, edges->from, edges->data, edges->n,
+                                                   cudaStreamSetCaptureDependencies),
+               "recording a step");
+}
+
+void cuda_fork(struct cuda_device *cuda)
+{
+    cuda->before.n = cuda->beside.n = 0;
+    if (cuda->is_hopper) read_edges(cuda, &cuda->before);
+}
+
+void cuda_fork_end(struct cuda_device *cuda)
+{
+    if (cuda->before.n > 0 && read_edges(cuda, &cuda->beside)) set_edges(cuda, &cuda->before);
+}
+
+/* The next launch may begin while the kernels of the main line end, as ever, but only after those
+ * of the branch. Where nothing has come since the fork there is no branch: it goes on in line. */
+void cuda_join(struct cuda_device *cuda)
+{
+    struct edges edges, branch = cuda->beside;
+    cudaGraphNodeType type;
+
+    cuda->beside.n = 0;
+    if (branch.n == 0) return;
+    if (!read_edges(cuda, &edges)) {
+        cuda_fail(cuda, "recording a step", "a branch does not come back");
+        return;
+    }
+    if (edges.n == cuda->before.n &&
+        memcmp(edges.from, cuda->before.from, edges.n * sizeof edges.from[0]) == 0) {
+        set_edges(cuda, &branch);
+        return;
+    }
+    for (size_t i = 0; i < edges.n; i++) {
+        cuda_check(cuda, cudaGraphNodeGetType(edges.from[i], &type), "recording a step");
+        if (type != cudaGraphNodeTypeKernel) continue;
+        edges.data[i].type = cudaGraphDependencyTypeProgrammatic;
+        edges.data[i].from_port = cudaGraphKernelNodePortProgrammatic;
+    }
+    for (size_t i = 0; i < branch.n; i++) {
+        edges.from[edges.n] = branch.from[i];
+        edges.data[edges.n++] = branch.data[i];
+    }
+    set_edges(cuda, &edges);
+    cuda->edges_are_set = true;
+}
+
 bool cuda_replay(struct device *dev, const void *key, size_t bytes)
 {
     struct cuda_device *cuda = cuda_begin(dev);
@@ -68,6 +141,7 @@ void cuda_record_end(struct device *dev)
 
     if (!item) return;
     cuda->recordings->open = NULL;
+    cuda->beside.n = 0;
     cuda_check(cuda, cudaStreamEndCapture(cuda->stream, &graph), "recording a step");
     if (graph) cuda_check(cuda, cudaGraphInstantiate(&item->exec, graph, 0), "recording a step");
     if (graph) cudaGraphDestroy(graph);

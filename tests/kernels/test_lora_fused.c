@@ -58,6 +58,7 @@ static void check_silu_mul(int F, int T, int n, bool base, enum dtype dtype)
     void *got = device_memory(size * dtype_bytes(dtype));
     void *want = device_memory(size * dtype_bytes(dtype));
 
+    view.mode = MLORA_LORA_FUSED;
     dev->ops->lora_expand_silu_mul(dev, got, gate_up, h, &view, &site, LAYER, T, dtype);
     view.mode = MLORA_LORA_BGMV;
     dev->ops->lora_expand(dev, other, h, &view, &site, LAYER, dtype);
