@@ -125,7 +125,7 @@ static __device__ void add_to_old(float (&value)[GROUP], const uint4 &old, const
  *   grid (F / BLOCK_F, n_tiles + base tiles)    block SILU_BLOCK, a warp for WARP_F of f
  *   STEPS of 16 of the rank whose B stays in registers; 0: none */
 template <int STEPS>
-static __global__ void __launch_bounds__(SILU_BLOCK, STEPS == 1 ? 4 : 3)
+static __global__ void __launch_bounds__(SILU_BLOCK, 3)
     lora_expand_silu_mul_kernel(bf16 *y, const bf16 *gate_up, const float *h,
                                 const __grid_constant__ struct lora_args args, int T, int n_tiles,
                                 int eights)
