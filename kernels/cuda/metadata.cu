@@ -36,11 +36,7 @@ static __global__ void metadata_kernel(int32_t *position, int32_t *row, const in
 
 /* ---- draft and extend ---------------------------------------------------------------------- */
 
-enum {
-    OWN_REQUESTS = 4,                    /* of a thread in a round of the scan */
-    ROUND = EXTEND_BLOCK * OWN_REQUESTS, /* requests of a round */
-    OWN_RUN = 8,                         /* tokens that a thread writes alone */
-};
+enum { OWN_RUN = 8 /* tokens that a thread writes alone */ };
 
 template <typename Length> static __device__ int length_at(const void *lengths, int b)
 {
@@ -103,15 +99,12 @@ static __device__ int find_request(const int *start, int n, int t, bool is_linea
 
 /* Tokens [first, end) of request b, whose token 0 is t0: short runs by the thread alone, long ones
  * by its warp together. */
-template <typename Length>
-static __device__ void write_run(const struct extend_view &view, int b, int t0, int first, int end)
+static __device__ void write_run(const struct extend_view &view, int b, int before, int t0,
+                                 int first, int end)
 {
     const int lane = threadIdx.x % WARP;
     const bool is_long = end - first > OWN_RUN;
-    int before = 0;
 
-    if (first < end)
-        before = length_at<Length>(view.kv_len, b) - length_at<Length>(view.extend_len, b);
     if (!is_long)
         for (int t = first; t < end; t++) write_token(view, t, b, before, t - t0);
     for (unsigned lanes = __ballot_sync(~0u, is_long); lanes; lanes &= lanes - 1) {
@@ -126,13 +119,15 @@ static __device__ void write_run(const struct extend_view &view, int b, int t0, 
 
 /* The formulas of kernels.h. Every block sums the lengths of all requests for itself, which is
  * cheaper than a second launch, and writes its own EXTEND_BLOCK tokens; block 0 writes the starts.
+ * A thread takes OWN requests in a round of the sum, and reads all that it needs of them at once.
  *
  *   grid max(1, capacity / EXTEND_BLOCK)    block EXTEND_BLOCK, a thread a token
- *   shared 16 KiB: the starts of a round of requests */
-template <typename Length>
+ *   shared 8 OWN KiB: of a round of requests, where each starts and what is before it */
+template <typename Length, int OWN>
 static __global__ void __launch_bounds__(EXTEND_BLOCK) extend_kernel(struct extend_view view)
 {
-    __shared__ int start[ROUND + 1];
+    enum { ROUND = EXTEND_BLOCK * OWN };
+    __shared__ int start[ROUND + 1], before[ROUND];
     const int tile = blockIdx.x * EXTEND_BLOCK;
     const int tile_end = min_int(tile + EXTEND_BLOCK, view.capacity);
     const int t = tile + threadIdx.x;
@@ -141,20 +136,26 @@ static __global__ void __launch_bounds__(EXTEND_BLOCK) extend_kernel(struct exte
     grid_begin();
     for (int round = 0; round < view.bs; round += ROUND) {
         const int n = min_int(ROUND, view.bs - round);
-        const int mine = threadIdx.x * OWN_REQUESTS;
-        int own[OWN_REQUESTS], sum_own = 0, sum;
+        const int mine = threadIdx.x * OWN;
+        int own[OWN], own_before[OWN], sum_own = 0, sum;
 
-        for (int i = 0; i < OWN_REQUESTS; i++) {
-            own[i] = mine + i < n ? length_at<Length>(view.extend_len, round + mine + i) : 0;
+#pragma unroll
+        for (int i = 0; i < OWN; i++) {
+            const int b = round + mine + i;
+            own[i] = mine + i < n ? length_at<Length>(view.extend_len, b) : 0;
+            own_before[i] = mine + i < n ? length_at<Length>(view.kv_len, b) - own[i] : 0;
             sum_own += own[i];
         }
         int at = total + block_scan(sum_own, &sum);
-        for (int i = 0; i < OWN_REQUESTS; i++) {
-            if (view.search == EXTEND_BY_REQUEST)
-                write_run<Length>(view, round + mine + i, at, max_int(at, tile),
-                                  min_int(at + own[i], tile_end));
-            else
+#pragma unroll
+        for (int i = 0; i < OWN; i++) {
+            if (view.search == EXTEND_BY_REQUEST) {
+                write_run(view, round + mine + i, own_before[i], at, max_int(at, tile),
+                          min_int(at + own[i], tile_end));
+            } else {
                 start[mine + i] = at;
+                before[mine + i] = own_before[i];
+            }
             if (blockIdx.x == 0 && mine + i < n) view.request_start[round + mine + i] = at;
             at += own[i];
         }
@@ -163,10 +164,7 @@ static __global__ void __launch_bounds__(EXTEND_BLOCK) extend_kernel(struct exte
 
         if (view.search != EXTEND_BY_REQUEST && t >= total && t < min_int(total + sum, tile_end)) {
             const int q = find_request(start, n, t, view.search == EXTEND_LINEAR);
-            const int b = round + q;
-            const int before =
-                length_at<Length>(view.kv_len, b) - length_at<Length>(view.extend_len, b);
-            write_token(view, t, b, before, t - start[q]);
+            write_token(view, t, round + q, before[q], t - start[q]);
         }
         total += sum;
         __syncthreads(); /* the next round overwrites `start` */
@@ -205,7 +203,10 @@ void cuda_extend_metadata(struct device *dev, const struct extend_view *extend)
     struct extend_view view = *extend;
     if (view.search == EXTEND_ADAPTIVE)
         view.search = view.bs <= EXTEND_LINEAR_MAX ? EXTEND_LINEAR : EXTEND_BINARY;
-    cuda_launch(cuda, "extend_metadata",
-                view.has_int64_lengths ? extend_kernel<int64_t> : extend_kernel<int32_t>,
-                max_int(1, ceil_div(view.capacity, EXTEND_BLOCK)), EXTEND_BLOCK, 0, 1, view);
+    const bool one_each = view.bs <= EXTEND_BLOCK;
+    const auto kernel = view.has_int64_lengths
+                            ? (one_each ? extend_kernel<int64_t, 1> : extend_kernel<int64_t, 4>)
+                            : (one_each ? extend_kernel<int32_t, 1> : extend_kernel<int32_t, 4>);
+    cuda_launch(cuda, "extend_metadata", kernel, max_int(1, ceil_div(view.capacity, EXTEND_BLOCK)),
+                EXTEND_BLOCK, 0, 1, view);
 }
