@@ -16,7 +16,7 @@
  * Memory. Every pointer inside a struct and every tensor is memory of the device (on the CPU: of
  * the host) and borrowed until the work is done; the structs themselves are host memory, read
  * before the call returns. Nothing is kept between calls. Tensors are dense, the last index
- * fastest; alignment to 16 bytes is faster, and not needed.
+ * fastest; alignment to the size of an element is needed, to 16 bytes is faster.
  *
  * Time. On a GPU a call starts work on the caller's stream and returns; it neither waits nor
  * allocates, so it may be recorded in a CUDA graph (call each op once before the first recording:
@@ -29,8 +29,8 @@
  * after each call what it was before.
  *
  * Errors. Every function that can fail returns an mlora_kernels_status. What the host can see
- * (shapes, types, NULL, the workspace's size) is checked and refused before anything is started.
- * What only the device can see (slots, indices, lengths) is the caller's promise. */
+ * (shapes, types, NULL, alignment, the workspace's size) is checked and refused before anything is
+ * started. What only the device can see (slots, indices, lengths) is the caller's promise. */
 #ifndef MLORA_KERNELS_ABI_H
 #define MLORA_KERNELS_ABI_H
 

@@ -126,6 +126,28 @@ static bool is_there(const char *op, const char *field, const void *pointer)
     return false;
 }
 
+/* Whether an array is there and lies where its elements may: a GPU ends the process's context where
+ * they do not. */
+static bool is_array(const char *op, const char *field, const void *pointer, size_t element_bytes)
+{
+    if (!is_there(op, field, pointer)) return false;
+    if ((uintptr_t)pointer % element_bytes == 0) return true;
+    error_set(MLORA_EINVAL, "%s: %s is not aligned to %zu bytes, the size of an element", op, field,
+              element_bytes);
+    return false;
+}
+
+static bool is_array_or_null(const char *op, const char *field, const void *pointer,
+                             size_t element_bytes)
+{
+    return !pointer || is_array(op, field, pointer, element_bytes);
+}
+
+static size_t activation_bytes(int dtype)
+{
+    return dtype_bytes((enum dtype)dtype);
+}
+
 static bool is_activation(const char *op, const char *field, int dtype)
 {
     if (dtype == DTYPE_F32 || dtype == DTYPE_BF16) return true;
@@ -259,10 +281,12 @@ static mlora_status lora_call(struct lora_call *call, const mlora_kernels *kerne
     const mlora_status status = check_shapes(lora, op);
     if (status != MLORA_OK) return status;
     if (lora->n_segments > 0 && lora->n_tokens > 0 &&
-        (!is_there(op, "factors", lora->factors) || !is_there(op, "slot", lora->slot) ||
-         !is_there(op, "segment_slot", lora->segment_slot) ||
-         !is_there(op, "segment_start", lora->segment_start) ||
-         !is_there(op, "order", lora->order)))
+        (!is_array(op, "factors", lora->factors, sizeof(void *)) ||
+         !is_array(op, "slot", lora->slot, sizeof(int32_t)) ||
+         !is_array(op, "segment_slot", lora->segment_slot, sizeof(int32_t)) ||
+         !is_array(op, "segment_start", lora->segment_start, sizeof(int32_t)) ||
+         !is_array(op, "order", lora->order, sizeof(int32_t)) ||
+         !is_array_or_null(op, "bias", lora->bias, sizeof(float))))
         return MLORA_EINVAL;
     lora_call_build(call, kernels, lora);
     if (lora->n_tokens == 0) call->view.n_segments = 0;
@@ -295,7 +319,8 @@ int mlora_kernels_lora_shrink(mlora_kernels *kernels, float *h, const void *x,
 
     mlora_status status = lora_call(&call, kernels, lora, op);
     if (status != MLORA_OK || call.view.n_segments == 0) return status;
-    if (!is_there(op, "h", h) || !is_there(op, "x", x)) return MLORA_EINVAL;
+    if (!is_array(op, "h", h, sizeof *h) || !is_array(op, "x", x, activation_bytes(lora->dtype)))
+        return MLORA_EINVAL;
     status = begin(&loan, kernels, run, op, call.scratch_bytes, 0);
     if (status != MLORA_OK) return status;
     kernels->dev->ops->lora_shrink(kernels->dev, h, x, &call.view, &call.site, lora->layer,
@@ -312,7 +337,8 @@ int mlora_kernels_lora_expand(mlora_kernels *kernels, void *y, const float *h,
 
     mlora_status status = lora_call(&call, kernels, lora, op);
     if (status != MLORA_OK || call.view.n_segments == 0) return status;
-    if (!is_there(op, "y", y) || !is_there(op, "h", h)) return MLORA_EINVAL;
+    if (!is_array(op, "y", y, activation_bytes(lora->dtype)) || !is_array(op, "h", h, sizeof *h))
+        return MLORA_EINVAL;
     status = begin(&loan, kernels, run, op, call.scratch_bytes, 0);
     if (status != MLORA_OK) return status;
     kernels->dev->ops->lora_expand(kernels->dev, y, h, &call.view, &call.site, lora->layer,
@@ -329,7 +355,9 @@ int mlora_kernels_lora_add(mlora_kernels *kernels, void *y, const void *x,
 
     mlora_status status = lora_call(&call, kernels, lora, op);
     if (status != MLORA_OK || call.view.n_segments == 0) return status;
-    if (!is_there(op, "y", y) || !is_there(op, "x", x)) return MLORA_EINVAL;
+    if (!is_array(op, "y", y, activation_bytes(lora->dtype)) ||
+        !is_array(op, "x", x, activation_bytes(lora->dtype)))
+        return MLORA_EINVAL;
     status = begin(&loan, kernels, run, op, call.h_bytes + call.scratch_bytes, call.h_bytes);
     if (status != MLORA_OK) return status;
     struct device *dev = kernels->dev;
@@ -349,7 +377,9 @@ int mlora_kernels_lora_expand_silu_mul(mlora_kernels *kernels, void *y, void *ga
 
     mlora_status status = lora_call(&call, kernels, lora, op);
     if (status != MLORA_OK || lora->T == 0) return status;
-    if (!is_there(op, "y", y) || !is_there(op, "gate_up", gate_up) || !is_there(op, "h", h))
+    if (!is_array(op, "y", y, activation_bytes(lora->dtype)) ||
+        !is_array(op, "gate_up", gate_up, activation_bytes(lora->dtype)) ||
+        !is_array(op, "h", h, sizeof *h))
         return MLORA_EINVAL;
     const int F = lora->width[0];
     if (lora->n_slices != 2 || lora->width[1] != F || lora->N != 2 * F || lora->offset[0] != 0 ||
@@ -427,10 +457,14 @@ static mlora_status paged_call(struct paged_call *call, const mlora_kernels *ker
 
 static mlora_status check_paged_pointers(const mlora_kernels_paged *paged, const char *op)
 {
-    if (!is_there(op, "k", paged->k) || !is_there(op, "v", paged->v) ||
-        !is_there(op, "block_table", paged->block_table) ||
-        !is_there(op, "row_start", paged->row_start) || !is_there(op, "kv_len", paged->kv_len) ||
-        !is_there(op, "position", paged->position) || !is_there(op, "row", paged->row))
+    if (!is_array(op, "k", paged->k, activation_bytes(paged->kv_dtype)) ||
+        !is_array(op, "v", paged->v, activation_bytes(paged->kv_dtype)) ||
+        !is_array(op, "block_table", paged->block_table, sizeof(int32_t)) ||
+        !is_array(op, "row_start", paged->row_start, sizeof(int32_t)) ||
+        !is_array(op, "kv_len", paged->kv_len, sizeof(int32_t)) ||
+        !is_array(op, "position", paged->position, sizeof(int32_t)) ||
+        !is_array(op, "row", paged->row, sizeof(int32_t)) ||
+        !is_array_or_null(op, "frequency", paged->frequency, sizeof(float)))
         return MLORA_EINVAL;
     return MLORA_OK;
 }
@@ -446,7 +480,7 @@ int mlora_kernels_kv_write(mlora_kernels *kernels, void *qkv, const mlora_kernel
     if (status != MLORA_OK || paged->T == 0) return status;
     status = check_paged_pointers(paged, op);
     if (status != MLORA_OK) return status;
-    if (!is_there(op, "qkv", qkv)) return MLORA_EINVAL;
+    if (!is_array(op, "qkv", qkv, activation_bytes(paged->dtype))) return MLORA_EINVAL;
     status = begin(&loan, kernels, run, op, 0, 0);
     if (status != MLORA_OK) return status;
     kernels->dev->ops->rope(kernels->dev, qkv, &call.rope, &call.kv, &call.batch, &call.heads,
@@ -478,7 +512,9 @@ int mlora_kernels_attention(mlora_kernels *kernels, void *y, const void *qkv,
     if (status != MLORA_OK || paged->T == 0) return status;
     status = check_paged_pointers(paged, op);
     if (status != MLORA_OK) return status;
-    if (!is_there(op, "y", y) || !is_there(op, "qkv", qkv)) return MLORA_EINVAL;
+    if (!is_array(op, "y", y, activation_bytes(paged->dtype)) ||
+        !is_array(op, "qkv", qkv, activation_bytes(paged->dtype)))
+        return MLORA_EINVAL;
     status = begin(&loan, kernels, run, op, call.scratch_bytes, 0);
     if (status != MLORA_OK) return status;
     kernels->dev->ops->attention(kernels->dev, y, qkv, &call.kv, &call.batch, &call.heads,
@@ -498,13 +534,20 @@ int mlora_kernels_extend_metadata(mlora_kernels *kernels, const mlora_kernels_ex
         !in_range(op, "bs", extend->bs, 0, 1 << 20) ||
         !in_range(op, "capacity", extend->capacity, 0, 1 << 30) ||
         !in_range(op, "search", extend->search, MLORA_KERNELS_ADAPTIVE, MLORA_KERNELS_BY_REQUEST) ||
-        !is_there(op, "total", extend->total) ||
-        !is_there(op, "request_start", extend->request_start))
+        !is_array(op, "total", extend->total, sizeof(int32_t)) ||
+        !is_array(op, "request_start", extend->request_start, sizeof(int32_t)) ||
+        !is_array_or_null(op, "token_kv_len", extend->token_kv_len, sizeof(int32_t)) ||
+        !is_array_or_null(op, "clamped_kv_len", extend->clamped_kv_len, sizeof(int32_t)) ||
+        !is_array_or_null(op, "token_position", extend->token_position, sizeof(int32_t)) ||
+        !is_array_or_null(op, "token_request", extend->token_request, sizeof(int32_t)) ||
+        !is_array_or_null(op, "token_adapter", extend->token_adapter, sizeof(int32_t)))
         return MLORA_EINVAL;
-    if (extend->bs > 0 && (!is_there(op, "extend_len", extend->extend_len) ||
-                           !is_there(op, "kv_len", extend->kv_len)))
+    const size_t length_bytes = extend->has_int64_lengths ? sizeof(int64_t) : sizeof(int32_t);
+    if (extend->bs > 0 && (!is_array(op, "extend_len", extend->extend_len, length_bytes) ||
+                           !is_array(op, "kv_len", extend->kv_len, length_bytes)))
         return MLORA_EINVAL;
-    if (extend->token_adapter && extend->bs > 0 && !is_there(op, "adapter", extend->adapter))
+    if (extend->token_adapter && extend->bs > 0 &&
+        !is_array(op, "adapter", extend->adapter, sizeof(int32_t)))
         return MLORA_EINVAL;
     const mlora_status status = begin(&loan, kernels, run, op, 0, 0);
     if (status != MLORA_OK) return status;

@@ -176,41 +176,222 @@ static void test_silu(mlora_kernels *kernels)
                   "gate_up, and up, the other half");
 }
 
+/* One wrong field of a struct, and what is said of it behind the name of the function. */
+struct wrong_int {
+    size_t at;
+    int value;
+    const char *text;
+};
+struct wrong_pointer {
+    size_t at;
+    int shift; /* of a good pointer; NULL where it is 0 */
+    const char *text;
+};
+#define WRONG(type, field, value, text)                                                            \
+    {                                                                                              \
+        offsetof(type, field), value, #field text                                                  \
+    }
+
+static void spoil_int(void *copy, const struct wrong_int *wrong)
+{
+    memcpy((char *)copy + wrong->at, &wrong->value, sizeof wrong->value);
+}
+
+static void spoil_pointer(void *copy, const struct wrong_pointer *wrong)
+{
+    char *pointer = NULL;
+    if (wrong->shift) memcpy(&pointer, (char *)copy + wrong->at, sizeof pointer);
+    pointer = wrong->shift ? pointer + wrong->shift : NULL;
+    memcpy((char *)copy + wrong->at, &pointer, sizeof pointer);
+}
+
+static void check_refused_by(const char *op, int status, const char *text)
+{
+    char line[256];
+    snprintf(line, sizeof line, "%s: %s", op, text);
+    check_refused(status, line);
+}
+
+static const struct wrong_int wrong_lora[] = {
+    WRONG(mlora_kernels_lora, n_layers, 0, " is 0, must be 1 to 65535"),
+    WRONG(mlora_kernels_lora, layer, 1, " is 1, must be 0 to 0"),
+    WRONG(mlora_kernels_lora, layer, -1, " is -1, must be 0 to 0"),
+    WRONG(mlora_kernels_lora, linear, -1, " is -1, must be 0 to 5"),
+    WRONG(mlora_kernels_lora, linear, 6, " is 6, must be 0 to 5"),
+    WRONG(mlora_kernels_lora, n_slices, 0, " is 0, must be 1 to 3"),
+    WRONG(mlora_kernels_lora, n_slices, 4, " is 4, must be 1 to 3"),
+    WRONG(mlora_kernels_lora, T, -1, " is -1, must be 0 to 65535"),
+    WRONG(mlora_kernels_lora, T, 65536, " is 65536, must be 0 to 65535"),
+    WRONG(mlora_kernels_lora, K, 0, " is 0, must be 1 to 1048576"),
+    WRONG(mlora_kernels_lora, K, INT32_MIN, " is -2147483648, must be 1 to 1048576"),
+    WRONG(mlora_kernels_lora, N, 0, " is 0, must be 1 to 1048576"),
+    WRONG(mlora_kernels_lora, N, INT32_MAX, " is 2147483647, must be 1 to 1048576"),
+    {offsetof(mlora_kernels_lora, offset[1]), -1, "offset is -1, must be 0 to 3"},
+    {offsetof(mlora_kernels_lora, offset[1]), 4, "offset is 4, must be 0 to 3"},
+    {offsetof(mlora_kernels_lora, width[0]), 0, "width is 0, must be 1 to 4"},
+    {offsetof(mlora_kernels_lora, width[0]), 5, "width is 5, must be 1 to 4"},
+    WRONG(mlora_kernels_lora, dtype, MLORA_KERNELS_F16,
+          " is 1, must be MLORA_KERNELS_F32 or _BF16"),
+    WRONG(mlora_kernels_lora, dtype, -1, " is -1, must be MLORA_KERNELS_F32 or _BF16"),
+    WRONG(mlora_kernels_lora, mode, 6, " is 6, must be 0 to 5"),
+    WRONG(mlora_kernels_lora, max_rank, 0, " is 0, must be 1 to 512"),
+    WRONG(mlora_kernels_lora, max_rank, 513, " is 513, must be 1 to 512"),
+    WRONG(mlora_kernels_lora, n_segments, -1, " is -1, must be 0 to 32768"),
+    WRONG(mlora_kernels_lora, n_tokens, 5, " is 5, must be 0 to 4"),
+    WRONG(mlora_kernels_lora, n_tokens, -4, " is -4, must be 0 to 4"),
+    WRONG(mlora_kernels_lora, max_segment, 0, " is 0, must be 1 to 4"),
+    WRONG(mlora_kernels_lora, max_segment, 5, " is 5, must be 0 to 4"),
+};
+
+#define UNALIGNED " is not aligned to 4 bytes, the size of an element"
+
+static const struct wrong_pointer wrong_lora_arrays[] = {
+    WRONG(mlora_kernels_lora, factors, 0, " is NULL"),
+    WRONG(mlora_kernels_lora, factors, 4, " is not aligned to 8 bytes, the size of an element"),
+    WRONG(mlora_kernels_lora, slot, 0, " is NULL"),
+    WRONG(mlora_kernels_lora, slot, 2, UNALIGNED),
+    WRONG(mlora_kernels_lora, segment_slot, 0, " is NULL"),
+    WRONG(mlora_kernels_lora, segment_slot, 1, UNALIGNED),
+    WRONG(mlora_kernels_lora, segment_start, 0, " is NULL"),
+    WRONG(mlora_kernels_lora, segment_start, 3, UNALIGNED),
+    WRONG(mlora_kernels_lora, order, 0, " is NULL"),
+    WRONG(mlora_kernels_lora, order, 2, UNALIGNED),
+    WRONG(mlora_kernels_lora, bias, 2, UNALIGNED),
+};
+
+/* By each of the functions that take it. */
+static void check_lora_refused(mlora_kernels *kernels, const mlora_kernels_lora *lora, float *h,
+                               const char *text)
+{
+    check_refused_by("lora_shrink", mlora_kernels_lora_shrink(kernels, h, x, lora, NULL), text);
+    check_refused_by("lora_expand", mlora_kernels_lora_expand(kernels, h, h, lora, NULL), text);
+    check_refused_by("lora_add", mlora_kernels_lora_add(kernels, h, x, lora, NULL), text);
+    check_refused_by("lora_expand_silu_mul",
+                     mlora_kernels_lora_expand_silu_mul(kernels, h, h, h, lora, NULL), text);
+}
+
 static void test_refusals(mlora_kernels *kernels)
 {
     mlora_kernels_factors table[2 * MLORA_KERNELS_LINEARS];
-    mlora_kernels_lora lora = make_lora(table);
-    float h[8];
+    const mlora_kernels_lora good = make_lora(table);
+    float h[16] = {0};
+    float *unaligned = (float *)(void *)((char *)h + 1);
+    size_t bytes = 0;
+    mlora_kernels_facts facts;
 
-    check_refused(mlora_kernels_lora_shrink(NULL, h, x, &lora, NULL),
-                  "lora_shrink: kernels is NULL");
-    check_refused(mlora_kernels_lora_shrink(kernels, NULL, x, &lora, NULL),
+    for (size_t i = 0; i < sizeof wrong_lora / sizeof *wrong_lora; i++) {
+        mlora_kernels_lora lora = good;
+        spoil_int(&lora, &wrong_lora[i]);
+        check_lora_refused(kernels, &lora, h, wrong_lora[i].text);
+        check_refused_by("lora_workspace", mlora_kernels_lora_workspace(kernels, &lora, &bytes),
+                         wrong_lora[i].text);
+    }
+    for (size_t i = 0; i < sizeof wrong_lora_arrays / sizeof *wrong_lora_arrays; i++) {
+        mlora_kernels_lora lora = good;
+        lora.bias = h;
+        spoil_pointer(&lora, &wrong_lora_arrays[i]);
+        check_lora_refused(kernels, &lora, h, wrong_lora_arrays[i].text);
+    }
+    check_lora_refused(NULL, &good, h, "kernels is NULL");
+    check_lora_refused(kernels, NULL, h, "lora is NULL");
+    check_refused(mlora_kernels_lora_workspace(kernels, &good, NULL),
+                  "lora_workspace: out is NULL");
+    check_refused(mlora_kernels_lora_shrink(kernels, NULL, x, &good, NULL),
                   "lora_shrink: h is NULL");
-    check_refused(mlora_kernels_lora_shrink(kernels, h, NULL, &lora, NULL),
+    check_refused(mlora_kernels_lora_shrink(kernels, h, NULL, &good, NULL),
                   "lora_shrink: x is NULL");
-    lora.max_rank = 600;
-    check_refused(mlora_kernels_lora_shrink(kernels, h, x, &lora, NULL),
-                  "lora_shrink: max_rank is 600, must be 1 to 512");
-    lora = make_lora(table);
-    lora.offset[1] = 4;
-    check_refused(mlora_kernels_lora_shrink(kernels, h, x, &lora, NULL),
-                  "lora_shrink: offset is 4, must be 0 to 3");
-    lora = make_lora(table);
-    lora.n_slices = 4;
-    check_refused(mlora_kernels_lora_shrink(kernels, h, x, &lora, NULL),
-                  "lora_shrink: n_slices is 4, must be 1 to 3");
-    lora = make_lora(table);
-    lora.T = 65536;
-    check_refused(mlora_kernels_lora_shrink(kernels, h, x, &lora, NULL),
-                  "lora_shrink: T is 65536, must be 0 to 65535");
-    lora = make_lora(table);
-    lora.dtype = MLORA_KERNELS_F16;
-    check_refused(mlora_kernels_lora_shrink(kernels, h, x, &lora, NULL),
-                  "lora_shrink: dtype is 1, must be MLORA_KERNELS_F32 or _BF16");
-    lora = make_lora(table);
-    lora.order = NULL;
-    check_refused(mlora_kernels_lora_expand(kernels, h, h, &lora, NULL),
-                  "lora_expand: order is NULL");
+    check_refused(mlora_kernels_lora_shrink(kernels, unaligned, x, &good, NULL),
+                  "lora_shrink: h" UNALIGNED);
+    check_refused(mlora_kernels_lora_shrink(kernels, h, unaligned, &good, NULL),
+                  "lora_shrink: x" UNALIGNED);
+    check_refused(mlora_kernels_lora_expand(kernels, NULL, h, &good, NULL),
+                  "lora_expand: y is NULL");
+    check_refused(mlora_kernels_lora_expand(kernels, unaligned, h, &good, NULL),
+                  "lora_expand: y" UNALIGNED);
+    check_refused(mlora_kernels_lora_expand(kernels, h, NULL, &good, NULL),
+                  "lora_expand: h is NULL");
+    mlora_kernels_lora lora = good;
+    lora.dtype = MLORA_KERNELS_BF16;
+    check_refused(mlora_kernels_lora_add(kernels, h, unaligned, &lora, NULL),
+                  "lora_add: x is not aligned to 2 bytes, the size of an element");
+    check_refused(mlora_kernels_lora_add(kernels, unaligned, x, &lora, NULL),
+                  "lora_add: y is not aligned to 2 bytes, the size of an element");
+    check_refused(mlora_kernels_lora_expand_silu_mul(kernels, h, NULL, h, &good, NULL),
+                  "lora_expand_silu_mul: gate_up is NULL");
+    for (int i = 0; i < 16; i++) check(h[i] == 0, "nothing was written by what was refused");
+
+    check_refused(mlora_kernels_info(NULL, &facts), "info: an argument is NULL");
+    check_refused(mlora_kernels_info(kernels, NULL), "info: an argument is NULL");
+    check_refused(mlora_kernels_open(NULL, MLORA_KERNELS_VERSION, MLORA_KERNELS_CPU, 1),
+                  "open: out is NULL");
+}
+
+static const struct wrong_int wrong_paged[] = {
+    WRONG(mlora_kernels_paged, T, -1, " is -1, must be 0 to 65535"),
+    WRONG(mlora_kernels_paged, Q, 0, " is 0, must be 1 to 65535"),
+    WRONG(mlora_kernels_paged, H, 0, " is 0, must be 1 to 1024"),
+    WRONG(mlora_kernels_paged, G, 0, " is 0, must be 1 to 1024"),
+    WRONG(mlora_kernels_paged, d, 0, " is 0, must be 2 to 512"),
+    WRONG(mlora_kernels_paged, d, 514, " is 514, must be 2 to 512"),
+    WRONG(mlora_kernels_paged, max_row, 3, " is 3, must be 1 to 2"),
+    WRONG(mlora_kernels_paged, max_kv, 1, " is 1, must be 2 to 1073741824"),
+    WRONG(mlora_kernels_paged, window, -1, " is -1, must be 0 to 1073741824"),
+    WRONG(mlora_kernels_paged, max_blocks, 0, " is 0, must be 1 to 134217728"),
+    WRONG(mlora_kernels_paged, dtype, 1, " is 1, must be MLORA_KERNELS_F32 or _BF16"),
+    WRONG(mlora_kernels_paged, kv_dtype, 3, " is 3, must be MLORA_KERNELS_F32 or _BF16"),
+};
+
+static const struct wrong_pointer wrong_paged_arrays[] = {
+    WRONG(mlora_kernels_paged, k, 0, " is NULL"),
+    WRONG(mlora_kernels_paged, k, 2, UNALIGNED),
+    WRONG(mlora_kernels_paged, v, 0, " is NULL"),
+    WRONG(mlora_kernels_paged, v, 2, UNALIGNED),
+    WRONG(mlora_kernels_paged, block_table, 0, " is NULL"),
+    WRONG(mlora_kernels_paged, block_table, 1, UNALIGNED),
+    WRONG(mlora_kernels_paged, row_start, 0, " is NULL"),
+    WRONG(mlora_kernels_paged, row_start, 1, UNALIGNED),
+    WRONG(mlora_kernels_paged, kv_len, 0, " is NULL"),
+    WRONG(mlora_kernels_paged, kv_len, 1, UNALIGNED),
+    WRONG(mlora_kernels_paged, position, 0, " is NULL"),
+    WRONG(mlora_kernels_paged, position, 1, UNALIGNED),
+    WRONG(mlora_kernels_paged, row, 0, " is NULL"),
+    WRONG(mlora_kernels_paged, row, 1, UNALIGNED),
+    WRONG(mlora_kernels_paged, frequency, 2, UNALIGNED),
+};
+
+static void check_paged_refused(mlora_kernels *kernels, const mlora_kernels_paged *paged, float *y,
+                                float *qkv, const char *text)
+{
+    check_refused_by("kv_write", mlora_kernels_kv_write(kernels, qkv, paged, NULL), text);
+    check_refused_by("attention", mlora_kernels_attention(kernels, y, qkv, paged, NULL), text);
+}
+
+static void test_paged_refusals(mlora_kernels *kernels, const mlora_kernels_paged *good, float *y,
+                                float *qkv)
+{
+    float *unaligned = (float *)(void *)((char *)qkv + 2);
+    size_t bytes;
+
+    for (size_t i = 0; i < sizeof wrong_paged / sizeof *wrong_paged; i++) {
+        mlora_kernels_paged paged = *good;
+        spoil_int(&paged, &wrong_paged[i]);
+        check_paged_refused(kernels, &paged, y, qkv, wrong_paged[i].text);
+        check_refused_by("attention_workspace",
+                         mlora_kernels_attention_workspace(kernels, &paged, &bytes),
+                         wrong_paged[i].text);
+    }
+    for (size_t i = 0; i < sizeof wrong_paged_arrays / sizeof *wrong_paged_arrays; i++) {
+        mlora_kernels_paged paged = *good;
+        spoil_pointer(&paged, &wrong_paged_arrays[i]);
+        check_paged_refused(kernels, &paged, y, qkv, wrong_paged_arrays[i].text);
+    }
+    check_paged_refused(NULL, good, y, qkv, "kernels is NULL");
+    check_paged_refused(kernels, NULL, y, qkv, "paged is NULL");
+    check_paged_refused(kernels, good, y, NULL, "qkv is NULL");
+    check_paged_refused(kernels, good, y, unaligned, "qkv" UNALIGNED);
+    check_refused(mlora_kernels_attention(kernels, NULL, qkv, good, NULL), "attention: y is NULL");
+    check_refused(mlora_kernels_attention_workspace(kernels, good, NULL),
+                  "attention_workspace: out is NULL");
 }
 
 /* A row of two tokens over blocks 1 (positions 0 to 15) and 0: positions 15 and 16. With scale 0
@@ -258,6 +439,7 @@ static void test_paged(mlora_kernels *kernels)
     check(mlora_kernels_kv_write(kernels, qkv, &paged, NULL) == 0, "kv_write, turned");
     for (int i = 0; i < 4; i++) check(fabsf(qkv[i] - turned[i]) < 1e-4f, "qkv, turned");
 
+    test_paged_refusals(kernels, &paged, y, qkv);
     paged.d = 3;
     check_refused(mlora_kernels_attention(kernels, y, qkv, &paged, NULL),
                   "attention: d is 3, must be even");
@@ -266,10 +448,30 @@ static void test_paged(mlora_kernels *kernels)
     paged.G = 2;
     check_refused(mlora_kernels_kv_write(kernels, qkv, &paged, NULL),
                   "kv_write: H is 3, must be a multiple of G, 2");
-    paged.H = paged.G = 1;
-    paged.row = NULL;
-    check_refused(mlora_kernels_attention(kernels, y, qkv, &paged, NULL), "attention: row is NULL");
 }
+
+static const struct wrong_int wrong_extend[] = {
+    WRONG(mlora_kernels_extend, bs, -1, " is -1, must be 0 to 1048576"),
+    WRONG(mlora_kernels_extend, capacity, -1, " is -1, must be 0 to 1073741824"),
+    WRONG(mlora_kernels_extend, search, 4, " is 4, must be 0 to 3"),
+};
+
+static const struct wrong_pointer wrong_extend_arrays[] = {
+    WRONG(mlora_kernels_extend, extend_len, 0, " is NULL"),
+    WRONG(mlora_kernels_extend, extend_len, 2, UNALIGNED),
+    WRONG(mlora_kernels_extend, kv_len, 0, " is NULL"),
+    WRONG(mlora_kernels_extend, kv_len, 2, UNALIGNED),
+    WRONG(mlora_kernels_extend, adapter, 1, UNALIGNED),
+    WRONG(mlora_kernels_extend, total, 0, " is NULL"),
+    WRONG(mlora_kernels_extend, total, 1, UNALIGNED),
+    WRONG(mlora_kernels_extend, request_start, 0, " is NULL"),
+    WRONG(mlora_kernels_extend, request_start, 1, UNALIGNED),
+    WRONG(mlora_kernels_extend, token_kv_len, 1, UNALIGNED),
+    WRONG(mlora_kernels_extend, clamped_kv_len, 1, UNALIGNED),
+    WRONG(mlora_kernels_extend, token_position, 1, UNALIGNED),
+    WRONG(mlora_kernels_extend, token_request, 1, UNALIGNED),
+    WRONG(mlora_kernels_extend, token_adapter, 1, UNALIGNED),
+};
 
 static void test_extend(mlora_kernels *kernels)
 {
@@ -297,9 +499,33 @@ static void test_extend(mlora_kernels *kernels)
     check_ints(out[0], kv_want, 6, "token_kv_len");
     check_ints(out[1], clamped_want, 6, "clamped_kv_len");
     check_ints(out[2], request_want, 6, "token_request");
-    extend.search = 4;
+    for (size_t i = 0; i < sizeof wrong_extend / sizeof *wrong_extend; i++) {
+        mlora_kernels_extend copy = extend;
+        spoil_int(&copy, &wrong_extend[i]);
+        check_refused_by("extend_metadata", mlora_kernels_extend_metadata(kernels, &copy, NULL),
+                         wrong_extend[i].text);
+    }
+    extend.token_adapter = out[2];
     check_refused(mlora_kernels_extend_metadata(kernels, &extend, NULL),
-                  "extend_metadata: search is 4, must be 0 to 3");
+                  "extend_metadata: adapter is NULL");
+    extend.adapter = len;
+    extend.token_position = out[0];
+    for (size_t i = 0; i < sizeof wrong_extend_arrays / sizeof *wrong_extend_arrays; i++) {
+        mlora_kernels_extend copy = extend;
+        spoil_pointer(&copy, &wrong_extend_arrays[i]);
+        check_refused_by("extend_metadata", mlora_kernels_extend_metadata(kernels, &copy, NULL),
+                         wrong_extend_arrays[i].text);
+    }
+    extend.has_int64_lengths = 1;
+    extend.extend_len = start + ((uintptr_t)start % 8 == 0);
+    check_refused(mlora_kernels_extend_metadata(kernels, &extend, NULL),
+                  "extend_metadata: extend_len is not aligned to 8 bytes, the size of an element");
+    check_refused(mlora_kernels_extend_metadata(NULL, &extend, NULL),
+                  "extend_metadata: kernels is NULL");
+    check_refused(mlora_kernels_extend_metadata(kernels, NULL, NULL),
+                  "extend_metadata: extend is NULL");
+    check(total == 5, "total after refusals");
+    check_ints(out[2], request_want, 6, "token_request after refusals");
 }
 
 int main(void)
