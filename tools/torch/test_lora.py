@@ -1,10 +1,13 @@
 """LoRA on PyTorch tensors against products in float32, gathered for each token."""
+import re
 import unittest
+from unittest import mock
 
 import torch
 
 import support
-from support import mlora_kernels
+from support import mlora_kernels, ops
+from mlora_kernels import reference
 
 # T, slots, rank, K, widths of the slices
 SHAPES = [
@@ -149,14 +152,73 @@ class Lora(support.Case):
             mlora_kernels.lora_shrink_expand(batch.x, batch.a, batch.h, batch.b, batch.y, *metadata, 1.0)
             self.assertTrue(torch.equal(batch.y, before))
 
-    def test_operators_are_declared_right(self):
+    def test_positions_of_older_arguments(self):
+        """vLLM before num_active_loras: offset_start and add_inputs follow the flag."""
         for device, _ in self.each_backend():
-            batch = Batch(SHAPES[3], TYPES[1], device, 5)
-            checks = "test_schema", "test_faketensor"
-            torch.library.opcheck(torch.ops.mlora.lora_shrink.default,
-                                  (batch.x, batch.a, batch.h, *batch.metadata, 1.0, "auto"), test_utils=checks)
-            torch.library.opcheck(torch.ops.mlora.lora_expand.default,
-                                  (batch.h, batch.b, batch.y, *batch.metadata, 3, True, "auto"), test_utils=checks)
+            batch = Batch(SHAPES[3], TYPES[0], device, 5)
+            h = torch.randn(batch.h.shape, device=device)
+            want = batch.expanded(h, True)
+            mlora_kernels.lora_expand(h, batch.b, batch.y, *batch.metadata[:6], batch.offset, True)
+            close(batch.y, want)
+
+    def test_float16_is_served(self):
+        """By the library, not by PyTorch in its place; also where output is strided."""
+        for device in support.DEVICES:
+            with support.backend(self, device, "library"), mock.patch.object(ops, "reference", None):
+                ops.reference = mock.Mock(stacked=reference.stacked, lora_shrink=None, lora_expand=None)
+                batch = Batch(SHAPES[2], (torch.float16, torch.float16), device, 5)
+                want = batch.expanded(batch.shrunk(1.0), True, 0.5)
+                y = batch.y.t().contiguous().t()
+                mlora_kernels.lora_shrink_expand(batch.x, batch.a, batch.h, batch.b, y, *batch.metadata, 0.5,
+                                                 batch.offset)
+                close(y, want)
+
+    def test_what_does_not_fit_is_refused(self):
+        """Before anything past the end of a tensor is read or written."""
+        for device, _ in self.each_backend():
+            def change(**changed):
+                """lora_shrink_expand of a batch in which some arguments are others."""
+                batch = Batch(SHAPES[4], TYPES[1], device, 5)  # 7 tokens, 9 slots, rank 17, K 33, 5 + 3 + 9
+                names = ("inputs", "a", "h", "b", "y", "mapping", "order", "tokens", "start", "ids", "flag",
+                         "active")
+                arguments = dict(zip(names, (batch.x, batch.a, batch.h, batch.b, batch.y, *batch.metadata)))
+                arguments.update({name: value(arguments[name]) for name, value in changed.items()})
+                mlora_kernels.lora_shrink_expand(*arguments.values(), 1.0, batch.offset)
+
+            change()
+            for text, changed in (
+                    ("inputs is [33], must be [any, any]", {"inputs": lambda t: t[0]}),
+                    ("lora_a_weights is empty", {"a": lambda t: []}),
+                    ("lora_a_weights[0] is [9, 17, 33], must be [9, 17, 32]", {"inputs": lambda t: t[:, 1:]}),
+                    ("lora_a_weights[2] is [9, 16, 33], must be [9, 17, 33]",
+                     {"a": lambda t: [*t[:2], t[2][:, :, :16]]}),
+                    ("lora_a_weights[1] is [8, 17, 33], must be [9, 17, 33]",
+                     {"a": lambda t: [t[0], t[1][:8], t[2]]}),
+                    ("shrink_buffer is [3, 6, 17], must be [3, 7, 17]", {"h": lambda t: t[:, :6]}),
+                    ("lora_b_weights[0] is [9, 5, 16], must be [9, any, 17]",
+                     {"b": lambda t: [w[..., :16] for w in t]}),
+                    ("3 slices of lora_a_weights, 2 of lora_b_weights", {"b": lambda t: t[:2]}),
+                    ("output_tensor is [6, 22], must be [7, any]", {"y": lambda t: t[:6]}),
+                    ("the slices are columns 3 to 19, output_tensor has 19 columns", {"y": lambda t: t[:, :19]}),
+                    ("token_lora_mapping is [6], must be [7]", {"mapping": lambda t: t[:6]}),
+                    ("token_indices_sorted_by_lora_ids is [3], must be [7]", {"order": lambda t: t[:3]}),
+                    ("num_tokens_per_lora is [9], must be [10]", {"tokens": lambda t: t[:9]}),
+                    ("lora_token_start_loc is [10], must be [11]", {"start": lambda t: t[:10]}),
+                    ("lora_ids is on cpu, must be on cuda:0", {"ids": lambda t: t.cpu()})):
+                if device == "cpu" and "cuda" in text:
+                    continue
+                with self.subTest(text=text):
+                    with self.assertRaisesRegex(ValueError, re.escape("lora_shrink_expand: " + text)):
+                        change(**changed)
+            batch = Batch(SHAPES[4], TYPES[1], device, 5)
+            with self.assertRaisesRegex(ValueError, "lora_shrink: mode is 'fast', must be one of auto, loop"):
+                mlora_kernels.lora_shrink(batch.x, batch.a, batch.h, *batch.metadata, 1.0, mode="fast")
+            with self.assertRaisesRegex(ValueError, r"lora_shrink: output_tensor is \[2, 7, 17\], must be \[3, 7, "):
+                mlora_kernels.lora_shrink(batch.x, batch.a, batch.h[:2], *batch.metadata, 1.0)
+            with self.assertRaisesRegex(ValueError, r"lora_expand: inputs is \[2, 7, 17\], must be \[3, any, any\]"):
+                mlora_kernels.lora_expand(batch.h[:2], batch.b, batch.y, *batch.metadata)
+            with self.assertRaisesRegex(ValueError, "lora_expand: the slices are columns -1 to 15, output_tensor "):
+                mlora_kernels.lora_expand(batch.h, batch.b, batch.y, *batch.metadata, offset_start=-1)
 
     def test_compiled(self):
         for device, kind in self.each_backend():

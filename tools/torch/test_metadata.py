@@ -1,10 +1,14 @@
 """The metadata of draft and extend steps against lists."""
+import os
+import re
 import unittest
+from unittest import mock
 
 import torch
 
 import support
 from support import mlora_kernels
+from mlora_kernels import abi
 
 
 def expected(lens, kv_lens, topk):
@@ -40,8 +44,8 @@ class Metadata(support.Case):
             lens = torch.tensor([2, 0, 3], dtype=torch.int32, device=device)
             kv_lens = torch.tensor([5, 9, 2], dtype=torch.int32, device=device)
             out = [torch.zeros(5, dtype=torch.int32, device=device) for _ in "ab"]
-            for use_adaptive in True, False:
-                total = mlora_kernels.fill_draft_extend_metadata(lens, kv_lens, 4, *out, use_adaptive=use_adaptive)
+            for flags in {}, {"use_adaptive": False}, {"use_adaptive": False, "use_optimized": False}:
+                total = mlora_kernels.fill_draft_extend_metadata(lens, kv_lens, 4, *out, **flags)
                 self.assertEqual(total, 5)
                 self.assertEqual(out[0].tolist(), [4, 5, 0, 1, 2])
                 self.assertEqual(out[1].tolist(), [4, 4, 0, 1, 2])
@@ -68,14 +72,51 @@ class Metadata(support.Case):
                     self.assertEqual(n, len(want[0]))
                     self.assertEqual([o[:n].tolist() for o in out], list(want))
 
+    def test_what_does_not_fit_is_refused(self):
+        for device, _ in self.each_backend():
+            lens, out = torch.ones(3, dtype=torch.int32, device=device), torch.zeros(5, dtype=torch.int32, device=device)
+            for text, arguments, more in (
+                    ("seq_lens is [2], must be [3]", (lens, lens[:2], 4, out, out.clone()), {}),
+                    ("request_start is [3], must be [4]", (lens, lens, 4, out, out.clone()), {"request_start": lens}),
+                    ("total is [3], must be [1]", (lens, lens, 4, out, out.clone()), {"total": lens}),
+                    ("seq_lens is on cpu, must be on cuda:0", (lens, lens.cpu(), 4, out, out.clone()), {}),
+                    ("search is 'fast', must be one of adaptive, linear, binary, by_request",
+                     (lens, lens, 4, out, out.clone()), {"search": "fast"})):
+                if device == "cpu" and "cuda" in text:
+                    continue
+                with self.assertRaisesRegex(ValueError, re.escape("extend_metadata: " + text)):
+                    mlora_kernels.extend_metadata(*arguments, **more)
+
     def test_what_it_says_of_itself(self):
+        keys = set(mlora_kernels.kernel_info("cpu"))
         for device, kind in self.each_backend():
             info = mlora_kernels.kernel_info(device)
+            self.assertEqual(set(info), keys)
             self.assertEqual(info["backend"], device if kind == "library" else "torch")
+            self.assertEqual(info["adaptive"], kind == "library")
             if kind == "torch":
                 self.assertEqual(info["why"], "left out by the test")
-            else:
-                self.assertEqual((info["linear_binary_threshold"], info["kv_block_size"]), (16, 16))
+                continue
+            self.assertIsNone(info["why"])
+            self.assertEqual((info["linear_binary_threshold"], info["kv_block_size"]), (16, 16))
+            self.assertEqual(info["extend_block_size"] % 32, 0)
+            self.assertEqual((info["max_rank"], info["modes"][0]), (512, "auto"))
+            self.assertTrue(device == "cpu" or any(a.startswith("sm_") for a in info["architectures"]))
+        self.assertEqual(mlora_kernels.kernel_info("meta")["why"], "there are no kernels for devices of type meta")
+        if not torch.cuda.is_available():
+            self.assertEqual(mlora_kernels.kernel_info("cuda")["why"], "PyTorch sees no CUDA GPU")
+
+    def test_a_library_that_is_not_one(self):
+        for path, text in (("/no/such.so", "/no/such.so: cannot open shared object file: No such file or directory"),
+                           (__file__, __file__ + ": "), ("libc.so.6", "undefined symbol: mlora_kernels_error")):
+            with mock.patch.dict(os.environ, {"MLORA_KERNELS_LIBRARY": path}):
+                library = abi.Library()
+            self.assertIsNone(library.path)
+            self.assertIn(text, library.missing)
+            self.assertIsNone(library.handle(abi.CPU, 0))
+            self.assertEqual(library.refusal(abi.CPU, 0), library.missing)
+        with mock.patch.object(abi, "VERSION", 2):
+            self.assertRegex(abi.Library().missing, r"\.so: version 1, this module is for 2")
 
 
 if __name__ == "__main__":

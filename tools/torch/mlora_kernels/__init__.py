@@ -3,8 +3,8 @@ extend steps, attention over a paged cache.
 
 Importing it needs PyTorch alone. libmlora_kernels.so (make, in the root of mlora) is looked for at
 $MLORA_KERNELS_LIBRARY, else in build/, else where the loader looks. Where it is missing, or a GPU is,
-or a type is not served (activations other than float32 and bfloat16), the same comes from PyTorch;
-kernel_info() says which.
+or a type is not served (float16 in the cache, say), the same comes from PyTorch; kernel_info() says
+which. Shapes that do not fit one another are a ValueError, what the library refuses a Failure.
 
 Every function is an operator of the namespace `mlora`, so torch.compile takes it as it is. For a CUDA
 graph run the step once before it is recorded. Work on one device belongs on one stream at a time
@@ -48,9 +48,11 @@ def lora_expand(inputs, lora_b_weights, output_tensor, token_lora_mapping,
                 no_lora_flag_cpu, num_active_loras=None, offset_start=0, add_inputs=False, mode="auto"):
     """Columns of slice i of output[t, :] (+)= B inputs[i, t, :], for tokens with an adapter.
 
-    With the arguments of vLLM's lora_expand. inputs [slices, T, R]; lora_b_weights of each slice
+    With the arguments of vLLM's lora_expand, also of its versions before num_active_loras. inputs [slices, T, R]; lora_b_weights of each slice
     [S, (1,) N_i, R]; output [T, N], whose slices begin at column offset_start. add_inputs: add to
     output, rounding once; else replace it."""
+    if isinstance(offset_start, bool):
+        num_active_loras, offset_start, add_inputs = None, num_active_loras, offset_start
     torch.ops.mlora.lora_expand(inputs, list(lora_b_weights), output_tensor, token_lora_mapping,
                                 token_indices_sorted_by_lora_ids, num_tokens_per_lora,
                                 lora_token_start_loc, lora_ids, no_lora_flag_cpu,
@@ -106,12 +108,13 @@ def extend_metadata(extend_seq_lens, seq_lens, nsa_index_topk, out_seqlens_expan
 
 
 def fill_draft_extend_metadata(extend_seq_lens, seq_lens, nsa_index_topk, out_seqlens_expanded,
-                               out_nsa_cache_seqlens, use_adaptive=True):
-    """The same with the arguments of SGLang's fill_draft_extend_metadata. Returns the total as an
-    int, for which it waits. ValueError where the outputs have no room for it; they then hold as
-    much as fits."""
+                               out_nsa_cache_seqlens, use_adaptive=True, use_optimized=True):
+    """The same with the arguments of SGLang's fill_draft_extend_metadata (in its CUDA and its Triton
+    version). Returns the total as an int, for which it waits. ValueError where the outputs have no
+    room for it; they then hold as much as fits. The sums are always made in the one launch."""
     total = extend_metadata(extend_seq_lens, seq_lens, nsa_index_topk, out_seqlens_expanded,
-                            out_nsa_cache_seqlens, search="adaptive" if use_adaptive else "linear")
+                            out_nsa_cache_seqlens,
+                            search="adaptive" if use_adaptive or use_optimized else "binary")
     count = int(total.item())
     room = min(out_seqlens_expanded.shape[0], out_nsa_cache_seqlens.shape[0])
     if count > room:
@@ -140,27 +143,45 @@ def paged_attention(qkv, k_cache, v_cache, block_table, row_start, kv_len, posit
         room if max_kv is None else max_kv, window)
 
 
+def _no_kernels(device):
+    """Why the library does nothing there; None where it does, or may."""
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return "PyTorch sees no CUDA GPU"
+    if device.type not in ("cpu", "cuda"):
+        return f"there are no kernels for devices of type {device.type}"
+    return None
+
+
 def kernel_info(device=None):
-    """What computes on a device, by default the current GPU, or the CPU where there is none:
-    `backend` is "cuda", "cpu" or "torch", the last with the reason in `why`."""
+    """What computes on a device, by default the current GPU, or the CPU where there is none.
+
+    `backend` is "cuda", "cpu" or "torch", the last with the reason in `why` and None or nothing in
+    what describes the kernels. `adaptive`: the metadata's search is chosen by the number of
+    requests, linear up to `linear_binary_threshold`."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(device)
+    info = {"backend": "torch", "device": str(device), "library": ops.state.library.path,
+            "why": _no_kernels(device), "version": None, "description": f"PyTorch {torch.__version__}",
+            "capability": None, "n_multiprocessors": None, "architectures": [], "modes": [],
+            "adaptive": False, "linear_binary_threshold": None, "extend_block_size": None,
+            "kv_block_size": None, "max_rank": None, "max_slices": None, "max_tokens": None,
+            "activations": [], "weights": []}
+    if info["why"]:
+        return info
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
+        info["device"] = str(device)
     key = (abi.CUDA, device.index) if device.type == "cuda" else (abi.CPU, 0)
-    library = ops.state.library
     with ops.state.lock:
-        handle = library.handle(*key)
+        handle = ops.state.library.handle(*key)
         if handle is None:
-            return {"backend": "torch", "device": str(device), "library": library.path,
-                    "why": library.refusal(*key)}
-        facts = library.facts(handle)
+            return {**info, "why": ops.state.library.refusal(*key)}
+        facts = ops.state.library.facts(handle)
     architectures = facts.architectures.decode()
     return {
+        **info,
         "backend": "cuda" if facts.backend == abi.CUDA else "cpu",
-        "device": str(device),
-        "library": library.path,
         "version": facts.version,
         "description": facts.description.decode(),
         "capability": facts.capability,
@@ -174,6 +195,6 @@ def kernel_info(device=None):
         "max_rank": facts.max_rank,
         "max_slices": facts.max_slices,
         "max_tokens": facts.max_tokens,
-        "activations": ["float32", "bfloat16"],
+        "activations": ["float32", "bfloat16", "float16 (LoRA, as float32)"],
         "weights": ["float32", "float16", "bfloat16"],
     }

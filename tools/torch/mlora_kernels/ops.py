@@ -58,6 +58,16 @@ def run_on(tensor, workspace_bytes=0):
     return run, workspace
 
 
+def expect(op, name, tensor, shape, device):
+    """Refuse a tensor past whose end the library would read; None in a shape is any length."""
+    found = list(tensor.shape)
+    if len(found) != len(shape) or any(want not in (None, have) for want, have in zip(shape, found)):
+        wanted = ", ".join("any" if n is None else str(n) for n in shape)
+        raise ValueError(f"{op}: {name} is {found}, must be [{wanted}]")
+    if tensor.device != device:
+        raise ValueError(f"{op}: {name} is on {tensor.device}, must be on {device}")
+
+
 def int32(tensor):
     return tensor.to(torch.int32).contiguous()
 
@@ -69,53 +79,64 @@ def is_recording(device):
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def table_of(a_weights, b_weights, scale, device):
-    """The table [S, 1, LINEARS] of struct factors for stacked weights, made once for each place.
-    One of the lists may be None: the table serves shrink, or expand, alone."""
-    def key_of(weights):
-        return weights and tuple((w.data_ptr(), tuple(w.shape), w.stride(0), w.dtype) for w in weights)
-
-    key = key_of(a_weights), key_of(b_weights), scale, device
+def table_of(weights, rank, scale):
+    """The table [S, 1, LINEARS] of struct factors for stacked weights, made once for each place. It
+    has them as A and as B: it serves shrink, or expand, alone."""
+    device = weights[0].device
+    key = tuple((w.data_ptr(), tuple(w.shape), w.stride(0), w.dtype) for w in weights), rank, scale, device
     table = state.tables.get(key)
     if table is not None:
         return table
     if is_recording(device):
         raise RuntimeError("mlora_kernels: these weights are used for the first time while a CUDA graph is "
                            "recorded: run the step once before")
-    first = (a_weights or b_weights)[0]
-    entries = (abi.Factors * (first.shape[0] * abi.LINEARS))()
-    for i in range(len(a_weights or b_weights)):
-        a, b = (a_weights or b_weights)[i], (b_weights or a_weights)[i]
-        for slot in range(first.shape[0]):
+    n_slots = weights[0].shape[0]
+    entries = (abi.Factors * (n_slots * abi.LINEARS))()
+    for i, weight in enumerate(weights):
+        for slot in range(n_slots):
             entry = entries[slot * abi.LINEARS + i]
-            entry.a = a.data_ptr() + slot * a.stride(0) * a.element_size()
-            entry.b = b.data_ptr() + slot * b.stride(0) * b.element_size()
-            entry.rank = a.shape[1] if a_weights else b.shape[2]
-            entry.dtype = DTYPES[a.dtype]
-            entry.scale = scale
+            entry.a = entry.b = weight.data_ptr() + slot * weight.stride(0) * weight.element_size()
+            entry.rank, entry.dtype, entry.scale = rank, DTYPES[weight.dtype], scale
     table = torch.frombuffer(bytearray(bytes(entries)), dtype=torch.uint8).to(device)
     state.tables[key] = table
     return table
 
 
-def is_served(x, weights, max_rank):
+def stacked_weights(op, name, weights, shape, device):
+    """Each as [S, *shape]."""
+    if not weights:
+        raise ValueError(f"{op}: {name} is empty")
+    weights = [reference.stacked(w) for w in weights]
+    for i, weight in enumerate(weights):
+        expect(op, f"{name}[{i}]", weight, (weights[0].shape[0], *shape), device)
+    return weights
+
+
+def is_served(dtype, weights, rank, T):
     """Whether the library takes these: else PyTorch does."""
-    return (x.dtype in ACTIVATIONS and 0 < max_rank <= 512 and x.shape[0] <= 65535 and
-            all(w.dtype in DTYPES and w.dtype == weights[0].dtype and w.dim() == 3 and
-                w.shape[0] == weights[0].shape[0] and w.stride(2) == 1 and
-                w.stride(1) == w.shape[2] and w.device == x.device for w in weights))
+    return (dtype in ACTIVATIONS and 0 < rank <= 512 and T <= 65535 and
+            all(w.dtype in DTYPES and w.dtype == weights[0].dtype and w.stride(2) == 1 and
+                w.stride(1) == w.shape[2] for w in weights))
 
 
 class Metadata:
     """What the host knows of vLLM's metadata, and the arrays, which are borrowed for the call."""
 
-    def __init__(self, mapping, order, start, ids, n_active):
+    def __init__(self, op, T, device, mapping, order, tokens, start, ids, n_active, mode):
+        n = ids.shape[0]
+        for name, tensor, length in (
+                ("token_lora_mapping", mapping, T), ("token_indices_sorted_by_lora_ids", order, T),
+                ("num_tokens_per_lora", tokens, n), ("lora_token_start_loc", start, n + 1),
+                ("lora_ids", ids, n)):
+            expect(op, name, tensor, (length,), device)
+        if mode not in abi.MODES:
+            raise ValueError(f"{op}: mode is {mode!r}, must be one of {', '.join(abi.MODES)}")
+        self.T, self.mode = T, abi.MODES[mode]
         self.mapping, self.order, self.start, self.ids = map(int32, (mapping, order, start, ids))
-        self.n_segments = ids.shape[0] if n_active is None else min(int(n_active), ids.shape[0])
+        self.n_segments = n if n_active is None else max(0, min(int(n_active), n))
 
     def fill(self, lora):
-        T = self.mapping.shape[0]
-        lora.T = lora.n_tokens = lora.max_segment = T
+        lora.T = lora.n_tokens = lora.max_segment = self.T
         lora.n_segments = self.n_segments
         lora.slot = self.mapping.data_ptr()
         lora.segment_slot = self.ids.data_ptr()
@@ -123,17 +144,17 @@ class Metadata:
         lora.order = self.order.data_ptr()
 
 
-def make_lora(table, metadata, n_slices, K, N, offsets, widths, dtype, max_rank, mode):
+def make_lora(table, metadata, K, N, offsets, widths, dtype, rank):
     lora = abi.Lora()
     metadata.fill(lora)
     lora.factors = table.data_ptr()
     lora.n_layers = 1
-    lora.n_slices, lora.K, lora.N = n_slices, K, N
-    for i in range(n_slices):
-        lora.offset[i], lora.width[i] = offsets[i], widths[i]
+    lora.n_slices, lora.K, lora.N = len(widths), K, N
+    for i, (offset, width) in enumerate(zip(offsets, widths)):
+        lora.offset[i], lora.width[i] = offset, width
     lora.dtype = DTYPES[dtype]
-    lora.mode = abi.MODES[mode]
-    lora.max_rank = max_rank
+    lora.mode = metadata.mode
+    lora.max_rank = rank
     lora.h_by_slice = 1
     return lora
 
@@ -151,94 +172,121 @@ def groups(n):
     return [(i, min(n, i + abi.SLICES)) for i in range(0, n, abi.SLICES)]
 
 
+def shrink(h, x, weights, metadata):
+    """h[i, t, :] = A x[t, :]; rows of h without an adapter are left as they are, or become zeros."""
+    R, K = weights[0].shape[1:]
+    if x.dtype == torch.float16:
+        x = x.float()
+    handle = handle_of(x)
+    if handle is None or not is_served(x.dtype, weights, R, metadata.T):
+        reference.lora_shrink(x, weights, h, metadata.mapping, 1.0)
+        return
+    x = x.contiguous()
+    for i, end in groups(len(weights)):
+        n = end - i
+        lora = make_lora(table_of(weights[i:end], R, 1.0), metadata, K, n, range(n), [1] * n, x.dtype, R)
+        call_lora("lora_shrink", handle, lora, x, h[i].data_ptr(), x.data_ptr())
+
+
+def expand(y, h, weights, metadata, offset, add_inputs, scaling):
+    """Columns of slice i of y[t, :] (+)= scaling * B h[i, t, :]."""
+    R = weights[0].shape[2]
+    if y.dtype == torch.float16 or (y.dtype in ACTIVATIONS and y.shape[1] > 1 and y.stride(1) != 1):
+        columns = y[:, offset:offset + sum(w.shape[1] for w in weights)]
+        wide = columns.float().contiguous()
+        expand(wide, h, weights, metadata, 0, add_inputs, scaling)
+        columns.copy_(wide)
+        return
+    handle = handle_of(y)
+    if handle is None or not is_served(y.dtype, weights, R, metadata.T):
+        reference.lora_expand(h, weights, y, metadata.mapping, offset, add_inputs, scaling)
+        return
+    h = h.to(torch.float32).contiguous()
+    if not add_inputs:
+        columns = y[:, offset:offset + sum(w.shape[1] for w in weights)]
+        columns.masked_fill_((metadata.mapping >= 0).unsqueeze(1), 0)
+    pitch = y.stride(0) if metadata.T > 1 else y.shape[1]
+    for i, end in groups(len(weights)):
+        widths = [w.shape[1] for w in weights[i:end]]
+        offsets = [offset + sum(widths[:j]) for j in range(len(widths))]
+        offset += sum(widths)
+        lora = make_lora(table_of(weights[i:end], R, scaling), metadata, 1, pitch, offsets, widths, y.dtype, R)
+        call_lora("lora_expand", handle, lora, y, y.data_ptr(), h[i].data_ptr())
+
+
+def expect_columns(op, output, T, offset, weights, device):
+    expect(op, "output_tensor", output, (T, None), device)
+    end = offset + sum(w.shape[1] for w in weights)
+    if offset < 0 or end > output.shape[1]:
+        raise ValueError(f"{op}: the slices are columns {offset} to {end - 1}, output_tensor has "
+                         f"{output.shape[1]} columns")
+
+
 def lora_shrink(inputs, lora_a_weights, output_tensor, token_lora_mapping,
                 token_indices_sorted_by_lora_ids, num_tokens_per_lora, lora_token_start_loc,
                 lora_ids, no_lora_flag_cpu, num_active_loras, scaling, mode):
-    if inputs.shape[0] == 0 or no_lora_flag_cpu.item():
+    op, device = "lora_shrink", inputs.device
+    expect(op, "inputs", inputs, (None, None), device)
+    T, K = inputs.shape
+    if T == 0 or no_lora_flag_cpu.item():
         return
-    weights = [reference.stacked(w) for w in lora_a_weights]
-    R, K = weights[0].shape[1:]
-    handle = handle_of(inputs)
-    out = output_tensor
-    if handle is None or not is_served(inputs, weights, R) or not out.is_contiguous():
-        reference.lora_shrink(inputs, weights, out, token_lora_mapping, scaling)
-        return
-    h = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
+    R = output_tensor.shape[-1]
+    weights = stacked_weights(op, "lora_a_weights", lora_a_weights, (R, K), device)
+    expect(op, "output_tensor", output_tensor, (len(weights), T, R), device)
+    metadata = Metadata(op, T, device, token_lora_mapping, token_indices_sorted_by_lora_ids,
+                        num_tokens_per_lora, lora_token_start_loc, lora_ids, num_active_loras,
+                        mode)
+    h = output_tensor
+    if h.dtype != torch.float32 or not h.is_contiguous():
+        h = torch.empty(h.shape, dtype=torch.float32, device=device)
     h.zero_()
-    x = inputs.contiguous()
-    metadata = Metadata(token_lora_mapping, token_indices_sorted_by_lora_ids, lora_token_start_loc,
-                        lora_ids, num_active_loras)
-    for i, end in groups(len(weights)):
-        table = table_of(weights[i:end], None, 1.0, x.device)
-        lora = make_lora(table, metadata, end - i, K, end - i, range(end - i), [1] * (end - i), x.dtype, R,
-                         mode)
-        call_lora("lora_shrink", handle, lora, x, h[i].data_ptr(), x.data_ptr())
+    shrink(h, inputs, weights, metadata)
     if scaling != 1.0:
         h.mul_(scaling)
-    if h is not out:
-        out.copy_(h)
+    if h is not output_tensor:
+        output_tensor.copy_(h)
 
 
 def lora_expand(inputs, lora_b_weights, output_tensor, token_lora_mapping,
                 token_indices_sorted_by_lora_ids, num_tokens_per_lora, lora_token_start_loc,
                 lora_ids, no_lora_flag_cpu, num_active_loras, offset_start, add_inputs, mode):
-    if output_tensor.shape[0] == 0 or no_lora_flag_cpu.item():
+    op, device = "lora_expand", inputs.device
+    expect(op, "inputs", inputs, (len(lora_b_weights), None, None), device)
+    T, R = inputs.shape[1:]
+    if T == 0 or no_lora_flag_cpu.item():
         return
-    weights = [reference.stacked(w) for w in lora_b_weights]
-    metadata = Metadata(token_lora_mapping, token_indices_sorted_by_lora_ids, lora_token_start_loc,
-                        lora_ids, num_active_loras)
-    expand(inputs, weights, output_tensor, metadata, offset_start, add_inputs, 1.0, mode)
-
-
-def expand(inputs, weights, output, metadata, offset, add_inputs, scaling, mode):
-    R = weights[0].shape[2]
-    handle = handle_of(output)
-    if handle is None or not is_served(output, weights, R) or output.stride(1) != 1:
-        reference.lora_expand(inputs, weights, output, metadata.mapping, offset, add_inputs, scaling)
-        return
-    h = inputs.to(torch.float32).contiguous()
-    if not add_inputs:
-        columns = output[:, offset:offset + sum(w.shape[1] for w in weights)]
-        columns.masked_fill_((metadata.mapping >= 0).unsqueeze(1), 0)
-    for i, end in groups(len(weights)):
-        widths = [w.shape[1] for w in weights[i:end]]
-        offsets = [offset + sum(widths[:j]) for j in range(len(widths))]
-        offset += sum(widths)
-        table = table_of(None, weights[i:end], scaling, output.device)
-        lora = make_lora(table, metadata, end - i, 1, output.stride(0), offsets, widths, output.dtype, R,
-                         mode)
-        call_lora("lora_expand", handle, lora, output, output.data_ptr(), h[i].data_ptr())
+    weights = stacked_weights(op, "lora_b_weights", lora_b_weights, (None, R), device)
+    expect_columns(op, output_tensor, T, offset_start, weights, device)
+    metadata = Metadata(op, T, device, token_lora_mapping, token_indices_sorted_by_lora_ids,
+                        num_tokens_per_lora, lora_token_start_loc, lora_ids, num_active_loras,
+                        mode)
+    expand(output_tensor, inputs, weights, metadata, offset_start, add_inputs, 1.0)
 
 
 def lora_shrink_expand(inputs, lora_a_weights, shrink_buffer, lora_b_weights, output_tensor,
                        token_lora_mapping, token_indices_sorted_by_lora_ids, num_tokens_per_lora,
                        lora_token_start_loc, lora_ids, no_lora_flag_cpu, num_active_loras, scaling,
                        offset_start, mode):
-    if inputs.shape[0] == 0 or no_lora_flag_cpu.item():
+    op, device = "lora_shrink_expand", inputs.device
+    expect(op, "inputs", inputs, (None, None), device)
+    T, K = inputs.shape
+    if T == 0 or no_lora_flag_cpu.item():
         return
-    a = [reference.stacked(w) for w in lora_a_weights]
-    b = [reference.stacked(w) for w in lora_b_weights]
-    R, K = a[0].shape[1:]
-    handle = handle_of(inputs)
-    out = output_tensor
+    R = shrink_buffer.shape[-1]
+    a = stacked_weights(op, "lora_a_weights", lora_a_weights, (R, K), device)
+    b = stacked_weights(op, "lora_b_weights", lora_b_weights, (None, R), device)
+    expect(op, "shrink_buffer", shrink_buffer, (len(a), T, R), device)
+    if len(b) != len(a):
+        raise ValueError(f"{op}: {len(a)} slices of lora_a_weights, {len(b)} of lora_b_weights")
+    expect_columns(op, output_tensor, T, offset_start, b, device)
+    metadata = Metadata(op, T, device, token_lora_mapping, token_indices_sorted_by_lora_ids,
+                        num_tokens_per_lora, lora_token_start_loc, lora_ids, num_active_loras,
+                        mode)
     h = shrink_buffer
-    if (handle is None or not is_served(inputs, a + b, R) or out.dtype != inputs.dtype or
-            h.dtype != torch.float32 or not h.is_contiguous() or out.stride(1) != 1):
-        reference.lora_shrink(inputs, a, h, token_lora_mapping, 1.0)
-        reference.lora_expand(h, b, out, token_lora_mapping, offset_start, True, scaling)
-        return
-    x = inputs.contiguous()
-    metadata = Metadata(token_lora_mapping, token_indices_sorted_by_lora_ids, lora_token_start_loc,
-                        lora_ids, num_active_loras)
-    offset = offset_start
-    for i, end in groups(len(a)):
-        widths = [w.shape[1] for w in b[i:end]]
-        offsets = [offset + sum(widths[:j]) for j in range(len(widths))]
-        offset += sum(widths)
-        table = table_of(a[i:end], b[i:end], scaling, x.device)
-        lora = make_lora(table, metadata, end - i, K, out.stride(0), offsets, widths, x.dtype, R, mode)
-        call_lora("lora_shrink", handle, lora, x, h[i].data_ptr(), x.data_ptr())
-        call_lora("lora_expand", handle, lora, x, out.data_ptr(), h[i].data_ptr())
+    if h.dtype != torch.float32 or not h.is_contiguous():
+        h = torch.empty(h.shape, dtype=torch.float32, device=device)
+    shrink(h, inputs, a, metadata)
+    expand(output_tensor, h, b, metadata, offset_start, True, scaling)
 
 
 # ---- draft and extend -------------------------------------------------------------------------
@@ -246,6 +294,15 @@ def lora_shrink_expand(inputs, lora_a_weights, shrink_buffer, lora_b_weights, ou
 
 def extend_metadata(extend_len, kv_len, topk, total, request_start, token_kv_len, clamped_kv_len,
                     search):
+    op, device = "extend_metadata", total.device
+    bs = extend_len.shape[0]
+    for name, tensor, n in (("extend_seq_lens", extend_len, bs), ("seq_lens", kv_len, bs), ("total", total, 1),
+                            ("request_start", request_start, bs + 1),
+                            ("out_seqlens_expanded", token_kv_len, None),
+                            ("out_nsa_cache_seqlens", clamped_kv_len, None)):
+        expect(op, name, tensor, (n,), device)
+    if search not in abi.SEARCHES:
+        raise ValueError(f"{op}: search is {search!r}, must be one of {', '.join(abi.SEARCHES)}")
     handle = handle_of(total)
     same = extend_len.dtype == kv_len.dtype and extend_len.dtype in (torch.int32, torch.int64)
     outputs = total, request_start, token_kv_len, clamped_kv_len
@@ -257,7 +314,7 @@ def extend_metadata(extend_len, kv_len, topk, total, request_start, token_kv_len
         return
     extend_len, kv_len = extend_len.contiguous(), kv_len.contiguous()
     extend = abi.Extend()
-    extend.bs = extend_len.shape[0]
+    extend.bs = bs
     extend.capacity = min(token_kv_len.shape[0], clamped_kv_len.shape[0])
     extend.topk = min(topk, INT_MAX)
     extend.search = abi.SEARCHES[search]
@@ -273,15 +330,22 @@ def extend_metadata(extend_len, kv_len, topk, total, request_start, token_kv_len
 # ---- the paged cache --------------------------------------------------------------------------
 
 
-def make_paged(qkv, k, v, block_table, row_start, kv_len, position, row, H, G):
+def make_paged(op, qkv, k, v, block_table, row_start, kv_len, position, row, H, G):
     """The struct, and what must live until the call is made; None where PyTorch does it."""
+    T, Q = qkv.shape[0], kv_len.shape[0]
+    expect(op, "k_cache", k, (None, G, None, None), qkv.device)
+    for name, tensor, shape in (
+            ("qkv", qkv, (T, (H + 2 * G) * k.shape[3])), ("v_cache", v, k.shape),
+            ("block_table", block_table, (Q, None)), ("row_start", row_start, (Q + 1,)),
+            ("kv_len", kv_len, (Q,)), ("position", position, (T,)), ("row", row, (T,))):
+        expect(op, name, tensor, shape, qkv.device)
     tensors = [int32(t) for t in (block_table, row_start, kv_len, position, row)]
     if (qkv.dtype not in ACTIVATIONS or k.dtype not in ACTIVATIONS or v.dtype != k.dtype or
             not all(t.is_contiguous() for t in (qkv, k, v)) or k.shape[2] != 16 or
             k.shape[3] % 2 or k.shape[3] > 512 or H % G):
         return None, tensors
     paged = abi.Paged()
-    paged.T, paged.Q = qkv.shape[0], row_start.shape[0] - 1
+    paged.T, paged.Q = T, Q
     paged.H, paged.G, paged.d = H, G, k.shape[3]
     paged.max_kv = block_table.shape[1] * 16
     paged.max_row = min(paged.T, paged.max_kv)
@@ -299,8 +363,10 @@ def kv_write(qkv, k_cache, v_cache, block_table, row_start, kv_len, position, ro
     if qkv.shape[0] == 0:
         return
     handle = handle_of(qkv)
-    paged, _kept = make_paged(qkv, k_cache, v_cache, block_table, row_start, kv_len, position, row,
-                              num_heads, num_kv_heads)
+    paged, _kept = make_paged("kv_write", qkv, k_cache, v_cache, block_table, row_start, kv_len, position,
+                              row, num_heads, num_kv_heads)
+    if frequency is not None:
+        expect("kv_write", "frequency", frequency, (k_cache.shape[3] // 2,), qkv.device)
     if handle is None or paged is None:
         reference.kv_write(qkv, k_cache, v_cache, block_table, position, row, num_heads, num_kv_heads,
                            frequency, amplitude)
@@ -319,11 +385,11 @@ def paged_attention(qkv, k_cache, v_cache, block_table, row_start, kv_len, posit
     if qkv.shape[0] == 0:
         return y
     handle = handle_of(qkv)
-    paged, _kept = make_paged(qkv, k_cache, v_cache, block_table, row_start, kv_len, position, row,
-                              num_heads, num_kv_heads)
+    paged, _kept = make_paged("paged_attention", qkv, k_cache, v_cache, block_table, row_start, kv_len,
+                              position, row, num_heads, num_kv_heads)
     if handle is None or paged is None:
         reference.attention(y, qkv, k_cache, v_cache, block_table, position, row, num_heads,
-                            num_kv_heads, scale, window)
+                            num_kv_heads, scale, window, max_kv)
         return y
     paged.scale, paged.window = scale, window
     paged.max_row, paged.max_kv = max_row, max_kv
@@ -352,7 +418,7 @@ def _fake_attention(qkv, k_cache, v_cache, block_table, row_start, kv_len, posit
     return qkv.new_empty(qkv.shape[0], num_heads * k_cache.shape[3])
 
 
-_OPERATORS = [
+_OPERATORS = [  # an argument of the name `mode` is one of PyTorch's own when it compiles: `way`
     (lora_shrink, f"(Tensor inputs, Tensor[] lora_a_weights, Tensor(a!) output_tensor, {_METADATA}, "
                   "float scaling, str way) -> ()", _nothing),
     (lora_expand, f"(Tensor inputs, Tensor[] lora_b_weights, Tensor(a!) output_tensor, {_METADATA}, "

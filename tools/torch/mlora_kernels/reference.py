@@ -2,6 +2,8 @@
 missing, and what the tests compare with. Shapes are static but where said, so CUDA graphs take it."""
 import torch
 
+COPIED = 2**24  # elements of the keys that attention has side by side
+
 
 def stacked(weight):
     """[S, 1, R, K] or [S, R, K] as the latter."""
@@ -74,16 +76,27 @@ def kv_write(qkv, k, v, block_table, position, row, H, G, frequency, amplitude):
     v[block, :, at] = heads[:, H + G:].to(v.dtype)
 
 
-def attention(y, qkv, k, v, block_table, position, row, H, G, scale, window):
-    """Token by token: reads positions on the host."""
+def attention(y, qkv, k, v, block_table, position, row, H, G, scale, window, max_kv):
+    """Some tokens at a time, each with a copy of its sequence."""
     heads = _heads(qkv, H, G)
-    block_size = k.shape[2]
+    block_size, width = k.shape[2:]
+    if y.device.type == "cpu":  # nothing is recorded there: no need to look at all that there is room for
+        max_kv = int(position.max()) + 1
+    P = min(max_kv, block_table.shape[1] * block_size)
+    p = torch.arange(P, device=y.device)
     out = y.view(y.shape[0], H, -1)
-    for t, (p, q) in enumerate(zip(position.tolist(), row.tolist())):
-        first = max(0, p - window + 1) if window > 0 else 0
-        seen = torch.arange(first, p + 1, device=y.device)
-        block, at = block_table[q, seen // block_size].long(), seen % block_size
-        keys, values = k[block, :, at].float(), v[block, :, at].float()  # [P, G, d]
-        query = heads[t, :H].float().view(G, H // G, -1)
-        weight = torch.softmax(torch.einsum("ghd,pgd->ghp", query, keys) * scale, 2)
-        out[t].copy_(torch.einsum("ghp,pgd->ghd", weight, values).reshape(H, -1))
+    step = max(1, COPIED // (P * G * width))
+    for t in range(0, y.shape[0], step):
+        at = position[t:t + step].long().unsqueeze(1)
+        seen = p <= at
+        if window > 0:
+            seen = seen & (p > at - window)
+        block = block_table[row[t:t + step].long()].long()[:, p // block_size]
+        block = torch.where(seen, block, 0)  # what the table holds past a sequence's end is no block
+        seen = seen.view(-1, 1, 1, P)
+        keys, values = (cache[block, :, p % block_size].float() for cache in (k, v))  # [t, P, G, d]
+        values = torch.where(seen.view(-1, P, 1, 1), values, 0)
+        query = heads[t:t + step, :H].float().view(-1, G, H // G, width)
+        score = torch.einsum("tghd,tpgd->tghp", query, keys) * scale
+        weight = torch.softmax(score.masked_fill(~seen, float("-inf")), 3)
+        out[t:t + step].copy_(torch.einsum("tghp,tpgd->tghd", weight, values).reshape(-1, H, width))
