@@ -1,5 +1,6 @@
 /* mlora check-op and --op, with the shared objects of tests/ops. */
 #include <criterion/criterion.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "tests/tools/run.h"
@@ -27,7 +28,10 @@ Test(check_op, compares_with_the_definition_and_times)
     const json_t *time = json_array_get(json_object_get(report, "cases"), 0);
     cr_expect_gt(json_number_value(json_object_get(time, "us")), 0);
     cr_expect_gt(json_number_value(json_object_get(time, "built-in us")), 0);
-    cr_expect_gt(json_number_value(json_object_get(time, "part of copy")), 0);
+    cr_expect_gt(json_number_value(json_object_get(time, "limit us")), 0);
+    cr_expect_gt(json_number_value(json_object_get(time, "% of limit")), 0);
+    cr_expect_str_eq(json_string_value(json_object_get(time, "of")), "memory", "at one token");
+    cr_expect_gt(json_number_value(json_object_get(report, "flops_per_second")), 0);
     json_decref(report);
     outcome_free(&outcome);
 }
@@ -39,6 +43,13 @@ Test(check_op, compares_another_function_with_its_own_reference)
     cr_expect_eq(outcome.status, 0, "%s", outcome.err);
     cr_expect(strstr(outcome.out, "silu_mul of " OP("add_relu") " against its own reference"));
     outcome_free(&outcome);
+}
+
+Test(check_op, says_which_op_needs_a_gpu_that_is_not_here)
+{
+    setenv("CUDA_VISIBLE_DEVICES", "", 1);
+    struct outcome outcome = run(NULL, "check-op " OP("other_backend"));
+    expect_refusal_with(&outcome, OP("other_backend") ": is for the backend cuda: GPU 0: ");
 }
 
 Test(check_op, says_where_an_op_is_wrong)

@@ -204,6 +204,25 @@ static void describe_shape(char *out, size_t bytes, enum custom_kind kind, const
     }
 }
 
+/* The roofline: no faster than its bytes are copied, nor than its sums are made. */
+static mlora_status add_time(struct check *check, int T, const char *shape, double own,
+                             double builtin, const struct op_case *at)
+{
+    const struct ops_bench *bench = &check->bench;
+    const double memory = at->bytes / bench->bandwidth;
+    const double arithmetic = bench->flops > 0 ? at->flops / bench->flops : 0;
+    const double limit = memory > arithmetic ? memory : arithmetic;
+    json_t *row = json_pack(
+        "{s:i, s:s, s:s, s:f, s:f, s:f, s:s, s:f, s:f, s:f}", "tokens", T, "shape", shape, "dtype",
+        dtype_name(bench->dtype), "us", 1e6 * own, "built-in us", 1e6 * builtin, "limit us",
+        1e6 * limit, "of", memory > arithmetic ? "memory" : "arithmetic", "% of limit",
+        100 * limit / own, "MB", 1e-6 * at->bytes, "GB/s", 1e-9 * at->bytes / own);
+
+    if (row && at->flops > 0)
+        json_object_set_new(row, "GFLOP/s", json_real(1e-9 * at->flops / own));
+    return report_add(check->report, row);
+}
+
 static mlora_status time_tokens(struct check *check, int T)
 {
     struct ops_bench *bench = &check->bench;
@@ -226,16 +245,8 @@ static mlora_status time_tokens(struct check *check, int T)
     layers.ops = custom_builtin(bench->dev);
     const double builtin = ops_time(bench, run_layers, &layers) / layers.n;
     describe_shape(shape, sizeof shape, check->about.kind, &sizes);
-    const double bytes = layers.cases[0].bytes;
-    const double flops = layers.cases[0].flops;
-    if (bench->status == MLORA_OK) {
-        json_t *row = json_pack("{s:i, s:s, s:s, s:f, s:f, s:f, s:f, s:f}", "tokens", T, "shape",
-                                shape, "dtype", dtype_name(bench->dtype), "us", 1e6 * own,
-                                "built-in us", 1e6 * builtin, "MB", 1e-6 * bytes, "GB/s",
-                                1e-9 * bytes / own, "part of copy", bytes / own / bench->bandwidth);
-        if (flops > 0) json_object_set_new(row, "GFLOP/s", json_real(1e-9 * flops / own));
-        bench->status = report_add(check->report, row);
-    }
+    if (bench->status == MLORA_OK)
+        bench->status = add_time(check, T, shape, own, builtin, &layers.cases[0]);
     for (int i = 0; i < layers.n; i++) op_case_free(&layers.cases[i]);
     return bench->status;
 }
@@ -249,14 +260,16 @@ static mlora_status open_devices(struct check *check)
     mlora_status status = custom_describe(&check->about, &check->source);
     if (status == MLORA_OK) status = cpu_device_open(&check->definition, 1);
     if (status == MLORA_OK) status = custom_open_references(check->definition, &check->source, 1);
-    if (status == MLORA_OK)
-        status = bench_device_open(&bench->dev, &check->setup, check->about.backend);
-    if (status == MLORA_OK) status = custom_open(bench->dev, &check->source, 1);
     if (status != MLORA_OK) return status;
+    status = bench_device_open(&bench->dev, &check->setup, check->about.backend);
+    if (status != MLORA_OK)
+        return error_prefix(status, "%s: is for the backend %s", check->source.path,
+                            check->about.backend);
     bench->report = check->report;
     bench->cuda = strcmp(bench->dev->backend, "cuda") == 0;
     bench->dtype = bench->cuda ? DTYPE_BF16 : DTYPE_F32;
-    return MLORA_OK;
+    measure_flops(bench); /* by mlora's own matmul, which the op may be about to replace */
+    return bench->status == MLORA_OK ? custom_open(bench->dev, &check->source, 1) : bench->status;
 }
 
 static mlora_status check_op(void *context)
@@ -271,6 +284,8 @@ static mlora_status check_op(void *context)
     if (status == MLORA_OK) status = bench_bandwidth(&check->bench.bandwidth, check->bench.dev);
     if (status == MLORA_OK)
         status = report_add_device(check->report, check->bench.dev, check->bench.bandwidth);
+    if (status == MLORA_OK)
+        json_object_set_new(check->report, "flops_per_second", json_real(check->bench.flops));
     for (int i = 0; i < n && status == MLORA_OK; i++) status = time_tokens(check, tokens[i]);
     if (status == MLORA_OK) status = report_finish(check->report, &check->output);
     ops_close(&check->bench);

@@ -148,14 +148,16 @@ static const char *text_of(const json_t *report, const char *key)
 static void print_heading(const json_t *report)
 {
     const json_t *model = json_object_get(report, "model");
+    const double flops = json_number_value(json_object_get(report, "flops_per_second"));
 
     if (model)
         printf("%s, %.2f billion parameters, %s, ", text_of(model, "architecture"),
                1e-9 * (double)json_integer_value(json_object_get(model, "n_parameters")),
                text_of(model, "dtype"));
-    printf("on %s: %s; it copies %.1f GB/s\n\n", text_of(report, "backend"),
-           text_of(report, "device"),
+    printf("on %s: %s; it copies %.1f GB/s", text_of(report, "backend"), text_of(report, "device"),
            1e-9 * json_number_value(json_object_get(report, "bytes_per_second")));
+    if (flops > 0) printf(" and multiplies %.4g GFLOP/s", 1e-9 * flops);
+    printf("\n\n");
 }
 
 static mlora_status write_json(const json_t *report, const char *path)
