@@ -149,6 +149,7 @@ static void build_lora(struct batch *batch, const struct plan *plan, const int32
     lora->own = registry->pool.dev_own;
     lora->L = registry->pool.n_layers + 1;
     lora->mode = batch->lora_mode;
+    lora->n_rows = T;
     for (int q = 0; q < Q; q++) {
         const struct request *request = plan->rows[q].request;
         const struct registered *entry = request->adapter;
@@ -187,6 +188,7 @@ const struct lora_view *batch_head_rows(struct batch *batch, const int32_t *toke
 
     assert(n <= batch->max_rows);
     *lora = batch->lora;
+    lora->n_rows = n;
     lora->n_segments = lora->n_tokens = lora->max_segment = 0;
     if (!lora->changes_head) return lora;
 

@@ -147,6 +147,7 @@ static mlora_op_lora lora_of(const struct lora_view *lora, const struct lora_sit
         lora->factors + (size_t)layer * LORA_LINEARS + (size_t)site->linear;
     mlora_op_lora out = {.factors = (const mlora_op_factors *)factors,
                          .slot_pitch = lora->L * LORA_LINEARS,
+                         .T = lora->n_rows,
                          .n_slices = site->n_slices,
                          .K = site->K,
                          .N = site->N,

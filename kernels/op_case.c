@@ -280,7 +280,7 @@ static void make_lora(struct maker *maker)
         c->site.width[i] = sizes->N;
         c->site.N += sizes->N;
     }
-    c->lora = (struct lora_view){.L = 1, .max_rank = sizes->R};
+    c->lora = (struct lora_view){.L = 1, .max_rank = sizes->R, .n_rows = sizes->T};
     make_segments(maker);
     make_factors(maker);
     if (sizes->more) c->site.bias = random_array(maker, (size_t)c->site.N, DTYPE_F32);

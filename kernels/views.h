@@ -138,7 +138,7 @@ struct lora_view {
      * than one token; their tokens count in n_tokens. */
     bool has_base_segments;
     bool h_by_slice; /* h is [n_slices, n_rows, max_rank], else [T, n_slices, max_rank] */
-    int n_rows;      /* of h, where it is by slice */
+    int n_rows;      /* T: of h, and of x and y    */
 };
 
 /* ---- sampling ----------------------------------------------------------------------------- */

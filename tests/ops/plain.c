@@ -192,13 +192,14 @@ MAYBE void expand_slice(const mlora_op_lora_expand *op, int t, int i)
     }
 }
 
+/* By all tokens of the step, where shrink goes by the order of those with an adapter. */
 MAYBE int lora_expand(const mlora_op_call *call, const void *arguments)
 {
     const mlora_op_lora_expand *op = arguments;
 
     (void)call;
-    for (int j = 0; j < op->lora.n_tokens; j++)
-        for (int i = 0; i < op->lora.n_slices; i++) expand_slice(op, op->lora.order[j], i);
+    for (int t = 0; t < op->lora.T; t++)
+        for (int i = 0; op->lora.slot[t] >= 0 && i < op->lora.n_slices; i++) expand_slice(op, t, i);
     return 0;
 }
 
