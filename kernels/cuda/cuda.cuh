@@ -141,11 +141,14 @@ static inline void cuda_launch(struct cuda_device *cuda, const char *op,
 }
 
 /* In a recording on Hopper, launches between fork and fork_end run beside those from there to the
- * join, after which the next cuda_launch() waits for both. Elsewhere the three do nothing. One
- * branch at a time; what runs beside each other shares no scratch. */
+ * join, after which the next cuda_launch() waits for both. Elsewhere the three do nothing, nor where
+ * the device is lent: a caller's recording knows of no branch. One branch at a time; what runs
+ * beside each other shares no scratch. */
 void cuda_fork(struct cuda_device *cuda);
 void cuda_fork_end(struct cuda_device *cuda);
 void cuda_join(struct cuda_device *cuda);
+/* The same for kernels that are not launched here, which wait for nothing themselves. */
+void cuda_join_for_others(struct cuda_device *cuda);
 
 /* Call f with a value of the C++ type of `dtype`. */
 template <typename F> static inline void with_type(enum dtype dtype, F &&f)

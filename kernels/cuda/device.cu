@@ -157,9 +157,11 @@ static void device_memory(struct device *dev, size_t *free_bytes, size_t *total_
     if (cuda_begin(dev)) cudaMemGetInfo(free_bytes, total_bytes);
 }
 
+/* Whoever asks starts kernels of its own. */
 static void *device_stream(struct device *dev)
 {
     struct cuda_device *cuda = cuda_begin(dev);
+    if (cuda) cuda_join_for_others(cuda);
     return cuda ? cuda->stream : NULL;
 }
 

@@ -72,7 +72,7 @@ static void set_edges(struct cuda_device *cuda, struct edges *edges)
 void cuda_fork(struct cuda_device *cuda)
 {
     cuda->before.n = cuda->beside.n = 0;
-    if (cuda->is_hopper) read_edges(cuda, &cuda->before);
+    if (cuda->is_hopper && !cuda->is_lent) read_edges(cuda, &cuda->before);
 }
 
 void cuda_fork_end(struct cuda_device *cuda)
@@ -80,9 +80,10 @@ void cuda_fork_end(struct cuda_device *cuda)
     if (cuda->before.n > 0 && read_edges(cuda, &cuda->beside)) set_edges(cuda, &cuda->before);
 }
 
-/* The next launch may begin while the kernels of the main line end, as ever, but only after those
- * of the branch. Where nothing has come since the fork there is no branch: it goes on in line. */
-void cuda_join(struct cuda_device *cuda)
+/* The next launch may begin while the kernels of the main line end, where it waits for them itself,
+ * but only after those of the branch. Where nothing has come since the fork there is no branch: it
+ * goes on in line. */
+static void join(struct cuda_device *cuda, bool next_waits)
 {
     struct edges edges, branch = cuda->beside;
     cudaGraphNodeType type;
@@ -98,7 +99,7 @@ void cuda_join(struct cuda_device *cuda)
         set_edges(cuda, &branch);
         return;
     }
-    for (size_t i = 0; i < edges.n; i++) {
+    for (size_t i = 0; next_waits && i < edges.n; i++) {
         cuda_check(cuda, cudaGraphNodeGetType(edges.from[i], &type), "recording a step");
         if (type != cudaGraphNodeTypeKernel) continue;
         edges.data[i].type = cudaGraphDependencyTypeProgrammatic;
@@ -109,7 +110,17 @@ void cuda_join(struct cuda_device *cuda)
         edges.data[edges.n++] = branch.data[i];
     }
     set_edges(cuda, &edges);
-    cuda->edges_are_set = true;
+    cuda->edges_are_set = next_waits;
+}
+
+void cuda_join(struct cuda_device *cuda)
+{
+    join(cuda, true);
+}
+
+void cuda_join_for_others(struct cuda_device *cuda)
+{
+    join(cuda, false);
 }
 
 bool cuda_replay(struct device *dev, const void *key, size_t bytes)

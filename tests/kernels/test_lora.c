@@ -37,6 +37,48 @@ Test(lora_shrink, gives_each_token_its_own_adapter)
     adapters_free(&adapters);
 }
 
+/* On a GPU shrink may be a branch of what is recorded; an op from a file, which asks for the stream
+ * and starts kernels of its own there, knows of none. */
+Test(lora_shrink, in_a_recording_is_done_for_kernels_from_elsewhere)
+{
+    enum { T = 64, K = 4096 };
+    const struct lora_site site = {LORA_Q, 1, K, 16, {0}, {16}, NULL};
+    const int32_t last[] = {T - 1};
+    struct numbers numbers = {7};
+    struct adapters adapters;
+    int32_t slot[T];
+
+    adapters_random(&adapters, &numbers, &site);
+    for (int t = 0; t < T; t++) slot[t] = t % S_MAX;
+    slot[T - 1] = 4; /* of the largest rank */
+    const struct lora_view view = view_of(&adapters, &site, slot, T);
+    const size_t n_h = (size_t)(T * view.max_rank), row = (size_t)view.max_rank;
+    float *x = next_floats(&numbers, T * K, DTYPE_BF16), *nothing = zeros(n_h, sizeof *nothing);
+    float *want = zeros(row, sizeof *want), *got = zeros(row, sizeof *got);
+    void *dev_x = upload_as(DTYPE_BF16, x, T * K), *rows = upload(last, sizeof last);
+    float *h = device_memory(n_h * sizeof *h), *y = device_memory(row * sizeof *y);
+
+    for (int turn = 0; turn < 4; turn++) { /* an ordinary one, the recorded one, two replays */
+        dev->ops->upload(dev, h, nothing, n_h * sizeof *h);
+        if (!dev->ops->replay(dev, "shrink", 6)) {
+            dev->ops->gather_rows(dev, y, h, rows, 1, view.max_rank, DTYPE_F32); /* to branch off */
+            dev->ops->lora_shrink(dev, h, dev_x, &view, &site, LAYER, DTYPE_BF16);
+            if (dev->ops->stream) cr_assert(dev->ops->stream(dev));
+            dev->ops->gather_rows(dev, y, h, rows, 1, view.max_rank, DTYPE_F32);
+            dev->ops->record_end(dev);
+        }
+        download(got, y, row * sizeof *got);
+        download(want, h + (T - 1) * row, row * sizeof *want);
+        cr_expect_neq(want[row - 1], 0.0f);
+        cr_expect_arr_eq(got, want, row * sizeof *got, "turn %d", turn);
+    }
+    free(x);
+    free(nothing);
+    free(want);
+    free(got);
+    adapters_free(&adapters);
+}
+
 Test(lora_expand, adds_the_scaled_product_to_its_slice)
 {
     const struct lora_site site = {LORA_Q, 2, 1, 3, {0, 2}, {2, 1}, NULL};
