@@ -2,6 +2,8 @@
 
 Llama-3.1-8B's q, k and v projections (K 4096, N 4096 + 1024 + 1024), bf16, weights of 16 copies in
 turn so that no cache serves them; and the metadata of a draft and extend step."""
+import sys
+
 import torch
 
 import mlora_kernels
@@ -91,7 +93,9 @@ def metadata_row(bs):
 
 
 def main():
-    info = mlora_kernels.kernel_info()
+    info = mlora_kernels.kernel_info("cuda")
+    if info["why"]:
+        sys.exit(f"bench.py: needs the kernels on a GPU: {info['why']}")
     print({key: info[key] for key in ("backend", "description", "architectures") if key in info})
     print("us of shrink and expand of q, k and v; `read`: the factors at 4.3 TB/s")
     print("tokens/adapters, rank   auto      bgmv      sgmv  torch bmm torch loop     read")
