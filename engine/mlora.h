@@ -163,7 +163,8 @@ typedef struct mlora_options {
     const char
         *cache_dir; /* folder for what was measured on this GPU, for the next process;       */
                     /* made if need be; NULL: nothing is kept                               */
-    int profile; /* 1: mlora_engine_profile() can be called                                       */
+    int profile; /* 1: mlora_engine_profile() can be called; 2: each op is launched by itself, in */
+                 /* an NVTX range of its name and layer, for Nsight; 0: no profile                */
     const mlora_op_source
         *ops;  /* [n_ops] that stand in the place of mlora's own. They run in this */
     int n_ops; /* process: see mlora_op_try()                                     */

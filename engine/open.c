@@ -47,6 +47,7 @@ static mlora_status check_options(const mlora_options *o)
         {"adapter_memory", o->adapter_memory, MAX_MIB},
         {"adapter_host_memory", o->adapter_host_memory, MAX_MIB},
         {"n_ops", o->n_ops, CUSTOM_KINDS},
+        {"profile", o->profile, 2},
     };
     if (o->n_ops > 0 && !o->ops)
         return error_set(MLORA_EINVAL, "option n_ops is %d, ops is NULL", o->n_ops);
@@ -246,7 +247,7 @@ mlora_status engine_open(struct mlora_engine **out, const mlora_options *options
     if (status != MLORA_OK) goto failed;
     status = custom_open(engine->dev, options->ops, options->n_ops);
     if (status != MLORA_OK) goto failed;
-    if (options->profile) status = profile_open(engine->dev);
+    if (options->profile) status = profile_open(engine->dev, options->profile == 2);
     if (status != MLORA_OK) goto failed;
     status = options->random_weights
                  ? weights_random(&engine->weights, engine->dev, &engine->config)

@@ -219,6 +219,12 @@ struct kernels {
     /* The stream (cudaStream_t) in which ops run, its device made current; NULL after a failure.
      * The CPU has none: the entry is NULL. */
     void *(*stream)(struct device *dev);
+
+    /* ---- profilers from elsewhere --------------------------------------------------------- */
+
+    /* The launches from here on belong to a range of that name, inside the one that is open; NULL
+     * ends the inmost. The CPU has none: the entry is NULL. */
+    void (*range)(struct device *dev, const char *name);
 };
 
 struct device {

@@ -15,6 +15,7 @@ enum note_kind { NOTE_PLAIN, NOTE_ATTENTION, NOTE_SHRINK, NOTE_EXPAND };
 
 /* One call of an op, until its time is known. */
 struct note {
+    const char *op;
     int line, from, to; /* marks */
     enum note_kind kind;
     double bytes, flops; /* without what `kind` adds */
@@ -32,6 +33,7 @@ struct profile {
     const struct kernels *ops; /* the device's own */
     struct kernels timed;
     bool on;
+    bool has_ranges, in_layer; /* ranges for profilers; one of a layer is open */
     uint64_t n_recordings;
     struct profile_line lines[LINES_MAX];
     int n_lines;
@@ -56,8 +58,15 @@ static struct profile_line *find_line(struct profile *profile, const char *op, c
     return line;
 }
 
+/* Begin a range of that name; NULL ends it. */
+static void open_range(struct device *dev, const char *name)
+{
+    const struct profile *profile = dev->profile;
+    if (profile->has_ranges && profile->ops->range) profile->ops->range(dev, name);
+}
+
 /* Before an op: NULL when it is not to be timed. */
-static struct note *begin(struct device *dev, double bytes, double flops)
+static struct note *begin(struct device *dev, const char *op, double bytes, double flops)
 {
     struct profile *profile = dev->profile;
 
@@ -65,13 +74,14 @@ static struct note *begin(struct device *dev, double bytes, double flops)
     if (profile->fresh) profile->ops->mark(dev, profile->n_marks++);
     profile->fresh = false;
     struct note *note = &profile->notes[profile->n_notes++];
-    *note = (struct note){.from = profile->n_marks - 1, .bytes = bytes, .flops = flops};
+    *note = (struct note){.op = op, .from = profile->n_marks - 1, .bytes = bytes, .flops = flops};
+    open_range(dev, op);
     return note;
 }
 
 /* After it. */
-__attribute__((format(printf, 4, 5))) static void end(struct device *dev, struct note *note,
-                                                      const char *op, const char *shape, ...)
+__attribute__((format(printf, 3, 4))) static void end(struct device *dev, struct note *note,
+                                                      const char *shape, ...)
 {
     struct profile *profile = dev->profile;
     char text[PROFILE_SHAPE];
@@ -81,7 +91,8 @@ __attribute__((format(printf, 4, 5))) static void end(struct device *dev, struct
     va_start(args, shape);
     vsnprintf(text, sizeof text, shape, args);
     va_end(args);
-    note->line = (int)(find_line(profile, op, text) - profile->lines);
+    open_range(dev, NULL);
+    note->line = (int)(find_line(profile, note->op, text) - profile->lines);
     note->to = profile->n_marks++;
     profile->ops->mark(dev, note->to);
 }
@@ -173,9 +184,9 @@ static void timed_close(struct device *dev)
 
 static void timed_upload(struct device *dev, void *to, const void *from, size_t bytes)
 {
-    struct note *note = begin(dev, 0, 0);
+    struct note *note = begin(dev, "upload", 0, 0);
     dev->profile->ops->upload(dev, to, from, bytes);
-    end(dev, note, "upload", "%s", "");
+    end(dev, note, "%s", "");
 }
 
 static void timed_download(struct device *dev, void *to, const void *from, size_t bytes)
@@ -207,6 +218,7 @@ static void begin_recording(struct device *dev)
 static bool timed_replay(struct device *dev, const void *key, size_t bytes)
 {
     if (!dev->profile->on) return dev->profile->ops->replay(dev, key, bytes);
+    if (dev->profile->has_ranges) return false; /* a profiler sees only what is launched inside */
     begin_recording(dev);
     return false;
 }
@@ -226,18 +238,18 @@ static double matrix_bytes(const struct matrix *w)
 
 static void timed_metadata(struct device *dev, const struct batch_view *batch)
 {
-    struct note *note = begin(dev, 4.0 * (2 * batch->Q + 1) + 8.0 * batch->T, 0);
+    struct note *note = begin(dev, "metadata", 4.0 * (2 * batch->Q + 1) + 8.0 * batch->T, 0);
     dev->profile->ops->metadata(dev, batch);
-    end(dev, note, "metadata", "%d rows", batch->Q);
+    end(dev, note, "%d rows", batch->Q);
 }
 
 static void timed_embed(struct device *dev, void *y, const struct matrix *table, const int32_t *ids,
                         int T, enum dtype dtype)
 {
     const double row = (double)(dtype_bytes(table->dtype) + dtype_bytes(dtype)) * table->K;
-    struct note *note = begin(dev, row * T, 0);
+    struct note *note = begin(dev, "embed", row * T, 0);
     dev->profile->ops->embed(dev, y, table, ids, T, dtype);
-    end(dev, note, "embed", "%d x %d", T, table->K);
+    end(dev, note, "%d x %d", T, table->K);
 }
 
 static double norm_bytes(int T, int D, bool adds, enum dtype dtype)
@@ -249,9 +261,9 @@ static double norm_bytes(int T, int D, bool adds, enum dtype dtype)
 static void timed_add_rms_norm(struct device *dev, void *y, float *x, const void *delta,
                                const float *weight, int T, int D, float eps, enum dtype dtype)
 {
-    struct note *note = begin(dev, norm_bytes(T, D, delta != NULL, dtype), 0);
+    struct note *note = begin(dev, "add_rms_norm", norm_bytes(T, D, delta != NULL, dtype), 0);
     dev->profile->ops->add_rms_norm(dev, y, x, delta, weight, T, D, eps, dtype);
-    end(dev, note, "add_rms_norm", "%d x %d", T, D);
+    end(dev, note, "%d x %d", T, D);
 }
 
 static void timed_matmul(struct device *dev, void *y, enum dtype y_dtype, const void *x,
@@ -259,9 +271,9 @@ static void timed_matmul(struct device *dev, void *y, enum dtype y_dtype, const 
 {
     const double in = (double)T * w->K * (double)dtype_bytes(dtype);
     const double out = (double)T * w->N * (double)dtype_bytes(y_dtype);
-    struct note *note = begin(dev, matrix_bytes(w) + in + out, 2.0 * T * w->N * w->K);
+    struct note *note = begin(dev, "matmul", matrix_bytes(w) + in + out, 2.0 * T * w->N * w->K);
     dev->profile->ops->matmul(dev, y, y_dtype, x, w, bias, T, dtype);
-    end(dev, note, "matmul", "%d x %d, T %d", w->N, w->K, T);
+    end(dev, note, "%d x %d, T %d", w->N, w->K, T);
 }
 
 static double head_bytes(const struct heads *heads, int T, enum dtype dtype)
@@ -273,9 +285,10 @@ static void timed_head_norm(struct device *dev, void *qkv, const float *q_weight
                             const float *k_weight, const struct heads *heads, int T, float eps,
                             enum dtype dtype)
 {
-    struct note *note = begin(dev, 2 * head_bytes(heads, T, dtype) * (heads->H + heads->G), 0);
+    struct note *note =
+        begin(dev, "head_norm", 2 * head_bytes(heads, T, dtype) * (heads->H + heads->G), 0);
     dev->profile->ops->head_norm(dev, qkv, q_weight, k_weight, heads, T, eps, dtype);
-    end(dev, note, "head_norm", "%d x %d heads", T, heads->H + heads->G);
+    end(dev, note, "%d x %d heads", T, heads->H + heads->G);
 }
 
 static void timed_rope(struct device *dev, void *qkv, const struct rope_view *rope,
@@ -283,16 +296,17 @@ static void timed_rope(struct device *dev, void *qkv, const struct rope_view *ro
                        const struct heads *heads, enum dtype dtype)
 {
     const int n = 2 * heads->H + 5 * heads->G; /* q in and out; k in, out, kept; v in, kept */
-    struct note *note = begin(dev, n * head_bytes(heads, batch->T, dtype), 0);
+    struct note *note = begin(dev, "rope", n * head_bytes(heads, batch->T, dtype), 0);
     dev->profile->ops->rope(dev, qkv, rope, kv, batch, heads, dtype);
-    end(dev, note, "rope", "%d x %d heads", batch->T, heads->H + 2 * heads->G);
+    end(dev, note, "%d x %d heads", batch->T, heads->H + 2 * heads->G);
 }
 
 static void timed_attention(struct device *dev, void *y, const void *qkv, const struct kv_view *kv,
                             const struct batch_view *batch, const struct heads *heads,
                             enum dtype dtype)
 {
-    struct note *note = begin(dev, 2.0 * heads->H * head_bytes(heads, batch->T, dtype), 0);
+    struct note *note =
+        begin(dev, "attention", 2.0 * heads->H * head_bytes(heads, batch->T, dtype), 0);
     dev->profile->ops->attention(dev, y, qkv, kv, batch, heads, dtype);
     if (note) {
         note->kind = NOTE_ATTENTION;
@@ -300,31 +314,31 @@ static void timed_attention(struct device *dev, void *y, const void *qkv, const 
         note->heads = *heads;
         note->kv_bytes = (double)dtype_bytes(kv->dtype);
     }
-    end(dev, note, "attention", "%d tokens, %d rows", batch->T, batch->Q);
+    end(dev, note, "%d tokens, %d rows", batch->T, batch->Q);
 }
 
 static void timed_silu_mul(struct device *dev, void *y, const void *gate_up, int T, int F,
                            enum dtype dtype)
 {
-    struct note *note = begin(dev, 3.0 * T * F * (double)dtype_bytes(dtype), 0);
+    struct note *note = begin(dev, "silu_mul", 3.0 * T * F * (double)dtype_bytes(dtype), 0);
     dev->profile->ops->silu_mul(dev, y, gate_up, T, F, dtype);
-    end(dev, note, "silu_mul", "%d x %d", T, F);
+    end(dev, note, "%d x %d", T, F);
 }
 
 static void timed_gather_rows(struct device *dev, void *y, const void *x, const int32_t *rows,
                               int Q, int D, enum dtype dtype)
 {
-    struct note *note = begin(dev, 2.0 * Q * D * (double)dtype_bytes(dtype), 0);
+    struct note *note = begin(dev, "gather_rows", 2.0 * Q * D * (double)dtype_bytes(dtype), 0);
     dev->profile->ops->gather_rows(dev, y, x, rows, Q, D, dtype);
-    end(dev, note, "gather_rows", "%d x %d", Q, D);
+    end(dev, note, "%d x %d", Q, D);
 }
 
 /* `width` elements of each token with an adapter are read or written. */
-static struct note *begin_lora(struct device *dev, enum note_kind kind, double width,
-                               const struct lora_view *lora, const struct lora_site *site,
-                               int layer, enum dtype dtype)
+static struct note *begin_lora(struct device *dev, const char *op, enum note_kind kind,
+                               double width, const struct lora_view *lora,
+                               const struct lora_site *site, int layer, enum dtype dtype)
 {
-    struct note *note = begin(dev, lora->n_tokens * width * (double)dtype_bytes(dtype), 0);
+    struct note *note = begin(dev, op, lora->n_tokens * width * (double)dtype_bytes(dtype), 0);
     if (!note) return note;
     note->kind = kind;
     note->lora = *lora;
@@ -337,93 +351,100 @@ static void timed_lora_shrink(struct device *dev, float *h, const void *x,
                               const struct lora_view *lora, const struct lora_site *site, int layer,
                               enum dtype dtype)
 {
-    struct note *note = begin_lora(dev, NOTE_SHRINK, site->K, lora, site, layer, dtype);
+    struct note *note =
+        begin_lora(dev, "lora_shrink", NOTE_SHRINK, site->K, lora, site, layer, dtype);
     dev->profile->ops->lora_shrink(dev, h, x, lora, site, layer, dtype);
-    end(dev, note, "lora_shrink", "%d slices of %d", site->n_slices, site->K);
+    end(dev, note, "%d slices of %d", site->n_slices, site->K);
 }
 
 static void timed_lora_expand(struct device *dev, void *y, const float *h,
                               const struct lora_view *lora, const struct lora_site *site, int layer,
                               enum dtype dtype)
 {
-    struct note *note = begin_lora(dev, NOTE_EXPAND, 2.0 * site->N, lora, site, layer, dtype);
+    struct note *note =
+        begin_lora(dev, "lora_expand", NOTE_EXPAND, 2.0 * site->N, lora, site, layer, dtype);
     dev->profile->ops->lora_expand(dev, y, h, lora, site, layer, dtype);
-    end(dev, note, "lora_expand", "%d slices to %d", site->n_slices, site->N);
+    end(dev, note, "%d slices to %d", site->n_slices, site->N);
 }
 
 static void timed_lora_expand_silu_mul(struct device *dev, void *y, void *gate_up, const float *h,
                                        const struct lora_view *lora, const struct lora_site *site,
                                        int layer, int T, enum dtype dtype)
 {
-    struct note *note = begin_lora(dev, NOTE_EXPAND, 0, lora, site, layer, dtype);
+    struct note *note =
+        begin_lora(dev, "lora_expand_silu_mul", NOTE_EXPAND, 0, lora, site, layer, dtype);
     if (note) note->bytes = T * 1.5 * site->N * (double)dtype_bytes(dtype);
     dev->profile->ops->lora_expand_silu_mul(dev, y, gate_up, h, lora, site, layer, T, dtype);
-    end(dev, note, "lora_expand_silu_mul", "%d slices to %d", site->n_slices, site->N);
+    end(dev, note, "%d slices to %d", site->n_slices, site->N);
 }
 
 static void timed_sample(struct device *dev, int32_t *ids, const float *logits,
                          const struct sample_view *view, int V)
 {
-    struct note *note = begin(dev, 4.0 * view->Q * V, 0);
+    struct note *note = begin(dev, "sample", 4.0 * view->Q * V, 0);
     dev->profile->ops->sample(dev, ids, logits, view, V);
-    end(dev, note, "sample", "%d x %d", view->Q, V);
+    end(dev, note, "%d x %d", view->Q, V);
 }
 
 static void timed_logprobs(struct device *dev, float *logprob, int32_t *top_ids,
                            float *top_logprobs, const float *logits, const int32_t *target, int Q,
                            int V, int n)
 {
-    struct note *note = begin(dev, 4.0 * Q * V, 0);
+    struct note *note = begin(dev, "logprobs", 4.0 * Q * V, 0);
     dev->profile->ops->logprobs(dev, logprob, top_ids, top_logprobs, logits, target, Q, V, n);
-    end(dev, note, "logprobs", "%d x %d", Q, V);
+    end(dev, note, "%d x %d", Q, V);
 }
 
 static void timed_lora_embed(struct device *dev, void *y, float *h, const int32_t *ids,
                              const struct lora_view *lora, int D, enum dtype dtype)
 {
-    struct note *note = begin(dev, (double)lora->n_tokens * D * (double)dtype_bytes(dtype), 0);
+    struct note *note =
+        begin(dev, "lora_embed", (double)lora->n_tokens * D * (double)dtype_bytes(dtype), 0);
     dev->profile->ops->lora_embed(dev, y, h, ids, lora, D, dtype);
-    end(dev, note, "lora_embed", "%d x %d", lora->n_tokens, D);
+    end(dev, note, "%d x %d", lora->n_tokens, D);
 }
 
 static void timed_lora_head(struct device *dev, float *logits, const void *x,
                             const struct lora_view *lora, int V, int D, enum dtype dtype)
 {
-    struct note *note = begin(dev, (double)lora->n_tokens * D * (double)dtype_bytes(dtype), 0);
+    struct note *note =
+        begin(dev, "lora_head", (double)lora->n_tokens * D * (double)dtype_bytes(dtype), 0);
     dev->profile->ops->lora_head(dev, logits, x, lora, V, D, dtype);
-    end(dev, note, "lora_head", "%d x %d", lora->n_tokens, V);
+    end(dev, note, "%d x %d", lora->n_tokens, V);
 }
 
 static void timed_lora_add_rms_norm(struct device *dev, void *y, float *x, const void *delta,
                                     const float *weight, const struct lora_view *lora, int layer,
                                     enum lora_norm norm, int T, int D, float eps, enum dtype dtype)
 {
-    struct note *note = begin(dev, norm_bytes(T, D, delta != NULL, dtype), 0);
+    struct note *note = begin(dev, "lora_add_rms_norm", norm_bytes(T, D, delta != NULL, dtype), 0);
     dev->profile->ops->lora_add_rms_norm(dev, y, x, delta, weight, lora, layer, norm, T, D, eps,
                                          dtype);
-    end(dev, note, "lora_add_rms_norm", "%d x %d", T, D);
+    end(dev, note, "%d x %d", T, D);
 }
 
 static void timed_lora_head_norm(struct device *dev, void *qkv, const float *q_weight,
                                  const float *k_weight, const struct lora_view *lora, int layer,
                                  const struct heads *heads, int T, float eps, enum dtype dtype)
 {
-    struct note *note = begin(dev, 2 * head_bytes(heads, T, dtype) * (heads->H + heads->G), 0);
+    struct note *note =
+        begin(dev, "lora_head_norm", 2 * head_bytes(heads, T, dtype) * (heads->H + heads->G), 0);
     dev->profile->ops->lora_head_norm(dev, qkv, q_weight, k_weight, lora, layer, heads, T, eps,
                                       dtype);
-    end(dev, note, "lora_head_norm", "%d x %d heads", T, heads->H + heads->G);
+    end(dev, note, "%d x %d heads", T, heads->H + heads->G);
 }
 
 static void timed_extend_metadata(struct device *dev, const struct extend_view *extend)
 {
-    struct note *note = begin(dev, 8.0 * extend->bs + 20.0 * extend->capacity, 0);
+    struct note *note =
+        begin(dev, "extend_metadata", 8.0 * extend->bs + 20.0 * extend->capacity, 0);
     dev->profile->ops->extend_metadata(dev, extend);
-    end(dev, note, "extend_metadata", "%d requests", extend->bs);
+    end(dev, note, "%d requests", extend->bs);
 }
 
 /* ---- the profile ---------------------------------------------------------------------------- */
 
-mlora_status profile_open(struct device *dev)
+mlora_status profile_open(struct device *dev, bool has_ranges)
 {
     assert(!dev->profile);
     struct profile *profile = calloc(1, sizeof *profile);
@@ -431,6 +452,7 @@ mlora_status profile_open(struct device *dev)
 
     struct kernels *timed = &profile->timed;
     profile->ops = dev->ops;
+    profile->has_ranges = has_ranges;
     *timed = *dev->ops;
     timed->close = timed_close;
     timed->upload = timed_upload;
@@ -483,6 +505,19 @@ void profile_start(struct device *dev)
     profile->on = true;
     profile->fresh = true;
     profile->n_notes = profile->n_marks = profile->n_lines = 0;
+}
+
+void profile_layer(struct device *dev, int layer)
+{
+    struct profile *profile = dev->profile;
+    char name[PROFILE_SHAPE];
+
+    if (!profile) return;
+    if (profile->in_layer) open_range(dev, NULL);
+    profile->in_layer = profile->has_ranges && profile->on && layer >= 0;
+    if (!profile->in_layer) return;
+    snprintf(name, sizeof name, "layer %d", layer);
+    open_range(dev, name);
 }
 
 const struct profile_line *profile_lines(const struct device *dev, int *n_lines)

@@ -4,6 +4,7 @@
 #ifndef MLORA_KERNELS_PROFILE_H
 #define MLORA_KERNELS_PROFILE_H
 
+#include <stdbool.h>
 #include <stdint.h>
 
 #include "kernels/kernels.h"
@@ -22,11 +23,15 @@ struct profile_line {
 };
 
 /* Put the profile between the device and its callers until the device is closed; it is off at
- * first. Returns OK or ENOMEM. */
-mlora_status profile_open(struct device *dev);
+ * first. `has_ranges`: each op is launched by itself, never replayed, inside a range that has its
+ * name, for a profiler that watches the process. Returns OK or ENOMEM. */
+mlora_status profile_open(struct device *dev, bool has_ranges);
 
 /* Time from now on, and begin with nothing. Not during a step. */
 void profile_start(struct device *dev);
+
+/* The ops from here on belong to that decoder layer, -1: to none. Nothing without a profile. */
+void profile_layer(struct device *dev, int layer);
 
 /* The lines since profile_start(), in the order of their first call. They live until the next op. */
 const struct profile_line *profile_lines(const struct device *dev, int *n_lines);

@@ -8,6 +8,7 @@
 #include <string.h>
 
 #include "engine/base/error.h"
+#include "kernels/profile.h"
 
 /* ---- the pass ------------------------------------------------------------------------------- */
 
@@ -183,6 +184,7 @@ void forward(const struct model *model, const struct workspace *ws, const struct
             .scale = 1.0f / sqrtf((float)config->head_dim),
         };
 
+        profile_layer(dev, l);
         add_norm(model, ws, delta, w->attention_norm, T, lora, l, NORM_ATTENTION);
         project(model, ws, ws->qkv, ws->norm, &w->qkv, w->qkv_bias, T, lora, &sites.qkv, l);
         if (config->qk_norm) head_norm(model, ws, w, &heads, T, lora, l);
@@ -195,6 +197,7 @@ void forward(const struct model *model, const struct workspace *ws, const struct
         project(model, ws, ws->delta, ws->mlp, &w->down, w->down_bias, T, lora, &sites.down, l);
         delta = ws->delta;
     }
+    profile_layer(dev, -1);
     add_norm(model, ws, delta, weights->final_norm, T, lora, L, NORM_FINAL);
     op->record_end(dev);
 }

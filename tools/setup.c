@@ -334,17 +334,20 @@ static mlora_status choose_model(mlora_options *options, char **folder, char **t
         if (!options->tokenizer) options->tokenizer = *tokenizer;
     }
     if (options->model) return MLORA_OK;
-    return error_set(MLORA_EINVAL, "no model: give --model DIR, a directory with config.json, "
-                                   "the weights and the tokenizer");
+    return error_set(MLORA_EINVAL, "no model: give --model DIR, a directory with config.json, the "
+                                   "weights and the tokenizer, or --load-format dummy --config "
+                                   "NAME for random weights of that shape");
 }
 
 mlora_status setup_folder(char **out, const struct setup *setup)
 {
     mlora_options options = {0};
+    struct setup shape = *setup;
     char *folder = NULL, *tokenizer = NULL;
 
     *out = NULL;
-    mlora_status status = choose_model(&options, &folder, &tokenizer, setup);
+    if (setup->config) shape.load_format = LOAD_DUMMY; /* no weights are read here */
+    mlora_status status = choose_model(&options, &folder, &tokenizer, &shape);
     if (status == MLORA_OK) *out = folder ? folder : strdup(options.model);
     if (status == MLORA_OK && !*out) status = error_set(MLORA_ENOMEM, "out of memory for a path");
     free(tokenizer);

@@ -27,7 +27,7 @@ struct setup {
     bool quiet;
     int load_format;    /* enum load_format */
     const char *config; /* of dummy weights: NULL: that of `model` */
-    bool profile;       /* not a flag of its own: bench sets it */
+    int profile;        /* as mlora_options; not a flag of its own: bench sets it */
 };
 
 /* An item of --adapters. */
@@ -38,7 +38,8 @@ struct adapter_source {
 
 extern const struct option_spec setup_specs[]; /* the target is a struct setup */
 
-/* The folder with config.json that setup_open() would read, freed with free(). */
+/* The folder with config.json that setup_open() would read, freed with free(). A --config is enough
+ * here, --load-format dummy may be left out. */
 mlora_status setup_folder(char **out, const struct setup *setup);
 
 /* Open the engine, with a progress bar if stderr is a terminal, and load the adapters. An adapter

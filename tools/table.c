@@ -8,7 +8,7 @@
 
 #include "tools/text.h"
 
-enum { MAX_COLUMNS = 16, COLUMN_GAP = 2 };
+enum { MAX_COLUMNS = 20, COLUMN_GAP = 2 };
 
 static bool ends_with(const char *text, const char *end)
 {

@@ -1,9 +1,19 @@
 /* The clock: a mark is a CUDA event. Inside a recording it becomes a node of the graph, so that a
  * replayed step is timed op by op without a gap for its launches; kernels do not overlap across
- * it, which makes a timed step a little longer than a plain one. */
+ * it, which makes a timed step a little longer than a plain one.
+ *
+ * For the clocks of others there are ranges: NVTX, headers only, which does nothing unless a
+ * profiler (nsys, ncu) has started the process. */
 #include "kernels/cuda/cuda.cuh"
 
 #include <stdlib.h>
+
+#if __has_include(<nvtx3/nvToolsExt.h>)
+#include <nvtx3/nvToolsExt.h>
+#else /* a toolkit without it: no ranges */
+#define nvtxRangePushA(name) ((void)(name))
+#define nvtxRangePop()       ((void)0)
+#endif
 
 struct clock_marks {
     cudaEvent_t events[MARKS];
@@ -54,6 +64,15 @@ struct lap cuda_elapsed(struct device *dev, int from, int to)
     if (marks->nodes[from] >= 0 && marks->nodes[to] > marks->nodes[from])
         lap.launches = marks->nodes[to] - marks->nodes[from] - (to - from); /* less the marks */
     return lap;
+}
+
+void cuda_range(struct device *dev, const char *name)
+{
+    (void)dev;
+    if (name)
+        nvtxRangePushA(name);
+    else
+        nvtxRangePop();
 }
 
 void clock_close(struct clock_marks *marks)

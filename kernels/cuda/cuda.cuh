@@ -244,6 +244,7 @@ mlora_status recordings_open(struct recordings **out);
 void recordings_close(struct recordings *recordings); /* accepts NULL */
 void cuda_mark(struct device *dev, int mark);
 struct lap cuda_elapsed(struct device *dev, int from, int to);
+void cuda_range(struct device *dev, const char *name);
 void clock_close(struct clock_marks *marks); /* accepts NULL */
 /* cublasLt, for cuda->blas, which is to be closed after a failure, too. */
 mlora_status blas_open(struct cuda_device *cuda, const char *cache_dir, const char *gpu);

@@ -206,7 +206,7 @@ static const struct kernels cuda_kernels = {
     cuda_lora_head_norm,  cuda_lora_row_norms,
     cuda_extend_metadata, cuda_lora_expand_silu_mul,
     cuda_upload_beside,   cuda_move,
-    device_stream,
+    device_stream,        cuda_range,
 };
 
 /* The parts that need the device to be current. */

@@ -1,6 +1,7 @@
 /* The clock, the copy, and the profile between a device and its callers. Counts are worked by hand;
  * times are only known to be there. */
 #include <criterion/criterion.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -57,7 +58,7 @@ Test(profile, counts_what_a_product_reads_and_computes)
 
     dev->ops->matmul(dev, y, DTYPE_F32, dev_x, &matrix, NULL, T, DTYPE_F32);
     download(plain, y, sizeof plain);
-    cr_assert_eq(profile_open(dev), MLORA_OK);
+    cr_assert_eq(profile_open(dev, false), MLORA_OK);
     profile_start(dev);
     for (int i = 0; i < 2; i++)
         dev->ops->matmul(dev, y, DTYPE_F32, dev_x, &matrix, NULL, T, DTYPE_F32);
@@ -79,7 +80,7 @@ Test(profile, is_silent_before_its_start_and_begins_anew_with_each)
     int n;
     float *x = device_memory(64 * sizeof *x), *y = device_memory(64 * sizeof *y);
 
-    cr_assert_eq(profile_open(dev), MLORA_OK);
+    cr_assert_eq(profile_open(dev, false), MLORA_OK);
     dev->ops->silu_mul(dev, y, x, 2, 16, DTYPE_F32);
     cr_assert_eq(dev->ops->sync(dev), MLORA_OK);
     profile_lines(dev, &n);
@@ -106,7 +107,7 @@ Test(profile, counts_attention_by_the_lengths_of_its_rows)
     float *qkv = next_floats(&numbers, T * (H + 2 * G) * D, DTYPE_F32);
     void *dev_qkv = upload(qkv, T * (H + 2 * G) * D * sizeof *qkv);
     void *y = device_memory(T * H * D * sizeof(float));
-    cr_assert_eq(profile_open(dev), MLORA_OK);
+    cr_assert_eq(profile_open(dev, false), MLORA_OK);
     profile_start(dev);
     dev->ops->attention(dev, y, dev_qkv, &sequences.kv, &sequences.batch, &heads, DTYPE_F32);
     cr_assert_eq(dev->ops->sync(dev), MLORA_OK);
@@ -153,7 +154,7 @@ Test(profile, counts_adapters_by_their_ranks_and_tokens)
     void *dev_x = upload(x, sizeof x), *dev_y = upload(y, sizeof y);
     float *h = device_memory(T * LORA_SLICES_MAX * 5 * sizeof *h);
 
-    cr_assert_eq(profile_open(dev), MLORA_OK);
+    cr_assert_eq(profile_open(dev, false), MLORA_OK);
     profile_start(dev);
     dev->ops->lora_shrink(dev, h, dev_x, &view, &site, 0, DTYPE_F32);
     dev->ops->lora_expand(dev, dev_y, h, &view, &site, 0, DTYPE_F32);
@@ -167,4 +168,65 @@ Test(profile, counts_adapters_by_their_ranks_and_tokens)
     cr_expect_eq(expand->bytes, 2 * N * (3 + 5) + h_bytes + 2 * 4 * 3 * N);
     cr_expect_eq(expand->flops, 2 * N * (1 * 3 + 2 * 5));
     free(values);
+}
+
+/* ---- ranges --------------------------------------------------------------------------------- */
+
+static char ranges[256]; /* names as they begin, ) where one ends */
+
+static void note_range(struct device *device, const char *name)
+{
+    (void)device;
+    const size_t n = strlen(ranges);
+    snprintf(ranges + n, sizeof ranges - n, "%s", name ? name : ")");
+    if (name) strncat(ranges, "(", sizeof ranges - strlen(ranges) - 1);
+}
+
+/* A layer's ops lie inside its range, and what follows outside of it; nothing is replayed. */
+Test(profile, gives_profilers_a_range_for_each_layer_and_op)
+{
+    float *x = device_memory(64 * sizeof *x), *y = device_memory(64 * sizeof *y);
+    static struct kernels ops; /* until the device is closed */
+    const int key = 1;
+
+    ops = *dev->ops;
+    ops.range = note_range;
+    dev->ops = &ops;
+    cr_assert_eq(profile_open(dev, true), MLORA_OK);
+    profile_layer(dev, 0);
+    dev->ops->silu_mul(dev, y, x, 2, 16, DTYPE_F32);
+    profile_layer(dev, -1);
+    cr_expect_str_eq(ranges, "", "before the start: %s", ranges);
+    profile_start(dev);
+    for (int i = 0; i < 3; i++) {
+        cr_expect_not(dev->ops->replay(dev, &key, sizeof key));
+        for (int l = 0; l < 2; l++) {
+            profile_layer(dev, l);
+            dev->ops->silu_mul(dev, y, x, 2, 16, DTYPE_F32);
+        }
+        profile_layer(dev, -1);
+        dev->ops->silu_mul(dev, y, x, 2, 16, DTYPE_F32);
+        dev->ops->record_end(dev);
+        cr_expect_str_eq(ranges, "layer 0(silu_mul())layer 1(silu_mul())silu_mul()");
+        ranges[0] = '\0';
+    }
+    cr_assert_eq(dev->ops->sync(dev), MLORA_OK);
+    cr_expect_eq(find("silu_mul", "2 x 16")->n_calls, 9);
+}
+
+Test(profile, makes_no_ranges_that_nobody_asked_for)
+{
+    float *x = device_memory(64 * sizeof *x), *y = device_memory(64 * sizeof *y);
+    static struct kernels ops; /* until the device is closed */
+
+    ops = *dev->ops;
+    ops.range = note_range;
+    dev->ops = &ops;
+    cr_assert_eq(profile_open(dev, false), MLORA_OK);
+    profile_start(dev);
+    profile_layer(dev, 0);
+    dev->ops->silu_mul(dev, y, x, 2, 16, DTYPE_F32);
+    profile_layer(dev, -1);
+    cr_assert_eq(dev->ops->sync(dev), MLORA_OK);
+    cr_expect_str_eq(ranges, "");
 }

@@ -69,7 +69,7 @@ Test(bench, a_report_says_where_and_how_it_was_made)
 Test(bench, runs_every_case_to_its_last_token)
 {
     size_t i;
-    const json_t *row;
+    const json_t *row, *base = NULL;
     static const struct {
         const char *mode;
         int batch, adapters;
@@ -94,7 +94,23 @@ Test(bench, runs_every_case_to_its_last_token)
         cr_expect_geq(number(row, "x slowest"), 1);
         cr_expect_gt(number(row, "% of limit"), 0);
         cr_expect_gt(number(row, "peak bytes"), 1e6);
-        if (want[i].adapters == 0) cr_expect_eq(number(row, "% of base"), 100);
+        if (want[i].adapters == 0) {
+            base = row;
+            cr_expect_eq(number(row, "% of base"), 100);
+            cr_expect(json_is_null(json_object_get(row, "added us/layer")));
+            /* 11 tokens of each request are kept, in one block of 16 */
+            const json_t *model = json_object_get(report, "model");
+            cr_expect_eq(number(row, "used bytes"),
+                         number(model, "weight_bytes") +
+                             16 * want[i].batch * number(model, "kv_bytes_per_token"));
+            continue;
+        }
+        const double base_speed = number(base, "tokens/s");
+        cr_expect_float_eq(number(row, "% of base"), 100 * speed / base_speed, 1e-6);
+        /* two layers */
+        cr_expect_float_eq(number(row, "added us/layer"),
+                           1e3 * (number(row, "ms/step") - number(base, "ms/step")) / 2, 1e-6);
+        cr_expect_gt(number(row, "used bytes"), number(base, "used bytes"));
     }
     json_decref(report);
 }
@@ -112,6 +128,36 @@ Test(bench, a_sweep_runs_all_combinations)
         cr_expect_eq(number(row, "adapters"), i % 5 == 0 ? 0 : i % 5 < 3 ? 1 : 2);
         cr_expect_eq(number(row, "rank"), i % 5 == 0 ? 0 : i % 5 % 2 == 1 ? 2 : 4);
     }
+    json_decref(report);
+}
+
+/* The spelling of the classic benchmark of the modes, its numbers made small. */
+Test(bench, runs_all_modes_beside_the_base)
+{
+    static const char *const modes[] = {"base", "loop", "gbmm", "bgmv", "sgmv", "fused", "auto"};
+    size_t i;
+    const json_t *row;
+    double slowest = HUGE_VAL;
+
+    json_t *report = bench("generate", "--config llama-test --load-format dummy "
+                                       "--modes loop,gbmm,bgmv,sgmv,fused,auto --batch-size 4 "
+                                       "--max-new-tokens 3 --num-adapters 3 --rank 2 "
+                                       "--temperature 0.7 --top-p 0.9 --repeat 1");
+    json_array_foreach(cases(report, 7), i, row)
+    {
+        cr_expect_str_eq(text(row, "mode"), modes[i]);
+        cr_expect_eq(number(row, "tokens"), 12);
+        if (i > 0 && number(row, "tokens/s") < slowest) slowest = number(row, "tokens/s");
+    }
+    json_array_foreach(json_object_get(report, "cases"), i, row)
+    {
+        if (i > 0)
+            cr_expect_float_eq(number(row, "x slowest"), number(row, "tokens/s") / slowest, 1e-6);
+    }
+    const json_t *work = json_object_get(report, "workload");
+    cr_expect_eq(number(work, "max_new_tokens"), 3);
+    cr_expect_eq(number(work, "temperature"), 0.7);
+    cr_expect_eq(number(work, "top_p"), 0.9);
     json_decref(report);
 }
 
@@ -162,7 +208,7 @@ Test(bench, kernels_has_the_ops_of_both_phases)
     cr_expect_gt(number(report, "flops_per_second"), 0);
     json_decref(report);
 
-    report = bench("kernels", "--model " SHAPE " --phase prefill --batch-size 16 "
+    report = bench("kernels", "--config llama-test --phase prefill --batch-size 16 "
                               "--num-adapters 2 --rank 4");
     json_array_foreach(cases(report, 1 + 7), i, row)
     {
@@ -287,6 +333,18 @@ Test(bench, profile_puts_the_greatest_loss_first)
     }
     cr_expect_eq(n_phases, 2);
     cr_expect_eq(n_products, 2 * 4 + 1); /* four in each layer, and the head */
+    json_decref(report);
+}
+
+/* The CPU has no ranges: the same table. */
+Test(bench, profile_launches_op_by_op_for_other_profilers)
+{
+    json_t *report = bench("profile", "--config llama-test --load-format dummy --batch-size 2 "
+                                      "--num-adapters 1 --rank 4 --context 6 --prompt-tokens 8 "
+                                      "--steps 1 --nvtx");
+    const json_t *rows = json_object_get(report, "cases");
+    cr_assert_gt(json_array_size(rows), 10);
+    cr_expect_gt(number(json_array_get(rows, 0), "us"), 0);
     json_decref(report);
 }
 

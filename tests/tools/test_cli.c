@@ -86,7 +86,9 @@ Test(cli, takes_flags_from_the_environment_where_the_command_line_is_silent)
 Test(cli, refuses_a_missing_model_in_one_line)
 {
     struct outcome outcome = run(NULL, "generate --prompt x");
-    expect_refusal_with(&outcome, "no model: give --model DIR");
+    expect_refusal_with(&outcome,
+                        "no model: give --model DIR, a directory with config.json, the "
+                        "weights and the tokenizer, or --load-format dummy --config NAME");
     outcome = run(NULL, "generate --model no/such/model --prompt x");
     expect_refusal_with(&outcome, "no/such/model");
     outcome = run(NULL, "score --model no/such/model --prompt x");

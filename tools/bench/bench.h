@@ -28,6 +28,9 @@ json_t *report_open(const char *bench, int argc, char **argv);
 /* Add what a device is: backend, device, bandwidth, and the machine around it. */
 mlora_status report_add_device(json_t *report, const struct device *dev, double bytes_per_second);
 
+/* Add the model's dimensions, by their names in config.json: enough to build it elsewhere. */
+mlora_status report_add_shape(json_t *report, const struct model_config *config);
+
 /* Add what an engine has loaded. */
 mlora_status report_add_engine(json_t *report, const mlora_engine *engine);
 

@@ -113,6 +113,22 @@ static double decode_bytes(const struct session *session, const struct one_case 
     return n_steps * step;
 }
 
+/* What a case fills: the weights, its adapters, and the blocks of keys and values that its requests
+ * have at their end. More than that is reserved. */
+static int64_t used_bytes(const struct session *session, const struct one_case *one)
+{
+    const struct bench *bench = session->bench;
+    const int64_t tokens = bench->prompt_tokens + bench->max_tokens - 1; /* the last is not kept */
+    const int64_t kept = (tokens + KV_BLOCK - 1) / KV_BLOCK * KV_BLOCK;
+    mlora_stats stats;
+    mlora_info info;
+
+    mlora_engine_info(session->engine, &info);
+    mlora_engine_stats(session->engine, &stats);
+    return info.weight_bytes + stats.adapter_bytes_used +
+           one->batch * kept * info.kv_bytes_per_token;
+}
+
 /* ---- one case ------------------------------------------------------------------------------- */
 
 static int by_speed(const void *a, const void *b)
@@ -163,14 +179,17 @@ static mlora_status run_case(struct session *session, const struct one_case *one
     json_t *of_limit = spent > 0 ? json_real(100 * limit / spent) : json_null();
     return report_add(
         session->report,
-        json_pack("{s:s, s:i, s:i, s:i, s:I, s:f, s:f, s:f, s:f, s:f, s:f, s:n, s:n, s:o, s:I}",
-                  "mode", one->n_adapters > 0 ? mode_name(session->mode) : "base", "batch",
-                  one->batch, "adapters", one->n_adapters, "rank",
-                  one->n_adapters > 0 ? one->rank : 0, "tokens", (json_int_t)median->n_tokens,
-                  "seconds", median->seconds, "tokens/s", median->tokens_per_second, "min",
-                  runs[0].tokens_per_second, "max", runs[n - 1].tokens_per_second, "ms/step",
-                  median->ms_per_step, "first ms", median->first_token_ms, "x slowest", "% of base",
-                  "% of limit", of_limit, "peak bytes", (json_int_t)bench_memory(session->dev)));
+        json_pack(
+            "{s:s, s:i, s:i, s:i, s:I, s:f, s:f, s:f, s:f, s:f, s:f, s:n, s:n, s:n, s:o, s:I, "
+            "s:I}",
+            "mode", one->n_adapters > 0 ? mode_name(session->mode) : "base", "batch", one->batch,
+            "adapters", one->n_adapters, "rank", one->n_adapters > 0 ? one->rank : 0, "tokens",
+            (json_int_t)median->n_tokens, "seconds", median->seconds, "tokens/s",
+            median->tokens_per_second, "min", runs[0].tokens_per_second, "max",
+            runs[n - 1].tokens_per_second, "ms/step", median->ms_per_step, "first ms",
+            median->first_token_ms, "added us/layer", "x slowest", "% of base", "% of limit",
+            of_limit, "used bytes", (json_int_t)used_bytes(session, one), "peak bytes",
+            (json_int_t)bench_memory(session->dev)));
 }
 
 /* ---- rows beside each other ----------------------------------------------------------------- */
@@ -185,8 +204,9 @@ static bool same(const json_t *a, const json_t *b, const char *key)
     return number(a, key) == number(b, key);
 }
 
-/* Each row against the base of its batch size, and against the slowest way for the same adapters. */
-static mlora_status compare_rows(json_t *rows)
+/* Each row against the base of its batch size, whose steps it makes longer by what its adapters add
+ * to each layer, and against the slowest way for the same adapters. */
+static mlora_status compare_rows(json_t *rows, int n_layers)
 {
     size_t i, j;
     json_t *row;
@@ -196,15 +216,21 @@ static mlora_status compare_rows(json_t *rows)
     json_array_foreach(rows, i, row)
     {
         const double speed = number(row, "tokens/s");
-        double slowest = speed, base = 0;
+        double slowest = speed, base = 0, base_ms = 0;
         json_array_foreach(rows, j, other)
         {
             const double its = number(other, "tokens/s");
             if (!same(row, other, "batch")) continue;
-            if (number(other, "adapters") == 0) base = its;
+            if (number(other, "adapters") == 0) {
+                base = its;
+                base_ms = number(other, "ms/step");
+            }
             if (same(row, other, "adapters") && same(row, other, "rank") && its < slowest)
                 slowest = its;
         }
+        const double added = 1e3 * (number(row, "ms/step") - base_ms) / n_layers;
+        if (number(row, "adapters") > 0)
+            ok = ok && json_object_set_new(row, "added us/layer", json_real(added)) == 0;
         ok = ok && json_object_set_new(row, "x slowest", json_real(speed / slowest)) == 0;
         ok = ok && json_object_set_new(row, "% of base", json_real(100 * (speed / base))) == 0;
     }
@@ -319,13 +345,14 @@ static mlora_status bench_action_generate(void *target, json_t *report)
     if (status == MLORA_OK && bench->output.plot) status = plot_check(bench->output.plot);
     if (status == MLORA_OK) status = setup_folder(&folder, &bench->setup);
     if (status == MLORA_OK) status = model_config_read(&session.config, folder);
+    if (status == MLORA_OK) status = report_add_shape(report, &session.config);
     if (status == MLORA_OK) status = setup_try_ops(&bench->setup);
     if (status != MLORA_OK) goto done;
 
     if (bench->setup.max_num_seqs == 0)
         bench->setup.max_num_seqs = list_largest(lists.batches, lists.n_batches);
     status = run_modes(&session, &bench->setup, &lists);
-    if (status == MLORA_OK) status = compare_rows(rows);
+    if (status == MLORA_OK) status = compare_rows(rows, session.config.n_layers);
     if (status == MLORA_OK) status = sort_rows(rows);
     if (status == MLORA_OK)
         json_object_set_new(report, "workload",
@@ -371,7 +398,10 @@ const struct command bench_generate = {
     .description = "Generate whole batches and measure them. Every request runs to its last "
                    "token; each case is warmed up once, then repeated, and the median counts. "
                    "\"% of limit\" is the time in which the memory could have delivered what the "
-                   "decode steps must read, of the time that they took.",
+                   "decode steps must read, of the time that they took; \"added us/layer\" what "
+                   "the adapters add to a decode step of the base, by layer. \"used\" are the "
+                   "weights, the adapters and the keys and values of the requests; \"peak\" is "
+                   "what the process has taken, of which the rest is reserved.",
     .groups = groups,
     .examples = "  mlora bench generate -m llama --modes loop,sgmv,auto --batch-size 64\n"
                 "  mlora bench generate --load-format dummy --config llama-3.1-8b \\\n"

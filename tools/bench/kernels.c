@@ -262,7 +262,7 @@ void decode_cases(struct ops_bench *bench, const int32_t *tokens, int n_tokens)
 
     for (int i = 0; i < n_tokens; i++) {
         const int T = tokens[i];
-        const int lengths[] = {300, 1024, 8192};
+        const int lengths[] = {300, 1024, 8192, 32768};
         matmul_cases(bench, "decode", T);
         for (size_t k = 0; k < sizeof lengths / sizeof *lengths; k++)
             if (lengths[k] <= bench->config.max_position && (int64_t)lengths[k] * T <= 2 * most)
@@ -340,6 +340,7 @@ static mlora_status action(void *target, json_t *report)
     if (status == MLORA_OK && bench->output.plot) status = plot_check(bench->output.plot);
     if (status == MLORA_OK) status = setup_folder(&folder, &bench->setup);
     if (status == MLORA_OK) status = model_config_read(&ops.config, folder);
+    if (status == MLORA_OK) status = report_add_shape(report, &ops.config);
     if (status == MLORA_OK) status = setup_try_ops(&bench->setup);
     if (status == MLORA_OK) status = ops_open(&ops, &bench->setup);
     if (status == MLORA_OK) status = custom_open(ops.dev, bench->setup.ops, bench->setup.n_ops);

@@ -112,23 +112,81 @@ static int find_series(struct series *series, const char *name)
     return series->n++;
 }
 
-/* The name of the line that a row of `bench kernels` belongs to. */
-static void name_kernel(char out[NAME_MAX_BYTES], const json_t *row)
-{
-    snprintf(out, NAME_MAX_BYTES, "%s, %d x r%d", text_of(row, "case"),
-             (int)number(row, "adapters"), (int)number(row, "rank"));
-}
-
 static bool is_addon(const json_t *row)
 {
     return strcmp(text_of(row, "kernel"), "lora") == 0;
 }
 
+/* The panel in which a row of `bench kernels` stands: one for each set of adapters. */
+static void name_panel(char out[NAME_MAX_BYTES], const json_t *row)
+{
+    const int adapters = (int)number(row, "adapters");
+    snprintf(out, NAME_MAX_BYTES, "%d adapter%s, rank %d", adapters, adapters == 1 ? "" : "s",
+             (int)number(row, "rank"));
+}
+
+/* The points of a way in a panel: tokens, time, limit. Returns how many. */
+static int write_points(FILE *out, const json_t *rows, const char *panel, const char *way)
+{
+    char name[NAME_MAX_BYTES];
+    size_t i;
+    const json_t *row;
+    int n = 0;
+
+    json_array_foreach(rows, i, row)
+    {
+        if (!is_addon(row) || strcmp(text_of(row, "case"), way) != 0) continue;
+        name_panel(name, row);
+        if (strcmp(name, panel) != 0) continue;
+        fprintf(out, "%g %g %g\n", number(row, "tokens"), number(row, "us"),
+                number(row, "limit us"));
+        n++;
+    }
+    return n;
+}
+
+/* All ways and the limit of one panel; `index` of `n_panels`. */
+static void plot_panel(FILE *out, const json_t *rows, const struct series *ways, const char *panel,
+                       int index, int n_panels)
+{
+    int n_points[SERIES_MAX];
+
+    for (int w = 0; w < ways->n; w++) {
+        fprintf(out, "$p%dw%d << EOD\n", index, w);
+        n_points[w] = write_points(out, rows, panel, ways->names[w]);
+        fprintf(out, "EOD\n");
+    }
+    fprintf(out, "set title \"%s\" noenhanced\nset format y '%s'\n%s\n", panel,
+            index == 0 ? "%g" : "",
+            index == 0 ? "set ylabel 'microseconds a layer'" : "unset ylabel");
+    if (index == n_panels - 1)
+        fprintf(out, "set key at screen 0.99,0.84 right top noenhanced\n");
+    else
+        fprintf(out, "unset key\n");
+    const char *comma = "plot ";
+    for (int w = 0; w < ways->n; w++) {
+        const bool is_auto = strcmp(ways->names[w], "auto") == 0;
+        if (n_points[w] == 0) continue;
+        fprintf(out,
+                "%s$p%dw%d using 1:2 with linespoints pt %d ps 0.8 lw %g lc rgb '%s' title '%s'",
+                comma, index, w, is_auto ? 7 : 6, is_auto ? 3.0 : 1.6,
+                is_auto ? "#111111" : colors[w % COLORS], ways->names[w]);
+        comma = ", ";
+    }
+    for (int w = 0, said = 0; w < ways->n; w++) {
+        if (n_points[w] == 0 || said++) continue;
+        fprintf(out, ", $p%dw%d using 1:3 with lines dt 3 lw 2 lc rgb '#888888' title 'limit'",
+                index, w);
+    }
+    fprintf(out, "\n");
+}
+
 /* Time of one layer's adapters over the tokens of a step, and the memory's limit dotted. */
 static mlora_status plot_kernels(FILE *out, const json_t *report, const json_t *rows)
 {
-    struct series series = {.n = 0}, modes = {.n = 0}, sets = {.n = 0};
-    char name[NAME_MAX_BYTES], title[128];
+    struct series panels = {.n = 0}, ways = {.n = 0};
+    double least = 1e30, most = 0, first = 1e30, last = 0; /* microseconds, tokens */
+    char name[NAME_MAX_BYTES];
     const char *phase = "";
     size_t i;
     const json_t *row;
@@ -136,43 +194,29 @@ static mlora_status plot_kernels(FILE *out, const json_t *report, const json_t *
     json_array_foreach(rows, i, row)
     {
         if (!is_addon(row)) continue;
-        name_kernel(name, row);
-        find_series(&series, name);
+        name_panel(name, row);
+        find_series(&panels, name);
+        find_series(&ways, text_of(row, "case"));
         phase = text_of(row, "phase");
+        if (number(row, "limit us") < least) least = number(row, "limit us");
+        if (number(row, "us") > most) most = number(row, "us");
+        if (number(row, "tokens") < first) first = number(row, "tokens");
+        if (number(row, "tokens") > last) last = number(row, "tokens");
     }
-    if (series.n == 0)
+    if (panels.n == 0)
         return error_set(MLORA_EINVAL, "--plot draws the adapters' products: there is none in "
                                        "this report");
-    snprintf(title, sizeof title, "What adapters add to one layer, %s", phase);
-    write_title(out, report, title);
-    for (int s = 0; s < series.n; s++) {
-        fprintf(out, "$s%d << EOD\n", s);
-        json_array_foreach(rows, i, row)
-        {
-            if (!is_addon(row)) continue;
-            name_kernel(name, row);
-            if (strcmp(series.names[s], name) == 0)
-                fprintf(out, "%g %g %g\n", number(row, "tokens"), number(row, "us"),
-                        number(row, "limit us"));
-        }
-        fprintf(out, "EOD\n");
-    }
-    fprintf(out, "set logscale xy\nset autoscale xfix\nset xlabel 'tokens of the step'\n"
-                 "set ylabel 'microseconds a layer'\nset key outside right top noenhanced\n"
-                 "set xtics (1,2,4,8,16,32,64,128,256,512,1024,2048,4096,8192)\nset offsets "
-                 "graph 0.03, graph 0.03, 0, 0\nplot ");
-    for (int s = 0; s < series.n; s++) { /* a color for each mode, a mark for each adapter set */
-        const char *comma = strchr(series.names[s], ',');
-        snprintf(name, sizeof name, "%.*s", (int)(comma - series.names[s]), series.names[s]);
-        const int color = find_series(&modes, name), mark = find_series(&sets, comma);
-        fprintf(out, "%s$s%d using 1:2 with linespoints pt %d ps 0.9 lw 1.8 lc rgb '%s' title '%s'",
-                s ? ", " : "", s, 7 - 2 * (mark % 2) + 2 * (mark % 4 / 2), colors[color % COLORS],
-                series.names[s]);
-    }
-    for (int s = 0; s < series.n; s++)
-        fprintf(out, ", $s%d using 1:3 with lines dt 3 lw 1.5 lc rgb '#999999' %s", s,
-                s == 0 ? "title 'limit of the memory'" : "notitle");
-    fprintf(out, "\n");
+    fprintf(out,
+            "set multiplot layout 1,%d margins 0.09,0.83,0.13,0.80 spacing 0.015 title "
+            "\"What adapters add to one layer, %s\\n{/*0.8 %s}\"\n",
+            panels.n, phase, text_of(report, "device"));
+    fprintf(out,
+            "set grid ytics lc rgb '#dddddd'\nset border 3 lc rgb '#777777'\nset tics nomirror\n"
+            "set logscale xy\nset xrange [%g:%g]\nset yrange [%g:%g]\nset xlabel 'tokens'\n"
+            "set xtics 1,%d\nunset mxtics\n",
+            0.8 * first, 1.25 * last, 0.7 * least, 1.5 * most, last > 16 * first ? 4 : 2);
+    for (int p = 0; p < panels.n; p++) plot_panel(out, rows, &ways, panels.names[p], p, panels.n);
+    fprintf(out, "unset multiplot\n");
     return MLORA_OK;
 }
 
@@ -218,10 +262,11 @@ static mlora_status plot_latency(FILE *out, const json_t *report, const json_t *
         }
         fprintf(out, "EOD\n");
     }
-    fprintf(out,
-            "set logscale xy\nset xlabel 'requests that run together'\nset ylabel "
-            "'milliseconds'\nset key outside right top\nset offsets graph 0.03, graph 0.03, 0, 0\n"
-            "set xtics (1,2,4,8,16,32,64,128,256,512,1024)\nplot ");
+    fprintf(
+        out,
+        "set logscale xy\nset autoscale xfix\nset xlabel 'requests that run together'\nset ylabel "
+        "'milliseconds'\nset key outside right top\nset offsets graph 0.03, graph 0.03, 0, 0\n"
+        "set xtics (1,2,4,8,16,32,64,128,256,512,1024)\nplot ");
     for (size_t k = 0; k < 3; k++)
         fprintf(out,
                 "%s$%s using 1:2 with linespoints pt 7 ps 0.7 lw 2 lc rgb '%s' title 'first, %s', "

@@ -11,6 +11,7 @@ struct bench {
     struct setup setup;
     struct bench_output output;
     int64_t batch, n_adapters, rank, context, prompt_tokens, steps;
+    bool nvtx;
 };
 
 /* clang-format off */
@@ -29,6 +30,9 @@ static const struct option_spec specs[] = {
      .fallback = "2048"},
     {.name = "steps", .kind = OPTION_INT, AT(steps), .argument = "N", .min = 1, .max = 1000,
      .help = "decode steps that are timed; their mean counts", .fallback = "8"},
+    {.name = "nvtx", .kind = OPTION_FLAG, AT(nvtx),
+     .help = "for nsys and ncu: launch each op by itself, in an NVTX range of its name inside one "
+             "of its layer (\"layer 3\"); the times then hold the gaps between launches"},
     {.name = NULL},
 };
 static const struct option_group groups[] = {
@@ -265,7 +269,7 @@ static mlora_status action(void *target, json_t *report)
     if (status == MLORA_OK && bench->output.plot) status = plot_check(bench->output.plot);
     if (status == MLORA_OK) status = setup_try_ops(setup);
     if (status == MLORA_OK) status = measure_device(&ops, setup);
-    setup->profile = true;
+    setup->profile = bench->nvtx ? 2 : 1;
     setup->no_prefix_cache = true; /* every prompt is computed, and measured */
     if (setup->max_num_seqs == 0) setup->max_num_seqs = bench->batch;
     if (setup->max_batch_tokens == 0)
@@ -307,6 +311,8 @@ const struct command bench_profile = {
                    "The last row of a phase has the step as a whole, and what it takes when its "
                    "ops are not timed.",
     .groups = groups,
-    .examples = "  mlora bench profile --load-format dummy --config llama-3.1-8b\n",
+    .examples = "  mlora bench profile --load-format dummy --config llama-3.1-8b\n"
+                "  nsys profile mlora bench profile -m llama --nvtx --steps 2\n"
+                "  ncu --nvtx --nvtx-include 'layer 3/' mlora bench profile -m llama --nvtx\n",
     .run = run,
 };

@@ -104,6 +104,18 @@ mlora_status report_add_device(json_t *report, const struct device *dev, double 
     return ok ? MLORA_OK : no_memory();
 }
 
+mlora_status report_add_shape(json_t *report, const struct model_config *config)
+{
+    json_t *shape = json_pack(
+        "{s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:b}", "hidden_size", config->hidden_size,
+        "intermediate_size", config->mlp_size, "num_hidden_layers", config->n_layers,
+        "num_attention_heads", config->n_heads, "num_key_value_heads", config->n_kv_heads,
+        "head_dim", config->head_dim, "vocab_size", config->vocab_size, "max_position_embeddings",
+        config->max_position, "tie_word_embeddings", config->tied);
+    const bool ok = shape && json_object_set_new(report, "shape", shape) == 0;
+    return ok ? MLORA_OK : no_memory();
+}
+
 mlora_status report_add_engine(json_t *report, const mlora_engine *engine)
 {
     mlora_info info;
@@ -150,9 +162,11 @@ static void print_heading(const json_t *report)
     const json_t *model = json_object_get(report, "model");
     const double flops = json_number_value(json_object_get(report, "flops_per_second"));
 
+    char count[HUMAN_BYTES];
+
     if (model)
-        printf("%s, %.2f billion parameters, %s, ", text_of(model, "architecture"),
-               1e-9 * (double)json_integer_value(json_object_get(model, "n_parameters")),
+        printf("%s, %s parameters, %s, ", text_of(model, "architecture"),
+               human_count(count, json_integer_value(json_object_get(model, "n_parameters"))),
                text_of(model, "dtype"));
     printf("on %s: %s; it copies %.1f GB/s", text_of(report, "backend"), text_of(report, "device"),
            1e-9 * json_number_value(json_object_get(report, "bytes_per_second")));

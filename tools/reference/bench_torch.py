@@ -3,16 +3,19 @@
 
     mlora bench generate --modes auto --json generate.json ...
     mlora bench kernels --json kernels.json ...
-    python3 tools/reference/bench_torch.py -m tools/shapes/llama-3.1-8b generate.json kernels.json
+    python3 tools/reference/bench_torch.py generate.json kernels.json
 
-Each report is read for its cases; what PyTorch takes for the same one is measured and printed with
-the ratio (above 1: mlora is faster). End to end these are transformers alone, PEFT with a mixed
-batch where it is installed, factors gathered for every row and multiplied as a batch ("gbmm"), and
-a loop over the rows. The kernels are replayed as a CUDA graph over the memory of many layers.
+Each report is read for its cases and the model's shape; what PyTorch takes for the same case is
+measured and printed with the ratio (above 1: mlora is faster). End to end these are transformers
+alone, PEFT with a mixed batch, factors gathered for every row and multiplied as a batch ("gbmm"),
+and a loop over the rows; without transformers or PEFT it is said that they are left out. The
+kernels are replayed as a CUDA graph over the memory of many layers. Where a case was measured in
+several modes, "auto" is compared. A case that PyTorch cannot run is said and costs no other.
 """
 import argparse
 import json
 import math
+import os
 import statistics
 import time
 
@@ -22,6 +25,8 @@ import torch.nn.functional as F
 DEVICE, DTYPE = "cuda", torch.bfloat16
 ENOUGH = 512e6  # bytes that no cache holds
 LAYERS = 32
+LOOPED_ROWS = 64  # a loop over more is not worth its time
+PEFT_ADAPTERS = 8  # to load more takes minutes
 
 
 # ---- time ------------------------------------------------------------------------------------------
@@ -111,7 +116,8 @@ def addon_times(c, row):
         return {"loop over adapters": timed(factors(A, n_layers(A * layer_bytes)), pieces)}
     found = {"gather + bmm": timed(factors(A, n_layers(A * layer_bytes)), gbmm)}
     found["cheat_bmm"] = timed(factors(T, n_layers(rows_bytes)), cheat)
-    found["loop"] = timed(factors(A, 2), loop)
+    if T <= LOOPED_ROWS:
+        found["loop"] = timed(factors(A, 2), loop)
     return found
 
 
@@ -143,10 +149,9 @@ def kernel_times(c, row):
                     for k, v in kvs:
                         F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
 
-            try:
-                found["SDPA " + name.split("_")[0].lower()] = graph_seconds(run) / layers
-            except RuntimeError as error:  # a backend that does not take the shape
-                print(f"    {name}: {str(error).splitlines()[0][:80]}")
+            seconds = attempt(name, lambda: graph_seconds(run))
+            if seconds:
+                found["SDPA " + name.split("_")[0].lower()] = seconds / layers
         return found
     if kind == "add_rms_norm":
         D = c["hidden_size"]
@@ -219,36 +224,54 @@ def generate_speed(model, vocab, work, batch, tokens, **more):
     return batch * tokens / seconds
 
 
-def generate_rows(config_dir, report, tokens):
-    from transformers import AutoConfig, LlamaForCausalLM
+def pick(rows, key):
+    """One row of each case: mode "auto" where it was measured, else the first."""
+    picked = {}
+    for row in rows:
+        if key(row) not in picked or "auto" in (row.get("mode"), row["case"] if "case" in row else None):
+            picked[key(row)] = row
+    return picked.values()
 
-    config = AutoConfig.from_pretrained(config_dir)
+
+def generate_rows(shape, report, tokens):
+    try:
+        from transformers import LlamaConfig, LlamaForCausalLM
+    except ImportError:
+        print("    transformers is not installed: left out")
+        return
+
     torch.set_default_dtype(DTYPE)
     with torch.device(DEVICE):
-        model = LlamaForCausalLM(config).eval()
+        model = LlamaForCausalLM(LlamaConfig(**shape)).eval()
     torch.set_default_dtype(torch.float32)
-    work, vocab, done = report["workload"], config.vocab_size, {}
-    for row in report["cases"]:
+    work, vocab = report["workload"], shape["vocab_size"]
+
+    def hooked(way, share):
+        mixed = Mixed(model, adapters, rank, batch, way)
+        try:
+            return generate_speed(model, vocab, work, batch, max(2, tokens // share))
+        finally:
+            mixed.remove()
+
+    for row in pick(report["cases"], lambda r: (r["batch"], r["adapters"], r["rank"])):
         batch, adapters, rank = row["batch"], row["adapters"], row["rank"]
-        key = (batch, adapters, rank)
-        if key not in done:
-            done[key] = {}
-            if adapters == 0:
-                done[key]["transformers"] = generate_speed(model, vocab, work, batch, tokens)
-            else:
-                for way, share in (("gbmm", 2), ("loop", 16)):
-                    mixed = Mixed(model, adapters, rank, batch, way)
-                    done[key]["transformers + " + way] = generate_speed(model, vocab, work, batch, max(2, tokens // share))
-                    mixed.remove()
-                speed = peft_speed(config, model, work, batch, adapters, rank, max(2, tokens // 8))
-                if speed:
-                    done[key]["PEFT mixed batch"] = speed
-        for name, speed in done[key].items():
-            ours = row["tokens/s"]
-            yield f"batch {batch}, {adapters} x r{rank}", row["mode"], f"{ours:.0f} tok/s", name, f"{speed:.0f} tok/s", ours / speed
+        ways = {"transformers": lambda: generate_speed(model, vocab, work, batch, tokens)}
+        if adapters > 0:
+            ways = {
+                "transformers + gbmm": lambda: hooked("gbmm", 2),
+                "transformers + loop": lambda: hooked("loop", 16),
+                "PEFT mixed batch": lambda: peft_speed(vocab, model, work, batch, adapters, rank, max(2, tokens // 8)),
+            }
+        for way, measure in ways.items():
+            speed = attempt(way, measure)
+            if speed:
+                ours = row["tokens/s"]
+                yield row, way, ours, speed, "tokens/s", ours / speed
 
 
-def peft_speed(config, model, work, batch, adapters, rank, tokens):
+def peft_speed(vocab, model, work, batch, adapters, rank, tokens):
+    if adapters > PEFT_ADAPTERS:
+        return None
     try:
         import peft
     except ImportError:
@@ -261,7 +284,7 @@ def peft_speed(config, model, work, batch, adapters, rank, tokens):
         wrapped.add_adapter(name, lora)
     wrapped.eval()
     rows = [names[i % adapters] for i in range(batch)]
-    speed = generate_speed(wrapped, config.vocab_size, work, batch, tokens, adapter_names=rows)
+    speed = generate_speed(wrapped, vocab, work, batch, tokens, adapter_names=rows)
     wrapped.unload()
     return speed
 
@@ -269,47 +292,63 @@ def peft_speed(config, model, work, batch, adapters, rank, tokens):
 # ---- beside each other -----------------------------------------------------------------------------
 
 
-def kernel_rows(c, report):
-    done = {}
-    for row in report["cases"]:
+def attempt(what, measure):
+    """measure(), or None and a line that says why not."""
+    try:
+        return measure()
+    except (RuntimeError, ValueError, AttributeError, NotImplementedError) as error:  # memory ran out, too
+        print(f"    {what}: {(str(error).splitlines() or ['failed'])[0][:100]}")
+        torch.cuda.empty_cache()
+        return None
+
+
+def kernel_rows(shape, report):
+    def key(row):
         lora = row["kernel"] == "lora"
-        if row["case"] in ("loop rows", "cheat_bmm"):
-            continue  # baselines of our own
-        key = (row["kernel"], row["phase"], row["tokens"], row["adapters"], row["rank"], None if lora else row["case"])
-        if key not in done:
-            torch.cuda.empty_cache()
-            done[key] = addon_times(c, row) if lora else kernel_times(c, row)
-        where = f"{row['kernel']} {row['phase']} T={row['tokens']}"
-        if lora:
-            where += f" {row['adapters']} x r{row['rank']}"
-        for name, seconds in done[key].items():
-            yield where, row["case"], f"{row['us']:.1f} us", name, f"{1e6 * seconds:.1f} us", 1e6 * seconds / row["us"]
+        return row["kernel"], row["phase"], row["tokens"], row["adapters"], row["rank"], None if lora else row["case"]
+
+    ours = [row for row in report["cases"] if row["case"] not in ("loop rows", "cheat_bmm")]
+    for row in pick(ours, key):
+        torch.cuda.empty_cache()
+        times = addon_times if row["kernel"] == "lora" else kernel_times
+        for way, seconds in (attempt(row["case"], lambda: times(shape, row)) or {}).items():
+            yield row, way, row["us"], 1e6 * seconds, "us", 1e6 * seconds / row["us"]
+
+
+def describe(row):
+    if "batch" in row:
+        return f"batch {row['batch']}, {row['adapters']} x r{row['rank']}", row["mode"]
+    where = f"{row['kernel']} {row['phase']} T={row['tokens']}"
+    return where + (f" {row['adapters']} x r{row['rank']}" if row["kernel"] == "lora" else ""), row["case"]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-m", "--model", required=True, help="directory with config.json")
     parser.add_argument("--max-new-tokens", type=int, default=32, help="of the base; slower ways make fewer")
-    parser.add_argument("--json", help="write the rows as JSON, too")
+    parser.add_argument("--json", help="write the rows as JSON, too, after each of them")
     parser.add_argument("reports", nargs="+", help="written by mlora bench generate or kernels --json")
     args = parser.parse_args()
-    config = json.load(open(f"{args.model}/config.json", encoding="utf-8"))
-    print(f"PyTorch {torch.__version__} on {torch.cuda.get_device_name()}")
-    rows = []
+    print(f"PyTorch {torch.__version__} on {torch.cuda.get_device_name()}", flush=True)
+    out = {"bench": "torch", "torch": torch.__version__, "device": torch.cuda.get_device_name(), "cases": []}
+    keys = ("kernel", "phase", "tokens", "adapters", "rank", "batch", "mode", "case")
     with torch.inference_mode():
         for path in args.reports:
             report = json.load(open(path, encoding="utf-8"))
-            make = {"generate": lambda r: generate_rows(args.model, r, args.max_new_tokens), "kernels": lambda r: kernel_rows(config, r)}
-            if report["bench"] not in make:
+            shape = report["shape"]
+            if report["bench"] not in ("generate", "kernels"):
                 parser.error(f"{path}: a report of {report['bench']}: generate or kernels is needed")
-            for row in make[report["bench"]](report):
-                rows.append(row)
-                print(f"{row[0]:42} {row[1]:28} {row[2]:>14}   {row[3]:28} {row[4]:>14} {row[5]:7.2f} x", flush=True)
-    geometric = math.exp(statistics.fmean(math.log(r[5]) for r in rows)) if rows else 0
-    print(f"{len(rows)} rows, geometric mean {geometric:.2f} x")
-    if args.json:
-        keys = ("case", "ours", "our value", "torch", "torch value", "ratio")
-        json.dump({"torch": torch.__version__, "rows": [dict(zip(keys, r)) for r in rows]}, open(args.json, "w", encoding="utf-8"), indent=1)
+            make = generate_rows(shape, report, args.max_new_tokens) if report["bench"] == "generate" else kernel_rows(shape, report)
+            for row, way, ours, theirs, unit, ratio in make:
+                where, case = describe(row)
+                print(f"{where:42} {case:28} {ours:10.1f} {unit:8}   {way:28} {theirs:10.1f} {unit:8} {ratio:7.2f} x", flush=True)
+                out["cases"].append({k: row[k] for k in keys if k in row} | {"report": os.path.basename(path), "way": way, "unit": unit, "ours": ours, "torch": theirs, "ratio": ratio})
+                if args.json:
+                    with open(args.json + ".new", "w", encoding="utf-8") as file:
+                        json.dump(out, file, indent=1)
+                    os.replace(args.json + ".new", args.json)
+    ratios = [row["ratio"] for row in out["cases"]]
+    geometric = math.exp(statistics.fmean(map(math.log, ratios))) if ratios else 0
+    print(f"{len(ratios)} rows, geometric mean {geometric:.2f} x")
 
 
 if __name__ == "__main__":
