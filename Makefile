@@ -221,9 +221,11 @@ $(BUILD)/fuzz/%: tests/fuzz/%.c $(LIB_C)
 	clang $(filter-out -fPIC,$(FLAGS)) -DMLORA_VERSION='"$(VERSION)"' -O1 -fsanitize=fuzzer,address,undefined -o $@ $< \
 	    $(filter-out kernels/cuda/none.c,$(LIB_C)) kernels/cuda/none.c -ljansson -lpcre2-8 -lutf8proc -lm
 
-# Every counter of each kernel that matters, once: build/ncu/<kernel>.ncu-rep, and its table as text.
+# Every counter of the first NCU_COUNT launches of each kernel that matters, some seconds each:
+# build/ncu/<kernel>.ncu-rep, and its table as text.
 NCU := $(firstword $(shell command -v ncu 2>/dev/null) $(wildcard /usr/local/cuda/bin/ncu /opt/nvidia/nsight-compute/*/ncu))
 NCU_KERNELS := lora attention metadata
+NCU_COUNT := 8
 .PHONY: profile-ncu
 profile-ncu: all
 	@[ -n "$(NCU)" ] || { echo "mlora: profile-ncu needs ncu (Nsight Compute, part of the CUDA toolkit), which is not installed" >&2; exit 2; }
@@ -235,7 +237,7 @@ profile-ncu: all
 	    metadata) bench="metadata --batch-size 64" ;; \
 	    esac; \
 	    "$(NCU)" --set full --clock-control none --graph-profiling node -f -o $(BUILD)/ncu/$$kernel \
-	        -k regex:$$kernel -c 16 $(BUILD)/mlora bench $$bench --backend cuda \
+	        -k regex:$$kernel -c $(NCU_COUNT) --kill yes $(BUILD)/mlora bench $$bench --backend cuda \
 	        --config llama-3.1-8b --load-format dummy || exit 1; \
 	    "$(NCU)" -i $(BUILD)/ncu/$$kernel.ncu-rep --page details > $(BUILD)/ncu/$$kernel.txt || exit 1; \
 	done

@@ -6,6 +6,8 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "engine/base/buffer.h"
+#include "engine/base/file.h"
 #include "tests/tools/run.h"
 
 #define SHAPE "tools/shapes/llama-test"
@@ -348,6 +350,108 @@ Test(bench, profile_launches_op_by_op_for_other_profilers)
     json_decref(report);
 }
 
+/* ---- the tables of BENCHMARKS.md ------------------------------------------------------------- */
+
+static bool has(const char *program)
+{
+    char line[64];
+    snprintf(line, sizeof line, "command -v %s >/dev/null 2>&1", program);
+    return system(line) == 0;
+}
+
+/* The text of a file that a script has written. */
+static char *text_of(const char *path)
+{
+    struct buffer text = {0};
+    cr_assert_eq(file_read_all(&text, path, 1 << 24), MLORA_OK, "%s", path);
+    cr_assert_eq(buffer_append(&text, "", 1), MLORA_OK);
+    return text.data;
+}
+
+static void expect_in(const char *text, const char *part)
+{
+    cr_expect(strstr(text, part) != NULL, "\"%s\" is not in:\n%s", part, text);
+}
+
+/* Some parts of the script on the CPU, one of them with a model that does not exist: its failure is
+ * said, the others are there, and what they say is what the Markdown says. */
+Test(bench, one_script_makes_the_reports_and_another_their_tables, .timeout = 120)
+{
+    const char *program = getenv("MLORA_BIN");
+    char cell[96], line[512];
+    size_t i;
+    const json_t *row;
+
+    if (!has("python3") || !has("bash") || !has("timeout")) cr_skip("needs bash and python3");
+    cr_assert_eq(system("rm -rf build/bench-run build/bench-run.tar.gz"), 0);
+    snprintf(line, sizeof line,
+             "MLORA=%s PYTHON=python3 BACKEND=cpu LARGE=llama-test SMALL=no-such-shape TOKENS=16 "
+             "BATCH=3 PARTS='metadata generate modes prefill-d64 load' "
+             "tools/reference/benchmarks build/bench-run >build/bench-run.log 2>&1",
+             program ? program : "build/mlora");
+    cr_expect_neq(system(line), 0);
+    char *log = text_of("build/bench-run.log"), *tables = text_of("build/bench-run/tables.md");
+    expect_in(log, "## metadata: ");
+    expect_in(log, "## generate: ");
+    expect_in(log, "no-such-shape");
+    expect_in(log, "tables: attention-prefill: not in build/bench-run: prefill, prefill-d64");
+    expect_in(tables, "## machine");
+    expect_in(tables, "## load");
+    expect_in(tables, "## metadata");
+    expect_in(tables, "| gbmm | ");
+    json_t *report = golden("build/bench-run/generate.json");
+    json_array_foreach(cases(report, 1 + 3), i, row)
+    {
+        /* three digits of what was measured */
+        const double speed = number(row, "tokens/s");
+        if (speed >= 100 && speed < 999) {
+            snprintf(cell, sizeof cell, " | %.0f | ", speed);
+            expect_in(tables, cell);
+        }
+        snprintf(cell, sizeof cell, "| 3 | %d x r16 | ", (int)number(row, "adapters"));
+        expect_in(tables, number(row, "adapters") > 0 ? cell : "| 3 | none | ");
+    }
+    json_decref(report);
+    free(log);
+    free(tables);
+
+    /* each has its place in BENCHMARKS.md */
+    cr_assert_eq(system("cp BENCHMARKS.md build/bench-run.md"), 0);
+    cr_expect_eq(system("tools/reference/tables build/bench-run --into build/bench-run.md "
+                        "2>build/bench-run.log"),
+                 0);
+    tables = text_of("build/bench-run.md");
+    expect_in(tables, "mlora bench metadata --batch-size 1,8,64,128,256,1024,4096 --backend cpu");
+    expect_in(tables, "| 4,096 | static | ");
+    free(tables);
+    cr_expect_eq(system("rm -rf build/bench-run build/bench-run.tar.gz build/bench-run.log "
+                        "build/bench-run.md"),
+                 0);
+}
+
+/* Every table that the script can make has one place. */
+Test(bench, benchmarks_md_has_a_place_for_every_table)
+{
+    char *made = text_of("tools/reference/tables"), *page = text_of("BENCHMARKS.md");
+    char *at = strstr(made, "\nTABLES = (");
+    int n = 0;
+
+    cr_assert(at);
+    char *end = strchr(at, ')');
+    cr_assert(end);
+    *end = '\0';
+    for (char *name = strtok(strchr(at, '(') + 1, ", \n"); name; name = strtok(NULL, ", \n"), n++) {
+        char place[96];
+        for (char *c = name; *c; c++)
+            if (*c == '_') *c = '-';
+        snprintf(place, sizeof place, "<!-- table %s -->", name);
+        expect_in(page, place);
+    }
+    cr_expect_gt(n, 10);
+    free(made);
+    free(page);
+}
+
 /* ---- pictures ------------------------------------------------------------------------------- */
 
 /* How the file begins, or what is said where there is no gnuplot. */
@@ -357,7 +461,7 @@ static void expect_picture(const char *arguments, const char *file, const char *
 
     unlink(file);
     struct outcome outcome = run(NULL, "%s", arguments);
-    if (system("command -v gnuplot >/dev/null 2>&1") != 0) {
+    if (!has("gnuplot")) {
         expect_refusal_with(&outcome, "--plot needs gnuplot, which is not installed");
         return;
     }

@@ -7,7 +7,7 @@
 #include "kernels/kernels.h"
 #include "tools/bench/bench.h"
 
-enum { MAX_REPEATS = 101 };
+enum { MAX_REPEATS = 101, WARM_UPS = 2 }; /* plans are made in the first, recordings in the next */
 
 struct bench {
     struct setup setup;
@@ -168,7 +168,7 @@ static mlora_status run_case(struct session *session, const struct one_case *one
     const size_t n = (size_t)bench->repeat;
 
     mlora_status status = fit_adapters(session, one->n_adapters, one->rank);
-    for (int64_t i = -1; i < bench->repeat && status == MLORA_OK; i++)
+    for (int64_t i = -WARM_UPS; i < bench->repeat && status == MLORA_OK; i++)
         status = workload_run(&runs[i < 0 ? 0 : i], session->engine, &work);
     if (status != MLORA_OK) return status;
 
@@ -396,7 +396,7 @@ const struct command bench_generate = {
     .summary = "tokens/s over batch sizes, adapters, ranks and modes",
     .usage = "--model DIR [FLAGS]",
     .description = "Generate whole batches and measure them. Every request runs to its last "
-                   "token; each case is warmed up once, then repeated, and the median counts. "
+                   "token; each case is warmed up, then repeated, and the median counts. "
                    "\"% of limit\" is the time in which the memory could have delivered what the "
                    "decode steps must read, of the time that they took; \"added us/layer\" what "
                    "the adapters add to a decode step of the base, by layer. \"used\" are the "
