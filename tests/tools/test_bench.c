@@ -62,6 +62,7 @@ Test(bench, a_report_says_where_and_how_it_was_made)
     cr_expect(strlen(text(report, "device")) > 0);
     cr_expect(strlen(text(machine, "system")) > 0);
     cr_expect_geq(number(machine, "cores"), 1);
+    cr_expect(strlen(text(machine, "compiler")) > 0);
     cr_expect_gt(number(report, "bytes_per_second"), 1e8);
     json_decref(report);
 }
@@ -518,6 +519,9 @@ Test(bench, refuses_lists_and_actions_that_mean_nothing)
     outcome = run(NULL, "bench generate --model " LLAMA2 " --sweep ranks=3");
     expect_refusal(&outcome, "--sweep: \"ranks=3\" is none of batch=N,... adapters=N,... "
                              "rank=R,...");
+    outcome = run(NULL, "bench metadata --plot build/no.svg");
+    expect_refusal(&outcome, "there is no picture of bench metadata; generate, kernels, adapters "
+                             "and latency have one");
     outcome = run(NULL, "bench load --model " LLAMA2 " now");
     expect_refusal(&outcome, "\"now\" is not a flag; mlora bench load --help lists the flags");
     outcome = run(NULL, "bench profile");

@@ -150,7 +150,8 @@ static mlora_status action(void *target, json_t *report)
     int n = 0;
 
     mlora_status status = read_list(&counts, &n, bench->counts, 1, 65536, "--num-adapters");
-    if (status == MLORA_OK && bench->output.plot) status = plot_check(bench->output.plot);
+    if (status == MLORA_OK && bench->output.plot)
+        status = plot_check("adapters", bench->output.plot);
     if (bench->setup.max_num_seqs == 0) bench->setup.max_num_seqs = bench->batch;
     bench->setup.no_prefix_cache = true; /* every prompt is computed, and measured */
     if (status == MLORA_OK) status = setup_open(&engine, &bench->setup);

@@ -46,7 +46,8 @@ mlora_status report_finish(const json_t *report, const struct bench_output *outp
 /* Draw a report to FILE.svg or FILE.png with gnuplot. Returns OK, EINVAL (the ending, a bench that
  * has no picture) or EUNSUPPORTED (no gnuplot). */
 mlora_status plot_report(const json_t *report, const char *path);
-mlora_status plot_check(const char *path); /* before the work: the ending, and gnuplot */
+/* The same but for the drawing: before the work. */
+mlora_status plot_check(const char *bench, const char *path);
 
 /* ---- arguments ------------------------------------------------------------------------------ */
 

@@ -342,7 +342,8 @@ static mlora_status bench_action_generate(void *target, json_t *report)
     json_t *rows = json_object_get(report, "cases");
 
     mlora_status status = read_lists(&lists, bench);
-    if (status == MLORA_OK && bench->output.plot) status = plot_check(bench->output.plot);
+    if (status == MLORA_OK && bench->output.plot)
+        status = plot_check("generate", bench->output.plot);
     if (status == MLORA_OK) status = setup_folder(&folder, &bench->setup);
     if (status == MLORA_OK) status = model_config_read(&session.config, folder);
     if (status == MLORA_OK) status = report_add_shape(report, &session.config);

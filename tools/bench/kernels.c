@@ -337,7 +337,8 @@ static mlora_status action(void *target, json_t *report)
     if (status == MLORA_OK)
         status = read_list(&ranks, &lists.n_ranks, bench->ranks, 1, 512, "--rank");
     if (status == MLORA_OK) status = read_modes(&modes, &lists.n_modes, bench->modes);
-    if (status == MLORA_OK && bench->output.plot) status = plot_check(bench->output.plot);
+    if (status == MLORA_OK && bench->output.plot)
+        status = plot_check("kernels", bench->output.plot);
     if (status == MLORA_OK) status = setup_folder(&folder, &bench->setup);
     if (status == MLORA_OK) status = model_config_read(&ops.config, folder);
     if (status == MLORA_OK) status = report_add_shape(report, &ops.config);

@@ -130,7 +130,8 @@ static mlora_status action(void *target, json_t *report)
     int n = 0;
 
     mlora_status status = read_list(&concurrency, &n, bench->concurrency, 1, 4096, "--concurrency");
-    if (status == MLORA_OK && bench->output.plot) status = plot_check(bench->output.plot);
+    if (status == MLORA_OK && bench->output.plot)
+        status = plot_check("latency", bench->output.plot);
     if (status == MLORA_OK && bench->setup.max_num_seqs == 0)
         bench->setup.max_num_seqs = list_largest(concurrency, n);
     bench->setup.no_prefix_cache = true; /* every prompt is computed, and measured */

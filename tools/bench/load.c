@@ -82,7 +82,7 @@ static mlora_status action(void *target, json_t *report)
     struct bench *bench = target;
     mlora_status status = setup_folder(&folder, &bench->setup);
 
-    if (status == MLORA_OK && bench->output.plot) status = plot_check(bench->output.plot);
+    if (status == MLORA_OK && bench->output.plot) status = plot_check("load", bench->output.plot);
     if (status == MLORA_OK) status = setup_try_ops(&bench->setup);
     for (int i = 0; i < bench->repeat && status == MLORA_OK; i++)
         status = run_start(report, bench, i);

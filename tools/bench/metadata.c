@@ -236,6 +236,8 @@ static mlora_status action(void *target, json_t *report)
     int n = 0;
 
     mlora_status status = read_list(&batches, &n, bench->batch_sizes, 1, 65536, "--batch-size");
+    if (status == MLORA_OK && bench->output.plot)
+        status = plot_check("metadata", bench->output.plot);
     if (status == MLORA_OK) status = ops_open(&ops, &bench->setup);
     if (status == MLORA_OK) {
         for (int i = 0; i < n && ops.status == MLORA_OK; i++) {

@@ -23,18 +23,6 @@ static const char *terminal(const char *path)
     return NULL;
 }
 
-mlora_status plot_check(const char *path)
-{
-    if (!terminal(path))
-        return error_set(MLORA_EINVAL, "--plot is \"%s\", must end in .svg or .png", path);
-    if (system("command -v gnuplot >/dev/null 2>&1") != 0)
-        return error_set(MLORA_EUNSUPPORTED,
-                         "--plot needs gnuplot, which is not installed: "
-                         "tools/install-packages plot gets it; or write --json and "
-                         "draw it elsewhere with mlora bench plot");
-    return MLORA_OK;
-}
-
 static const char *text_of(const json_t *row, const char *key)
 {
     const char *text = json_string_value(json_object_get(row, key));
@@ -281,37 +269,56 @@ static mlora_status plot_latency(FILE *out, const json_t *report, const json_t *
 
 /* ---- gnuplot -------------------------------------------------------------------------------- */
 
-static const struct {
-    const char *bench;
-    mlora_status (*write)(FILE *out, const json_t *report, const json_t *rows);
-} pictures[] = {
-    {"generate", plot_generate},
-    {"kernels", plot_kernels},
-    {"adapters", plot_adapters},
-    {"latency", plot_latency},
-};
+typedef mlora_status (*picture)(FILE *out, const json_t *report, const json_t *rows);
+
+static picture find_picture(const char *bench)
+{
+    static const struct {
+        const char *bench;
+        picture write;
+    } pictures[] = {
+        {"generate", plot_generate},
+        {"kernels", plot_kernels},
+        {"adapters", plot_adapters},
+        {"latency", plot_latency},
+    };
+
+    for (size_t i = 0; i < sizeof pictures / sizeof *pictures; i++)
+        if (strcmp(pictures[i].bench, bench) == 0) return pictures[i].write;
+    return NULL;
+}
+
+mlora_status plot_check(const char *bench, const char *path)
+{
+    if (!terminal(path))
+        return error_set(MLORA_EINVAL, "--plot is \"%s\", must end in .svg or .png", path);
+    if (!find_picture(bench))
+        return error_set(MLORA_EINVAL,
+                         "there is no picture of bench %s; generate, kernels, adapters and latency "
+                         "have one",
+                         bench);
+
+    if (system("command -v gnuplot >/dev/null 2>&1") != 0)
+        return error_set(MLORA_EUNSUPPORTED,
+                         "--plot needs gnuplot, which is not installed: "
+                         "tools/install-packages plot gets it; or write --json and "
+                         "draw it elsewhere with mlora bench plot");
+    return MLORA_OK;
+}
 
 mlora_status plot_report(const json_t *report, const char *path)
 {
     const char *bench = text_of(report, "bench");
-    const json_t *rows = json_object_get(report, "cases");
-    size_t i = 0;
+    mlora_status status = plot_check(bench, path);
 
-    mlora_status status = plot_check(path);
     if (status != MLORA_OK) return status;
-    while (i < sizeof pictures / sizeof *pictures && strcmp(pictures[i].bench, bench) != 0) i++;
-    if (i == sizeof pictures / sizeof *pictures)
-        return error_set(MLORA_EINVAL,
-                         "there is no picture of bench %s; generate, kernels, "
-                         "adapters and latency have one",
-                         bench);
     if (strpbrk(path, "'\n"))
         return error_set(MLORA_EINVAL, "--plot is \"%s\", a name without quotes is needed", path);
 
     FILE *pipe = popen("gnuplot", "w");
     if (!pipe) return error_set(MLORA_EIO, "gnuplot cannot be started");
     fprintf(pipe, "set terminal %s\nset output '%s'\n", terminal(path), path);
-    status = pictures[i].write(pipe, report, rows);
+    status = find_picture(bench)(pipe, report, json_object_get(report, "cases"));
     const int closed = pclose(pipe);
     if (status == MLORA_OK && closed != 0)
         status = error_set(MLORA_EIO, "%s: gnuplot could not draw it", path);
@@ -350,8 +357,7 @@ static mlora_status action(void *target, json_t *own_report)
     if (plot->n_files != 2)
         return error_set(MLORA_EINVAL, "mlora bench plot needs two files: REPORT.json and "
                                        "PICTURE.svg or .png");
-    mlora_status status = plot_check(plot->files[1]);
-    if (status != MLORA_OK) return status;
+    mlora_status status = MLORA_OK;
     json_t *report = json_load_file(plot->files[0], 0, &error);
     if (!report)
         return error_set(MLORA_EFORMAT, "%s: line %d: %s", plot->files[0], error.line, error.text);

@@ -266,7 +266,8 @@ static mlora_status action(void *target, json_t *report)
     struct setup *setup = &bench->setup;
 
     mlora_status status = setup_folder(&folder, setup);
-    if (status == MLORA_OK && bench->output.plot) status = plot_check(bench->output.plot);
+    if (status == MLORA_OK && bench->output.plot)
+        status = plot_check("profile", bench->output.plot);
     if (status == MLORA_OK) status = setup_try_ops(setup);
     if (status == MLORA_OK) status = measure_device(&ops, setup);
     setup->profile = bench->nvtx ? 2 : 1;

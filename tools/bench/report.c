@@ -57,12 +57,10 @@ static void find_line(char *out, size_t bytes, const char *path, const char *key
     if (file) fclose(file);
 }
 
-/* What nvidia-smi says of the first GPU, "" without one. */
-static void ask_gpu(char *out, size_t bytes)
+/* The first line of what a command prints, "" where there is no such command. */
+static void ask(char *out, size_t bytes, const char *command)
 {
-    FILE *pipe = popen("nvidia-smi --query-gpu=driver_version,clocks.sm,clocks.max.sm,clocks.mem,"
-                       "power.limit --format=csv,noheader -i 0 2>/dev/null",
-                       "r");
+    FILE *pipe = popen(command, "r");
 
     out[0] = '\0';
     if (!pipe) return;
@@ -70,26 +68,38 @@ static void ask_gpu(char *out, size_t bytes)
     if (pclose(pipe) != 0) out[0] = '\0';
 }
 
-static json_t *describe_machine(bool cuda)
+/* What nvidia-smi says of the first GPU. */
+static void describe_gpu(json_t *machine)
 {
-    struct utsname system = {0};
-    char cpu[256], gpu[256] = "";
-
-    uname(&system);
-    find_line(cpu, sizeof cpu, "/proc/cpuinfo", "model name");
-    if (cuda) ask_gpu(gpu, sizeof gpu);
-    json_t *machine = json_pack("{s:s+++, s:s, s:I}", "system", system.sysname, " ", system.release,
-                                "", "cpu", cpu[0] ? cpu : system.machine, "cores",
-                                (json_int_t)sysconf(_SC_NPROCESSORS_ONLN));
     static const char *const keys[] = {"driver", "sm clock", "max sm clock", "memory clock",
                                        "power limit"};
+    char gpu[256], cuda[64];
+
+    ask(gpu, sizeof gpu,
+        "nvidia-smi --query-gpu=driver_version,clocks.sm,clocks.max.sm,clocks.mem,"
+        "power.limit --format=csv,noheader -i 0 2>/dev/null");
     const char *at = gpu;
-    for (size_t i = 0; i < sizeof keys / sizeof *keys && *at && machine; i++) {
+    for (size_t i = 0; i < sizeof keys / sizeof *keys && *at; i++) {
         const size_t bytes = strcspn(at, ",");
         json_object_set_new(machine, keys[i], json_stringn(at, bytes));
         at += bytes;
         at += strspn(at, ", ");
     }
+    ask(cuda, sizeof cuda, "nvidia-smi --version 2>/dev/null | sed -n 's/^CUDA.*: *//p'");
+    if (cuda[0]) json_object_set_new(machine, "cuda", json_string(cuda));
+}
+
+static json_t *describe_machine(bool cuda)
+{
+    struct utsname system = {0};
+    char cpu[256];
+
+    uname(&system);
+    find_line(cpu, sizeof cpu, "/proc/cpuinfo", "model name");
+    json_t *machine = json_pack("{s:s+++, s:s, s:I, s:s}", "system", system.sysname, " ",
+                                system.release, "", "cpu", cpu[0] ? cpu : system.machine, "cores",
+                                (json_int_t)sysconf(_SC_NPROCESSORS_ONLN), "compiler", __VERSION__);
+    if (machine && cuda) describe_gpu(machine);
     return machine;
 }
 
