@@ -236,9 +236,10 @@ profile-ncu: all
 	    attention) bench="kernels --only base --batch-size 64" ;; \
 	    metadata) bench="metadata --batch-size 64" ;; \
 	    esac; \
+	    rm -f $(BUILD)/ncu/$$kernel.ncu-rep; \
 	    "$(NCU)" --set full --clock-control none --graph-profiling node -f -o $(BUILD)/ncu/$$kernel \
 	        -k regex:$$kernel -c $(NCU_COUNT) --kill yes $(BUILD)/mlora bench $$bench --backend cuda \
-	        --config llama-3.1-8b --load-format dummy || exit 1; \
+	        --config llama-3.1-8b --load-format dummy; \
 	    "$(NCU)" -i $(BUILD)/ncu/$$kernel.ncu-rep --page details > $(BUILD)/ncu/$$kernel.txt || exit 1; \
 	done
 	@ls -l $(BUILD)/ncu

@@ -54,6 +54,9 @@ Test(open, refuses_options_out_of_range)
     expect_error(mlora_open(&engine, &options), MLORA_EINVAL,
                  "lora_mode is 6, must be from 0 to 5");
     options = options_for(LLAMA2);
+    options.profile = 3;
+    expect_error(mlora_open(&engine, &options), MLORA_EINVAL, "profile is 3, must be from 0 to 2");
+    options = options_for(LLAMA2);
     options.max_batch_tokens = 31; /* max_num_seqs is 32 */
     expect_error(mlora_open(&engine, &options), MLORA_EINVAL, "max_batch_tokens is 31");
 }

@@ -13,6 +13,7 @@ kernels are replayed as a CUDA graph over the memory of many layers. Where a cas
 several modes, "auto" is compared. A case that PyTorch cannot run is said and costs no other.
 """
 import argparse
+import importlib.metadata
 import json
 import math
 import os
@@ -322,14 +323,22 @@ def describe(row):
     return where + (f" {row['adapters']} x r{row['rank']}" if row["kernel"] == "lora" else ""), row["case"]
 
 
+def version(package):
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--max-new-tokens", type=int, default=32, help="of the base; slower ways make fewer")
     parser.add_argument("--json", help="write the rows as JSON, too, after each of them")
     parser.add_argument("reports", nargs="+", help="written by mlora bench generate or kernels --json")
     args = parser.parse_args()
-    print(f"PyTorch {torch.__version__} on {torch.cuda.get_device_name()}", flush=True)
-    out = {"bench": "torch", "torch": torch.__version__, "device": torch.cuda.get_device_name(), "cases": []}
+    versions = {package: version(package) for package in ("transformers", "peft")}
+    out = {"bench": "torch", "torch": torch.__version__, **versions, "device": torch.cuda.get_device_name(), "cases": []}
+    print(f"PyTorch {torch.__version__}, " + ", ".join(f"{k} {v}" for k, v in versions.items()) + f", on {torch.cuda.get_device_name()}", flush=True)
     keys = ("kernel", "phase", "tokens", "adapters", "rank", "batch", "mode", "case")
     with torch.inference_mode():
         for path in args.reports:
