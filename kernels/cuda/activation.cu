@@ -7,10 +7,11 @@ enum { SILU_BLOCK = 256 };
 
 /* y[t, f] = silu(gate_up[t, f]) * gate_up[t, F + f], eight elements a thread
  *
- *   y [T, F] X    gate_up [T, 2 F] X
+ *   y [T, F] X    gate_up [T, 2 F] X, and what is added to it
  *   grid T F / (GROUP SILU_BLOCK)    block SILU_BLOCK */
 template <typename X>
-static __global__ void silu_mul_kernel(X *y, const X *gate_up, int T, int F, bool aligned)
+static __global__ void silu_mul_kernel(X *y, const X *gate_up, struct addend addend, int T, int F,
+                                       bool aligned)
 {
     grid_begin();
     const int groups = ceil_div(F, GROUP); /* of a row */
@@ -22,6 +23,10 @@ static __global__ void silu_mul_kernel(X *y, const X *gate_up, int T, int F, boo
     float gate[GROUP], up[GROUP];
     load_some(gate, gate_up + t * 2 * F + f, F - f, aligned);
     load_some(up, gate_up + t * 2 * F + F + f, F - f, aligned);
+    if (is_added(addend, t)) {
+        add_some<X>(gate, addend, t * 2 * F + f, F - f, aligned);
+        add_some<X>(up, addend, t * 2 * F + F + f, F - f, aligned);
+    }
 #pragma unroll
     for (int i = 0; i < GROUP; i++) gate[i] = silu<X>(gate[i]) * up[i];
     store_some(y + t * F + f, gate, F - f, aligned);
@@ -31,7 +36,8 @@ static __global__ void silu_mul_kernel(X *y, const X *gate_up, int T, int F, boo
 
 void cuda_silu_mul(struct device *dev, void *y, const void *gate_up, int T, int F, enum dtype dtype)
 {
-    struct cuda_device *cuda = cuda_begin(dev);
+    struct addend addend;
+    struct cuda_device *cuda = cuda_begin_adding(dev, gate_up, &addend);
     if (!cuda || T == 0) return;
 
     const long long items = (long long)T * ceil_div(F, GROUP);
@@ -40,6 +46,6 @@ void cuda_silu_mul(struct device *dev, void *y, const void *gate_up, int T, int 
     with_activation(dtype, [&](auto type) {
         using X = decltype(type);
         cuda_launch(cuda, "silu_mul", silu_mul_kernel<X>, grid, SILU_BLOCK, 0, 1, (X *)y,
-                    (const X *)gate_up, T, F, aligned);
+                    (const X *)gate_up, addend, T, F, aligned);
     });
 }

@@ -26,7 +26,8 @@ typedef __half f16;
 enum {
     WARP = 32,
     COUNTERS = 1 << 16, /* arrival counters, see struct cuda_device       */
-    SCRATCHES = 48,     /* each at least twice as large as the one before */
+    GROWN = 48,         /* each at least twice as large as the one before */
+    DELTA_TOKENS = 16,  /* up to which LoRA runs beside the base product      */
 };
 
 struct blas;
@@ -53,6 +54,30 @@ struct edges {
     size_t n;
 };
 
+/* Memory that has grown. Older, smaller pieces are kept until close, so that what was recorded with
+ * them stays valid. */
+struct grown {
+    void *memory[GROWN];
+    int n;
+    size_t bytes; /* of the last one */
+};
+
+/* What an op adds to the y it reads, rounded: z[t, :] for tokens of a slot. */
+struct addend {
+    const float *z;      /* [T, N], NULL: nothing */
+    const int32_t *slot; /* [T] */
+};
+
+/* What lora_expand was to add to y, already computed: the next op adds it as it reads y, or it is
+ * added before that op begins. addend.z NULL: nothing; y NULL: lora_expand was not called yet. */
+struct deferred {
+    struct addend addend;
+    const float *h;
+    void *y;
+    enum dtype dtype; /* of y */
+    int linear, layer, T, N;
+};
+
 struct cuda_device {
     struct device base; /* first: a struct device * is one of these */
     int ordinal;
@@ -70,11 +95,9 @@ struct cuda_device {
     /* [COUNTERS] zero between ops: blocks count here who of them is the last to finish a common
      * sum; that one adds the parts up in their order and sets the counter back. */
     int *counters;
-    /* Memory of one op, the next op may overwrite it. Grown ones are kept until close, so that
-     * what was captured with an older one stays valid. */
-    void *scratch[SCRATCHES];
-    int n_scratches;
-    size_t scratch_bytes;
+    struct grown scratch; /* of one op: the next may overwrite it */
+    struct grown deltas;  /* of `deferred` */
+    struct deferred deferred;
     bool is_lent; /* scratch is a caller's: it does not grow */
     struct staging staging;
     char failure[256]; /* the first one, "" while there is none */
@@ -85,6 +108,12 @@ struct cuda_device {
 /* The device, made current, or NULL after a failure: the op has nothing to do then. */
 struct cuda_device *cuda_begin(struct device *dev);
 
+/* The same for an op that adds to the y it reads what is deferred for it: `addend` receives it. */
+struct cuda_device *cuda_begin_adding(struct device *dev, const void *y, struct addend *addend);
+
+/* Add to y what is deferred for it: cuda_begin() calls it, so that every other op finds it done. */
+void cuda_add_deferred(struct cuda_device *cuda);
+
 /* Keep `error` as the device's failure if it is one and the first. */
 void cuda_check(struct cuda_device *cuda, cudaError_t error, const char *op);
 void cuda_fail(struct cuda_device *cuda, const char *op, const char *what);
@@ -92,6 +121,9 @@ void cuda_fail(struct cuda_device *cuda, const char *op, const char *what);
 /* At least `bytes` that are this op's until its last kernel ends; NULL (kept as a failure) where
  * there is not so much memory. */
 void *cuda_scratch(struct cuda_device *cuda, size_t bytes, const char *op);
+
+/* At least `bytes` of `grown`; NULL as above. */
+void *cuda_grow(struct cuda_device *cuda, struct grown *grown, size_t bytes, const char *op);
 
 /* Let `kernel` use `bytes` of dynamic shared memory. */
 template <typename Kernel>
@@ -139,6 +171,8 @@ static inline void cuda_launch(struct cuda_device *cuda, const char *op,
                op);
     cuda->overlaps = true;
 }
+
+bool cuda_is_recording(const struct cuda_device *cuda);
 
 /* In a recording on Hopper, launches between fork and fork_end run beside those from there to the
  * join, after which the next cuda_launch() waits for both. Elsewhere the three do nothing, nor where
@@ -402,6 +436,23 @@ static inline __device__ void store_some(T *to, const float from[GROUP], int n, 
 #pragma unroll
     for (int i = 0; i < GROUP; i++)
         if (i < n) to[i] = narrow<T>(from[i]);
+}
+
+/* Whether something is added to row t. */
+static inline __device__ bool is_added(const struct addend &addend, size_t t)
+{
+    return addend.z && addend.slot[t] >= 0;
+}
+
+/* value = round(value + z), of the elements from `at` on. */
+template <typename X>
+static inline __device__ void add_some(float value[GROUP], const struct addend &addend, size_t at,
+                                       int n, bool whole)
+{
+    float z[GROUP];
+    load_some(z, addend.z + at, n, whole);
+#pragma unroll
+    for (int e = 0; e < GROUP; e++) value[e] = rounded<X>(value[e] + z[e]);
 }
 
 /* ---- sums --------------------------------------------------------------------------------- */

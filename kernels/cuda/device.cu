@@ -24,30 +24,36 @@ struct cuda_device *cuda_begin(struct device *dev)
     struct cuda_device *cuda = (struct cuda_device *)dev;
     if (cuda->failure[0]) return NULL;
     cuda_check(cuda, cudaSetDevice(cuda->ordinal), "cudaSetDevice");
+    if (cuda->deferred.y) cuda_add_deferred(cuda);
     return cuda->failure[0] ? NULL : cuda;
 }
 
-void *cuda_scratch(struct cuda_device *cuda, size_t bytes, const char *op)
+void *cuda_grow(struct cuda_device *cuda, struct grown *grown, size_t bytes, const char *op)
 {
-    if (bytes <= cuda->scratch_bytes) return cuda->scratch[cuda->n_scratches - 1];
-    if (cuda->is_lent) {
-        cuda_fail(cuda, op, "the workspace is smaller than what its size function said");
-        return NULL;
-    }
+    if (bytes <= grown->bytes) return grown->memory[grown->n - 1];
 
-    const size_t twice = 2 * cuda->scratch_bytes;
+    const size_t twice = 2 * grown->bytes;
     const size_t wanted = bytes > twice ? bytes : twice;
     void *memory = NULL;
-    if (cuda->n_scratches == SCRATCHES || cudaMalloc(&memory, wanted) != cudaSuccess) {
+    if (grown->n == GROWN || cudaMalloc(&memory, wanted) != cudaSuccess) {
         char what[96];
         cudaGetLastError(); /* it is told here; the next op shall not find it again */
         snprintf(what, sizeof what, "out of GPU memory: %zu bytes of scratch", wanted);
         cuda_fail(cuda, op, what);
         return NULL;
     }
-    cuda->scratch[cuda->n_scratches++] = memory;
-    cuda->scratch_bytes = wanted;
+    grown->memory[grown->n++] = memory;
+    grown->bytes = wanted;
     return memory;
+}
+
+void *cuda_scratch(struct cuda_device *cuda, size_t bytes, const char *op)
+{
+    if (cuda->is_lent && bytes > cuda->scratch.bytes) {
+        cuda_fail(cuda, op, "the workspace is smaller than what its size function said");
+        return NULL;
+    }
+    return cuda_grow(cuda, &cuda->scratch, bytes, op);
 }
 
 /* ---- memory ------------------------------------------------------------------------------- */
@@ -173,7 +179,8 @@ static void device_close(struct device *dev)
     cudaSetDevice(cuda->ordinal);
     if (cuda->stream) cudaStreamSynchronize(cuda->stream);
     transfer_close(cuda->transfer);
-    for (int i = 0; i < cuda->n_scratches; i++) cudaFree(cuda->scratch[i]);
+    for (int i = 0; i < cuda->scratch.n; i++) cudaFree(cuda->scratch.memory[i]);
+    for (int i = 0; i < cuda->deltas.n; i++) cudaFree(cuda->deltas.memory[i]);
     cudaFree(cuda->counters);
     cudaFreeHost(cuda->staging.up);
     cudaFreeHost(cuda->staging.down);

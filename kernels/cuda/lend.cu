@@ -14,9 +14,9 @@ extern "C" void cuda_lend(struct device *dev, struct loan *loan)
     cuda_check(cuda, cudaGetDevice(&loan->current_device), "cudaGetDevice");
     loan->own_stream = cuda->stream;
     cuda->stream = (cudaStream_t)loan->stream;
-    cuda->scratch[0] = loan->workspace;
-    cuda->scratch_bytes = loan->workspace ? loan->workspace_bytes : 0;
-    cuda->n_scratches = 1;
+    cuda->scratch.memory[0] = loan->workspace;
+    cuda->scratch.bytes = loan->workspace ? loan->workspace_bytes : 0;
+    cuda->scratch.n = 1;
     cuda->is_lent = true;
     /* What an op reads before its grid_wait() the caller's last kernel may have written. */
     cuda->overlaps = false;
@@ -29,9 +29,9 @@ extern "C" mlora_status cuda_take_back(struct device *dev, const struct loan *lo
 
     if (loan->current_device != cuda->ordinal) cudaSetDevice(loan->current_device);
     cuda->stream = (cudaStream_t)loan->own_stream;
-    cuda->scratch[0] = NULL;
-    cuda->scratch_bytes = 0;
-    cuda->n_scratches = 0;
+    cuda->scratch.memory[0] = NULL;
+    cuda->scratch.bytes = 0;
+    cuda->scratch.n = 0;
     cuda->is_lent = false;
     if (cuda->failure[0]) status = error_set(MLORA_EDEVICE, "%s", cuda->failure);
     cuda->failure[0] = '\0';

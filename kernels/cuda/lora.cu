@@ -78,6 +78,7 @@ void cuda_lora_shrink(struct device *dev, float *h, const void *x, const struct 
         return;
     }
     const bool tiles = wants_tiles(lora) && lora_shrink_has_tiles(x, &args, dtype);
+    const bool has_delta = lora_begins_delta(cuda, h, lora, site, layer);
     cuda_fork(cuda); /* the base product reads the same x and writes another y */
     for_parts(lora, &args, [&](const struct lora_args *part) {
         if (tiles)
@@ -85,6 +86,7 @@ void cuda_lora_shrink(struct device *dev, float *h, const void *x, const struct 
         else
             lora_shrink_by_row(cuda, h, x, part, dtype);
     });
+    if (has_delta) lora_delta(cuda, &args);
     cuda_fork_end(cuda);
 }
 
@@ -93,6 +95,7 @@ void cuda_lora_expand(struct device *dev, void *y, const float *h, const struct 
 {
     struct cuda_device *cuda = cuda_begin(dev);
     if (!cuda || lora->n_segments == 0 || lora->n_tokens == 0) return;
+    if (lora_defers(cuda, y, h, site, layer, dtype)) return;
     cuda_join(cuda);
     if (lora->expands_more) {
         cuda_lora_expand_more(dev, y, h, lora, site, layer, dtype);

@@ -70,6 +70,27 @@ static inline int lora_tiles(const struct lora_args *args, int size)
     return args->max_segment <= size ? args->n_segments : args->n_tokens / size + args->n_segments;
 }
 
+/* Outputs of one slice that a block works on: first, first + 1, ... (in the slice). */
+struct lora_chunk {
+    int slice, first;
+};
+
+/* Chunks of `size` outputs, each within a slice. */
+static inline int lora_chunks(const struct lora_args *args, int size)
+{
+    int n = 0;
+    for (int i = 0; i < args->n_slices; i++) n += ceil_div(args->width[i], size);
+    return n;
+}
+
+/* Whether what adapters add is computed beside the product: then shrink is followed at once by
+ * lora_delta(), and expand has nothing left to do but to say which y it is for: lora_defers(). */
+bool lora_begins_delta(struct cuda_device *cuda, const float *h, const struct lora_view *lora,
+                       const struct lora_site *site, int layer);
+void lora_delta(struct cuda_device *cuda, const struct lora_args *args);
+bool lora_defers(struct cuda_device *cuda, void *y, const float *h, const struct lora_site *site,
+                 int layer, enum dtype dtype);
+
 /* Whether expand is made inside the op that reads its result. */
 bool lora_is_fused(const struct lora_view *lora);
 
@@ -123,6 +144,23 @@ static inline __device__ struct lora_factors lora_factors_of_token(const struct 
 static inline __device__ size_t lora_h_row(const struct lora_args &args, int t, int slice)
 {
     return (size_t)t * args.h_token + (size_t)slice * args.h_slice;
+}
+
+/* Find chunk number `index`. False: there is none. */
+static inline __device__ bool lora_find_chunk(struct lora_chunk *out, int index,
+                                              const struct lora_args &args, int size)
+{
+#pragma unroll
+    for (int i = 0; i < LORA_SLICES_MAX; i++) {
+        const int chunks = i < args.n_slices ? ceil_div(args.width[i], size) : 0;
+        if (index < chunks) {
+            out->slice = i;
+            out->first = index * size;
+            return true;
+        }
+        index -= chunks;
+    }
+    return false;
 }
 
 /* Find tile number `index` among the segments' tiles of `size` tokens. Every warp of the block

@@ -5,31 +5,6 @@
 
 /* ---- kernels ------------------------------------------------------------------------------ */
 
-/* Outputs are cut into chunks of `size` within each slice. Slice and first output (in the slice)
- * of chunk number `index`; false: there is none. */
-static __device__ bool find_chunk(int *slice, int *first, int index, const struct lora_args &args,
-                                  int size)
-{
-#pragma unroll
-    for (int i = 0; i < LORA_SLICES_MAX; i++) {
-        const int chunks = i < args.n_slices ? ceil_div(args.width[i], size) : 0;
-        if (index < chunks) {
-            *slice = i;
-            *first = index * size;
-            return true;
-        }
-        index -= chunks;
-    }
-    return false;
-}
-
-static int count_chunks(const struct lora_args *args, int size)
-{
-    int n = 0;
-    for (int i = 0; i < args->n_slices; i++) n += ceil_div(args->width[i], size);
-    return n;
-}
-
 enum { ROW_BLOCK = 128, ROW_WARPS = ROW_BLOCK / WARP };
 
 /* Lanes that share a row of B: 8 of its elements each. */
@@ -109,10 +84,11 @@ static __global__ void __launch_bounds__(ROW_BLOCK, 5)
 {
     grid_release();
     const int t = lora_token(args, blockIdx.y);
-    int slice, first;
+    struct lora_chunk part = {};
     struct lora_factors f = {};
-    if (find_chunk(&slice, &first, blockIdx.x, args, chunk))
-        f = lora_factors_of_token(args, t, slice);
+    if (lora_find_chunk(&part, blockIdx.x, args, chunk))
+        f = lora_factors_of_token(args, t, part.slice);
+    const int slice = part.slice, first = part.first;
     if (!f.a) { /* the whole block */
         grid_wait();
         return;
@@ -318,12 +294,13 @@ static __global__ void __launch_bounds__(TILE_BLOCK, STEPS == 4 ? 3 : 4)
 {
     grid_release();
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    int slice, first;
+    struct lora_chunk chunk = {};
     struct lora_tile tokens;
     struct lora_factors f = {};
     const bool found = lora_find_tile(&tokens, blockIdx.y, args, 8 * eights);
-    if (find_chunk(&slice, &first, blockIdx.x, args, TILE_N) && found)
-        f = *lora_factors_of(args, tokens.slot, slice);
+    if (lora_find_chunk(&chunk, blockIdx.x, args, TILE_N) && found)
+        f = *lora_factors_of(args, tokens.slot, chunk.slice);
+    const int slice = chunk.slice, first = chunk.first;
     if (!f.a) { /* the whole block */
         grid_wait();
         return;
@@ -364,10 +341,10 @@ static void expand_by_row(struct cuda_device *cuda, X *y, const float *h,
                           const struct lora_args *args)
 {
     const int round = ROW_WARPS * (WARP / lanes_a_row(args->max_rank)) * GROUP;
-    const long long blocks = (long long)count_chunks(args, round) * args->n_tokens;
+    const long long blocks = (long long)lora_chunks(args, round) * args->n_tokens;
     const int rounds = (int)(blocks / (WAVE * cuda->n_sms)) + 1;
     const int chunk = round * min_int(rounds, 16);
-    const dim3 grid(count_chunks(args, chunk), args->n_tokens);
+    const dim3 grid(lora_chunks(args, chunk), args->n_tokens);
     cuda_launch(cuda, "lora_expand", lora_expand_row_kernel<X>, grid, ROW_BLOCK, 0, 1, y, h, *args,
                 chunk);
 }
@@ -376,7 +353,7 @@ static void expand_by_row(struct cuda_device *cuda, X *y, const float *h,
 void lora_expand_by_tile(struct cuda_device *cuda, bf16 *y, const float *h,
                          const struct lora_args *args)
 {
-    const int chunks = count_chunks(args, TILE_N);
+    const int chunks = lora_chunks(args, TILE_N);
     int eights = min_int(16, ceil_div(args->max_segment, 8));
     while (eights > 1 && lora_tiles(args, 8 * eights) * chunks < WAVE / 2 * cuda->n_sms)
         eights /= 2;

@@ -200,10 +200,11 @@ void cuda_lora_expand_silu_mul(struct device *dev, void *y, void *gate_up, const
                                int layer, int T, enum dtype dtype)
 {
     const int F = site->width[0];
+    const bool has_delta = ((struct cuda_device *)dev)->deferred.addend.z;
 
     assert(site->n_slices == 2 && site->width[1] == F && site->N == 2 * F);
-    if (!lora_is_fused(lora) || dtype != DTYPE_BF16 || F % GROUP != 0 || !is_aligned(y) ||
-        !is_aligned(gate_up)) {
+    if (!lora_is_fused(lora) || has_delta || dtype != DTYPE_BF16 || F % GROUP != 0 ||
+        !is_aligned(y) || !is_aligned(gate_up)) {
         cuda_lora_expand(dev, gate_up, h, lora, site, layer, dtype);
         cuda_silu_mul(dev, y, gate_up, T, F, dtype);
         return;

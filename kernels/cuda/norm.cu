@@ -24,12 +24,12 @@ enum { NORM_BLOCK_MAX = 1024, NORM_GROUPS_MAX = 4 };
 
 /* x[t, :] += delta[t, :]    y[t, :] = weight * x[t, :] / sqrt(mean(x[t, :]^2) + eps)
  *
- *   y, delta [T, D] X    x [T, D]    weight [D], or the token's own
+ *   y, delta [T, D] X, and what is added to delta    x [T, D]    weight [D], or the token's own
  *   grid T    block D / GROUP / GROUPS threads, GROUPS groups of eight elements each */
 template <typename X, int GROUPS>
 static __global__ void __launch_bounds__(NORM_BLOCK_MAX)
-    add_rms_norm_kernel(X *y, float *x, const X *delta, const float *base, int D, float eps,
-                        bool aligned, struct own_norms norms, int norm)
+    add_rms_norm_kernel(X *y, float *x, const X *delta, struct addend addend, const float *base,
+                        int D, float eps, bool aligned, struct own_norms norms, int norm)
 {
     __shared__ float shared[WARP];
     grid_begin();
@@ -45,6 +45,7 @@ static __global__ void __launch_bounds__(NORM_BLOCK_MAX)
         if (delta) {
             float more[GROUP];
             load_some(more, delta + row + i, D - i, aligned);
+            if (is_added(addend, blockIdx.x)) add_some<X>(more, addend, row + i, D - i, aligned);
 #pragma unroll
             for (int e = 0; e < GROUP; e++) value[j][e] += more[e];
             store_some(x + row + i, value[j], D - i, aligned);
@@ -117,7 +118,8 @@ void cuda_lora_add_rms_norm(struct device *dev, void *y, float *x, const void *d
                             const float *weight, const struct lora_view *lora, int layer,
                             enum lora_norm norm, int T, int D, float eps, enum dtype dtype)
 {
-    struct cuda_device *cuda = cuda_begin(dev);
+    struct addend addend;
+    struct cuda_device *cuda = cuda_begin_adding(dev, delta, &addend);
     if (!cuda || T == 0) return;
     assert(D <= NORM_BLOCK_MAX * NORM_GROUPS_MAX * GROUP);
 
@@ -130,7 +132,7 @@ void cuda_lora_add_rms_norm(struct device *dev, void *y, float *x, const void *d
         const auto kernel =
             a_thread == 1 ? add_rms_norm_kernel<X, 1> : add_rms_norm_kernel<X, NORM_GROUPS_MAX>;
         cuda_launch(cuda, "add_rms_norm", kernel, T, block, 0, 1, (X *)y, x, (const X *)delta,
-                    weight, D, eps, aligned, own_norms(lora, layer), (int)norm);
+                    addend, weight, D, eps, aligned, own_norms(lora, layer), (int)norm);
     });
 }
 

@@ -69,6 +69,11 @@ static void set_edges(struct cuda_device *cuda, struct edges *edges)
                "recording a step");
 }
 
+bool cuda_is_recording(const struct cuda_device *cuda)
+{
+    return cuda->recordings->open;
+}
+
 void cuda_fork(struct cuda_device *cuda)
 {
     cuda->before.n = cuda->beside.n = 0;
@@ -151,6 +156,8 @@ void cuda_record_end(struct device *dev)
     cudaGraph_t graph = NULL;
 
     if (!item) return;
+    if (cuda->deferred.y) cuda_add_deferred(cuda);
+    memset(&cuda->deferred, 0, sizeof cuda->deferred);
     cuda->recordings->open = NULL;
     cuda->beside.n = 0;
     cuda_check(cuda, cudaStreamEndCapture(cuda->stream, &graph), "recording a step");

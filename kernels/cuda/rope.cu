@@ -20,10 +20,11 @@ struct rope_args {
  *   K[block][g][position % KV_BLOCK][:] = head H + g, V the same of head H + G + g
  * A work item is elements [i, i + WIDTH) and [i + d / 2, i + d / 2 + WIDTH) of a head.
  *
- *   qkv [T, H + 2 G, d] X    k, v [., G, KV_BLOCK, d] C
+ *   qkv [T, H + 2 G, d] X, and what is added to it    k, v [., G, KV_BLOCK, d] C
  *   grid (heads / heads_a_block, T)    block ROPE_BLOCK    shared d floats */
 template <typename X, typename C, int WIDTH>
-static __global__ void rope_kernel(X *qkv, C *k, C *v, const struct rope_args args)
+static __global__ void rope_kernel(X *qkv, struct addend addend, C *k, C *v,
+                                   const struct rope_args args)
 {
     extern __shared__ float shared[];
     grid_begin();
@@ -42,26 +43,36 @@ static __global__ void rope_kernel(X *qkv, C *k, C *v, const struct rope_args ar
     }
     __syncthreads();
 
+    const bool adds = is_added(addend, t);
     const int first = blockIdx.x * args.heads_a_block;
     const int n_heads = min_int(args.heads_a_block, H + 2 * G - first);
     const int items = half / WIDTH; /* of a head */
     for (int item = threadIdx.x; item < n_heads * items; item += ROPE_BLOCK) {
         const int h = first + item / items, i = item % items * WIDTH;
-        X *head = qkv + ((size_t)t * (H + 2 * G) + h) * d;
+        const size_t at = ((size_t)t * (H + 2 * G) + h) * d + i;
+        X *head = qkv + at - i;
         float a[WIDTH], b[WIDTH];
         if constexpr (WIDTH == GROUP) {
             load_group(a, head + i);
             load_group(b, head + i + half);
+            if (adds) {
+                add_some<X>(a, addend, at, GROUP, true);
+                add_some<X>(b, addend, at + half, GROUP, true);
+            }
         } else {
             a[0] = widen(head[i]), b[0] = widen(head[i + half]);
+            if (adds) a[0] = rounded<X>(a[0] + addend.z[at]);
+            if (adds) b[0] = rounded<X>(b[0] + addend.z[at + half]);
         }
-        if (h < H + G && args.frequency) {
+        const bool turns = h < H + G && args.frequency;
+        if (turns)
 #pragma unroll
             for (int e = 0; e < WIDTH; e++) {
                 const float c = cosine[i + e], s = sine[i + e], x = a[e];
                 a[e] = rounded<X>(x * c - b[e] * s);
                 b[e] = rounded<X>(b[e] * c + x * s);
             }
+        if (turns || adds) {
             if constexpr (WIDTH == GROUP) {
                 store_group(head + i, a);
                 store_group(head + i + half, b);
@@ -88,7 +99,8 @@ void cuda_rope(struct device *dev, void *qkv, const struct rope_view *rope,
                const struct kv_view *kv, const struct batch_view *batch, const struct heads *heads,
                enum dtype dtype)
 {
-    struct cuda_device *cuda = cuda_begin(dev);
+    struct addend addend;
+    struct cuda_device *cuda = cuda_begin_adding(dev, qkv, &addend);
     if (!cuda || batch->T == 0) return;
     assert(heads->d % 2 == 0 && heads->d <= 4096 && batch->T <= 65535);
 
@@ -113,10 +125,10 @@ void cuda_rope(struct device *dev, void *qkv, const struct rope_view *rope,
             using C = decltype(c_type);
             if (aligned)
                 cuda_launch(cuda, "rope", rope_kernel<X, C, GROUP>, grid, ROPE_BLOCK,
-                            d * sizeof(float), 1, (X *)qkv, (C *)kv->k, (C *)kv->v, args);
+                            d * sizeof(float), 1, (X *)qkv, addend, (C *)kv->k, (C *)kv->v, args);
             else
                 cuda_launch(cuda, "rope", rope_kernel<X, C, 1>, grid, ROPE_BLOCK, d * sizeof(float),
-                            1, (X *)qkv, (C *)kv->k, (C *)kv->v, args);
+                            1, (X *)qkv, addend, (C *)kv->k, (C *)kv->v, args);
         });
     });
 }

@@ -1,0 +1,203 @@
+/* LoRA beside the base product: at few tokens what adapters add to y is computed while the product
+ * of the same x runs, into z, and the op that reads y next adds it. Shrink and expand cost almost
+ * no time then, and y is not read and written once more. Only in recordings, where kernels can run
+ * beside each other; bound by B and z, both small next to the weights that the product reads. */
+#include "kernels/cuda/lora_tile.cuh"
+
+/* ---- kernels ------------------------------------------------------------------------------ */
+
+enum {
+    DELTA_BLOCK = 128,
+    WARP_N = 64, /* outputs of a warp */
+    BLOCK_N = DELTA_BLOCK / WARP * WARP_N,
+    EIGHT = 8, /* tokens of a product */
+};
+
+/* z[t, offset[i] + n] = scale * dot(B[n, :], h[t, i, :]), 0 where the adapter has no factors of
+ * linear i, for tiles of 8 `eights` tokens of one adapter.
+ *
+ *   z [T, N]    h [T, n_slices, max_rank]
+ *   grid (chunks of BLOCK_N outputs, tiles)    block DELTA_BLOCK
+ *   STEPS of 16 of the rank whose B stays in registers; 0: none */
+template <int STEPS>
+static __global__ void __launch_bounds__(DELTA_BLOCK, STEPS == 2 ? 3 : 4)
+    lora_delta_kernel(float *z, const float *h, const __grid_constant__ struct lora_args args,
+                      int eights)
+{
+    grid_release();
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, r0 = lane % 4 * 4;
+    struct lora_chunk chunk;
+    struct lora_tile tile;
+    struct lora_factors f = {};
+    const bool found = lora_find_tile(&tile, blockIdx.y, args, EIGHT * eights) &&
+                       lora_find_chunk(&chunk, blockIdx.x, args, BLOCK_N);
+    if (!found) { /* the whole block */
+        grid_wait();
+        return;
+    }
+    f = *lora_factors_of(args, tile.slot, chunk.slice);
+    const int N = args.width[chunk.slice], n = chunk.first + warp * WARP_N + lane / 4 * GROUP;
+    const bool whole_b = f.R % 4 == 0 && is_aligned_on_device(f.b);
+    const bool kept = STEPS > 0 && whole_b && f.dtype == DTYPE_BF16 && f.R <= STEPS * 16;
+    const bool whole_h = args.max_rank % 4 == 0 && f.R % 4 == 0;
+    const bool whole_z = args.N % 4 == 0 && args.offset[chunk.slice] % 4 == 0 && n + GROUP <= N;
+    if (!f.a) f.R = 0;
+
+    uint32_t b[STEPS > 0 ? STEPS : 1][4][4];
+    if (kept)
+#pragma unroll
+        for (int s = 0; s < STEPS; s++) load_b(b[s], (const bf16 *)f.b, n, N, f.R, s * 16 + r0);
+    grid_wait();
+
+    const int32_t *order = args.order + tile.first;
+    z += args.offset[chunk.slice] + n;
+    h += (size_t)chunk.slice * args.h_slice;
+#pragma unroll 1
+    for (int i = 0; i < tile.n; i += EIGHT) {
+        const float *row = h + (size_t)order[min_int(i + lane / 4, tile.n - 1)] * args.h_token;
+        float sum[4][4] = {};
+        uint32_t x[2][2];
+        if (kept) {
+#pragma unroll
+            for (int s = 0; s < STEPS; s++) {
+                split_h(x, load_h(row, s * 16 + r0, f.R, whole_h));
+                multiply(sum, b[s], x);
+            }
+        } else {
+#pragma unroll 1
+            for (int r = r0; r - r0 < f.R; r += 16) {
+                split_h(x, load_h(row, r, f.R, whole_h));
+                if (whole_b && f.dtype == DTYPE_BF16) {
+                    uint32_t rows[4][4];
+                    load_b(rows, (const bf16 *)f.b, n, N, f.R, r);
+                    multiply(sum, rows, x);
+                    continue;
+                }
+#pragma unroll
+                for (int m = 0; m < 4; m++) {
+                    uint32_t rows[2][4];
+                    load_b_any(rows, f.b, f.dtype, n + 2 * m, N, f.R, r, whole_b);
+                    mma_bf16(sum[m], rows[0], x[0][0], x[0][1]);
+                    mma_bf16(sum[m], rows[0], x[1][0], x[1][1]);
+                    mma_bf16(sum[m], rows[1], x[0][0], x[0][1]);
+                }
+            }
+        }
+#pragma unroll
+        for (int c = 0; c < 2; c++) {
+            const int j = i + lane % 4 * 2 + c;
+            if (j >= tile.n || n >= N) continue;
+            float value[GROUP];
+#pragma unroll
+            for (int m = 0; m < 4; m++) {
+                value[2 * m] = f.scale * sum[m][c];
+                value[2 * m + 1] = f.scale * sum[m][c + 2];
+            }
+            store_some(z + (size_t)order[j] * args.N, value, N - n, whole_z);
+        }
+        __syncwarp(); /* products take the whole warp */
+    }
+}
+
+enum { ADD_BLOCK = 256 };
+
+/* y[t, n] = round(y + z[t, n]) for tokens with an adapter, eight elements a thread
+ *
+ *   y [T, N] X, in and out    z [T, N]
+ *   grid (N / (GROUP ADD_BLOCK), T)    block ADD_BLOCK */
+template <typename X>
+static __global__ void lora_add_kernel(X *y, struct addend addend, int N, bool aligned)
+{
+    grid_begin();
+    const int n = (blockIdx.x * ADD_BLOCK + threadIdx.x) * GROUP;
+    const size_t t = blockIdx.y;
+    if (n >= N || !is_added(addend, t)) return;
+    float value[GROUP];
+    load_some(value, y + t * N + n, N - n, aligned);
+    add_some<X>(value, addend, t * N + n, N - n, aligned);
+    store_some(y + t * N + n, value, N - n, aligned);
+}
+
+/* ---- launchers ---------------------------------------------------------------------------- */
+
+static void launch_delta(struct cuda_device *cuda, float *z, const float *h,
+                         const struct lora_args *args)
+{
+    const int chunks = lora_chunks(args, BLOCK_N);
+    const int eights = ceil_div(min_int(args->max_segment, DELTA_TOKENS), EIGHT);
+    const dim3 grid(chunks, lora_tiles(args, EIGHT * eights));
+    const auto kernel = args->max_rank <= 16   ? lora_delta_kernel<1>
+                        : args->max_rank <= 32 ? lora_delta_kernel<2>
+                                               : lora_delta_kernel<0>;
+    cuda_launch(cuda, "lora_delta", kernel, grid, DELTA_BLOCK, 0, 1, z, h, *args, eights);
+}
+
+bool lora_begins_delta(struct cuda_device *cuda, const float *h, const struct lora_view *lora,
+                       const struct lora_site *site, int layer)
+{
+    struct deferred *deferred = &cuda->deferred;
+    const bool picks = lora->mode == MLORA_LORA_AUTO || lora->mode == MLORA_LORA_FUSED;
+    const bool is_in_layer = layer < lora->L - 1; /* the head's product has been before */
+
+    memset(deferred, 0, sizeof *deferred);
+    if (!cuda->is_hopper || cuda->is_lent || !picks || !is_in_layer || lora->expands_more ||
+        lora->n_rows < 1 || lora->n_rows > DELTA_TOKENS)
+        return false;
+    const size_t bytes = (size_t)DELTA_TOKENS * site->N * sizeof(float);
+    float *z = (float *)cuda_grow(cuda, &cuda->deltas, bytes, "lora_shrink");
+    if (!z || !cuda_is_recording(cuda)) return false;
+    deferred->addend.z = z;
+    deferred->addend.slot = lora->slot;
+    deferred->h = h;
+    deferred->linear = site->linear;
+    deferred->layer = layer;
+    deferred->T = lora->n_rows;
+    deferred->N = site->N;
+    return true;
+}
+
+void lora_delta(struct cuda_device *cuda, const struct lora_args *args)
+{
+    launch_delta(cuda, (float *)cuda->deferred.addend.z, cuda->deferred.h, args);
+}
+
+bool lora_defers(struct cuda_device *cuda, void *y, const float *h, const struct lora_site *site,
+                 int layer, enum dtype dtype)
+{
+    struct deferred *deferred = &cuda->deferred;
+
+    if (!deferred->addend.z || deferred->h != h || deferred->linear != site->linear ||
+        deferred->layer != layer)
+        return false;
+    deferred->y = y;
+    deferred->dtype = dtype;
+    return true;
+}
+
+struct cuda_device *cuda_begin_adding(struct device *dev, const void *y, struct addend *addend)
+{
+    struct cuda_device *cuda = (struct cuda_device *)dev;
+
+    memset(addend, 0, sizeof *addend);
+    if (!cuda->deferred.y || cuda->deferred.y != y) return cuda_begin(dev);
+    *addend = cuda->deferred.addend;
+    memset(&cuda->deferred, 0, sizeof cuda->deferred);
+    cuda = cuda_begin(dev);
+    if (cuda) cuda_join(cuda);
+    return cuda;
+}
+
+void cuda_add_deferred(struct cuda_device *cuda)
+{
+    const struct deferred deferred = cuda->deferred;
+    const dim3 grid(ceil_div(deferred.N, GROUP * ADD_BLOCK), deferred.T);
+    const bool aligned = deferred.N % GROUP == 0 && is_aligned(deferred.y);
+
+    memset(&cuda->deferred, 0, sizeof cuda->deferred);
+    cuda_join(cuda);
+    with_activation(deferred.dtype, [&](auto type) {
+        using X = decltype(type);
+        cuda_launch(cuda, "lora_expand", lora_add_kernel<X>, grid, ADD_BLOCK, 0, 1, (X *)deferred.y,
+                    deferred.addend, deferred.N, aligned);
+    });
+}
