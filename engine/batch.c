@@ -128,7 +128,8 @@ static const int32_t *build_rows(struct batch *batch, const struct plan *plan)
         memcpy(ids + t, request->tokens + request->n_computed, n * sizeof *ids);
         t += row->n_tokens;
         kv_len[q] = request->n_computed + row->n_tokens;
-        memcpy(blocks, request->kv.blocks, (size_t)request->kv.n_blocks * sizeof *blocks);
+        for (int b = 0; b < request->kv.n_blocks; b++)
+            blocks[b] = request->kv.blocks[b] * batch->kv_stride;
         for (int b = request->kv.n_blocks; b < batch->max_blocks; b++) blocks[b] = 0;
         if (row->n_tokens > view->max_row) view->max_row = row->n_tokens;
         if (kv_len[q] > view->max_kv) view->max_kv = kv_len[q];

@@ -25,6 +25,7 @@ struct batch {
     int32_t *head_host, *head_dev; /* [HEAD_ARRAYS, max_rows + 1] what head_lora points to */
     int max_rows;                  /* of the head, of which a row of the plan may have many */
     mlora_lora_mode lora_mode;     /* for `lora`, set by the owner */
+    int kv_stride;                 /* of struct kv_cache, set by the owner */
     const int32_t *block_table;    /* [Q, max_blocks] */
     int max_blocks;
     const int32_t

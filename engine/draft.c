@@ -100,11 +100,12 @@ mlora_status draft_open(struct draft_model *draft, int n_blocks, int max_seqs, i
     for (int i = 0; i < max_seqs; i++)
         draft->sequences[i].shadow.kv.blocks = draft->blocks + (size_t)i * per_sequence;
 
-    mlora_status status = kv_cache_open(&draft->kv_cache, &draft->model, n_blocks);
+    mlora_status status = kv_cache_open(&draft->kv_cache, &draft->model, n_blocks, 0);
     if (status == MLORA_OK) status = kvcache_open(&draft->kvcache, n_blocks, false, unused);
     if (status == MLORA_OK)
         status = batch_open(&draft->batch, draft->model.dev, draft->max_tokens, max_seqs, max_seqs,
                             max_model_len);
+    draft->batch.kv_stride = draft->kv_cache.stride;
     return status;
 }
 

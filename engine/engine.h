@@ -6,6 +6,7 @@
 
 #include "engine/batch.h"
 #include "engine/kvcache.h"
+#include "engine/memory.h"
 #include "engine/mlora.h"
 #include "engine/scheduler.h"
 #include "engine/speculate.h"
@@ -32,6 +33,7 @@ struct mlora_engine {
     struct kvcache kvcache;   /* ... and who has which block of it */
     struct tokenizer *tokenizer;
     struct registry registry;
+    struct memory memory; /* which the registry's pool and the cache share */
     struct scheduler scheduler;
     struct speculation speculation;
     struct batch batch;

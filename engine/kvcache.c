@@ -38,6 +38,11 @@ int kvcache_blocks_for(int n_tokens)
 
 /* ---- free blocks ---------------------------------------------------------------------------- */
 
+static bool is_held(const struct kvcache *kv, int32_t block)
+{
+    return kv->shares && kv->prefix.entries[block].number != 0;
+}
+
 static void free_remove(struct kvcache *kv, int32_t block)
 {
     const struct kv_block *b = &kv->blocks[block];
@@ -45,11 +50,13 @@ static void free_remove(struct kvcache *kv, int32_t block)
     *(b->prev >= 0 ? &kv->blocks[b->prev].next : &kv->first_free) = b->next;
     *(b->next >= 0 ? &kv->blocks[b->next].prev : &kv->last_free) = b->prev;
     kv->n_free--;
+    kv->n_held -= is_held(kv, block);
 }
 
-/* `last`: after all others, so that what it holds can be found for longest. */
-static void free_add(struct kvcache *kv, int32_t block, bool last)
+/* What can be found goes after all others, so that it can be found for longest. */
+static void free_add(struct kvcache *kv, int32_t block)
 {
+    const bool last = is_held(kv, block);
     struct kv_block *b = &kv->blocks[block];
 
     b->prev = last ? kv->last_free : -1;
@@ -57,6 +64,17 @@ static void free_add(struct kvcache *kv, int32_t block, bool last)
     *(b->prev >= 0 ? &kv->blocks[b->prev].next : &kv->first_free) = block;
     *(b->next >= 0 ? &kv->blocks[b->next].prev : &kv->last_free) = block;
     kv->n_free++;
+    kv->n_held += last;
+}
+
+/* The free block that is missed least, which is free no more and holds nothing. */
+static int32_t take_free(struct kvcache *kv)
+{
+    const int32_t block = kv->first_free;
+
+    free_remove(kv, block);
+    if (kv->shares) prefix_drop(&kv->prefix, block);
+    return block;
 }
 
 static void use(struct kvcache *kv, int32_t block)
@@ -67,19 +85,23 @@ static void use(struct kvcache *kv, int32_t block)
 static void unuse(struct kvcache *kv, int32_t block)
 {
     assert(kv->blocks[block].n_users > 0);
-    if (--kv->blocks[block].n_users > 0) return;
-    free_add(kv, block, kv->shares && kv->prefix.entries[block].number != 0);
+    if (--kv->blocks[block].n_users == 0) free_add(kv, block);
+}
+
+bool kvcache_want(struct kvcache *kv, int n)
+{
+    if (n > kv->n_free && kv->more) kv->more(kv->context, n - kv->n_free);
+    return n <= kv->n_free;
 }
 
 bool kvcache_extend(struct kvcache *kv, struct kv_run *run, int n_tokens)
 {
     const int need = kvcache_blocks_for(n_tokens);
 
-    if (need - run->n_blocks > kv->n_free) return false;
+    if (!kvcache_want(kv, need - run->n_blocks)) return false;
     while (run->n_blocks < need) {
-        const int32_t block = kv->first_free;
-        if (kv->shares) prefix_drop(&kv->prefix, block);
-        use(kv, block);
+        const int32_t block = take_free(kv);
+        kv->blocks[block].n_users = 1;
         run->blocks[run->n_blocks++] = block;
     }
     return true;
@@ -100,6 +122,41 @@ void kvcache_release(struct kvcache *kv, struct kv_run *run)
     while (run->n_blocks > 0) unuse(kv, run->blocks[--run->n_blocks]);
     run->n_known = 0;
     run->number = 0;
+}
+
+/* ---- blocks that are lent ------------------------------------------------------------------- */
+
+void kvcache_lend(struct kvcache *kv, int n, kv_move_fn move, void *context)
+{
+    const int32_t begin = kv->n_lent, end = begin + n;
+
+    assert(n <= kv->n_free && end <= kv->n_blocks);
+    for (int32_t b = begin; b < end; b++) {
+        if (kv->blocks[b].n_users > 0) continue;
+        free_remove(kv, b);
+        if (kv->shares) prefix_drop(&kv->prefix, b);
+    }
+    for (int32_t b = begin; b < end; b++) {
+        if (kv->blocks[b].n_users == 0) continue;
+        const int32_t to = take_free(kv); /* beyond `end`: those before it are taken */
+        move(context, to, b);
+        kv->blocks[to].n_users = kv->blocks[b].n_users;
+        if (is_held(kv, b)) prefix_move(&kv->prefix, to, b);
+        kv->blocks[b] = (struct kv_block){0, -1, to};
+    }
+    kv->n_lent = end;
+}
+
+void kvcache_follow(const struct kvcache *kv, struct kv_run *run)
+{
+    for (int i = 0; i < run->n_blocks; i++)
+        if (run->blocks[i] < kv->n_lent) run->blocks[i] = kv->blocks[run->blocks[i]].next;
+}
+
+void kvcache_take_back(struct kvcache *kv, int n)
+{
+    assert(n <= kv->n_lent);
+    for (; n > 0; n--) free_add(kv, --kv->n_lent);
 }
 
 /* ---- blocks by content ---------------------------------------------------------------------- */

@@ -3,7 +3,9 @@
  * With prefix sharing, full blocks are remembered by content, also after their last user has gone:
  * a free block keeps what it holds until it is taken for something else, the least recently used
  * one first. Only full blocks are shared, and full blocks are never written again, so nobody ever
- * has to copy one. */
+ * has to copy one.
+ *
+ * The first blocks may be lent: their memory serves for something else (memory.h). */
 #ifndef MLORA_ENGINE_KVCACHE_H
 #define MLORA_ENGINE_KVCACHE_H
 
@@ -21,10 +23,17 @@ struct kv_block {
 struct kvcache {
     struct kv_block *blocks;       /* [n_blocks] */
     int32_t first_free, last_free; /* taken from the first; -1: none */
-    int n_free;                    /* of those some can still be found by content */
+    int n_free;
+    int n_held; /* of those: they can still be found by content */
     int n_blocks;
+    int n_lent; /* of those, the first ones: neither free nor used. The `next` of one that was used */
+                /* then is where what it held is now                                             */
     bool shares;
     struct prefix prefix; /* where it shares */
+
+    /* Called when n blocks are too few: gives lent ones back, if it can. NULL: nothing is lent. */
+    void (*more)(void *context, int n);
+    void *context; /* of `more` */
 };
 
 /* The blocks of one sequence. Its owner reserves the room. */
@@ -55,6 +64,9 @@ int kvcache_blocks_for(int n_tokens);
 int kvcache_find(struct kvcache *kv, struct kv_run *run, const struct kv_source *source,
                  int n_tokens);
 
+/* Whether n blocks are free, after `more` was asked for what is missing. */
+bool kvcache_want(struct kvcache *kv, int n);
+
 /* Extend a run to hold `n_tokens`; false, and nothing taken, if too few blocks are free. */
 bool kvcache_extend(struct kvcache *kv, struct kv_run *run, int n_tokens);
 
@@ -68,5 +80,14 @@ void kvcache_trim(struct kvcache *kv, struct kv_run *run, int n_tokens);
 
 /* Give all back; the run is empty then. */
 void kvcache_release(struct kvcache *kv, struct kv_run *run);
+
+/* Lend the first n blocks that are not lent; at least n are free. What is in use among them is first
+ * moved to others, by `move`; then kvcache_follow() is due for every run. */
+typedef void (*kv_move_fn)(void *context, int32_t to, int32_t from);
+void kvcache_lend(struct kvcache *kv, int n, kv_move_fn move, void *context);
+void kvcache_follow(const struct kvcache *kv, struct kv_run *run);
+
+/* The last n blocks that were lent are free again. */
+void kvcache_take_back(struct kvcache *kv, int n);
 
 #endif

@@ -102,7 +102,7 @@ void mlora_engine_info(const mlora_engine *engine, mlora_info *out)
         .max_batch_tokens = engine->scheduler.max_batch_tokens,
         .kv_blocks = engine->kvcache.n_blocks,
         .max_queue = engine->max_queue,
-        .adapter_bytes = engine->registry.pool.arena.capacity,
+        .adapter_bytes = engine->registry.pool.limit,
     };
 }
 
@@ -116,7 +116,7 @@ void mlora_engine_stats(const mlora_engine *engine, mlora_stats *out)
     out->n_waiting = engine->scheduler.fair.n_waiting;
     out->n_cached_tokens = engine->scheduler.n_found;
     out->n_missed_tokens = engine->scheduler.n_missed;
-    out->n_free_kv_blocks = engine->kvcache.n_free;
+    out->n_free_kv_blocks = memory_free_blocks(&engine->memory);
     out->n_adapter_loads = engine->registry.n_loads;
     out->n_adapter_evictions = engine->registry.pool.n_evictions;
     out->adapter_bytes_used = engine->registry.pool.arena.used;

@@ -132,10 +132,10 @@ typedef struct mlora_options {
                           /* limit, or less where the KV cache would not hold it                  */
     int max_num_seqs;     /* requests that run at the same time; default 64                       */
     int max_batch_tokens; /* tokens of one step; default 512; at least max_num_seqs               */
-    int kv_blocks;        /* KV cache, in blocks of 16 tokens; default: what max_num_seqs         */
-                          /* sequences can use, at most half of what is left for them             */
-    int max_queue;        /* requests that may wait beside max_num_seqs that run; default 16384   */
-    int no_prefix_cache;  /* 1: KV of tokens that were computed before is not used again          */
+    int kv_blocks;       /* KV cache, at most, in blocks of 16 tokens; default: what max_num_seqs */
+                         /* sequences can use                                                    */
+    int max_queue;       /* requests that may wait beside max_num_seqs that run; default 16384   */
+    int no_prefix_cache; /* 1: KV of tokens that were computed before is not used again          */
     mlora_speculate speculate;
     /* With MLORA_SPECULATE_DRAFT: directory of a smaller model with the same vocabulary, and its own
      * tokenizer files to tell. It gets as many KV blocks as the model. */
@@ -143,11 +143,13 @@ typedef struct mlora_options {
     int max_draft; /* tokens of a guess, at most 32; default 8. Fewer where guesses fail, and none */
     /* in steps with so many tokens that guesses would slow it down                 */
     /* Memory of the device that weights, KV cache and adapters may take together, as a part of all
-     * of it; default 0.9. Of what the weights leave of it the KV cache takes at most a half and
-     * adapters the rest. On the CPU both together take at most half of the free memory. */
+     * of it; default 0.9. What the weights leave of it serves KV cache or adapters, whichever is
+     * short; one sequence of max_model_len always fits, in at most half of it. On the CPU both
+     * together take at most half of the free memory. */
     float gpu_memory_utilization;
-    /* MiB of the device for adapters; default: see above. More of them may be loaded: those in use
-     * are there, the others come when they are. */
+    /* MiB of the device for adapters, at most; default: all that they need and requests do not. More
+     * of them may be loaded: those in use are there, the others come when they are. With kv_blocks,
+     * too, each has just what is said for it. */
     int adapter_memory;
     /* MiB of host memory for adapters that are not on the device, or may leave it; default a quarter
      * of the machine's. Those beyond it are read from their files again. */
@@ -202,16 +204,16 @@ typedef struct mlora_info {
     const char *dtype;        /* of activations: "f32" or "bf16" */
     int64_t n_parameters;
     int64_t weight_bytes;       /* on the device */
-    int64_t kv_bytes;           /* on the device */
+    int64_t kv_bytes;           /* on the device, at most: see gpu_memory_utilization */
     int64_t kv_bytes_per_token; /* of all layers */
     int n_layers;
     int vocab_size;
     int max_model_len; /* tokens */
     int max_num_seqs;
     int max_batch_tokens;
-    int kv_blocks; /* of 16 tokens */
+    int kv_blocks; /* of 16 tokens, at most */
     int max_queue;
-    int64_t adapter_bytes; /* on the device, for all adapters that are there at a time */
+    int64_t adapter_bytes; /* on the device, at most, for all adapters that are there at a time */
 } mlora_info;
 
 /* Thread: any. */
@@ -417,7 +419,7 @@ typedef struct mlora_stats {
     int64_t n_decode_steps; /* of those */
     int n_running;
     int n_waiting;
-    int n_free_kv_blocks;
+    int n_free_kv_blocks;            /* that no request uses and no adapter lies in */
     int64_t n_adapter_loads;         /* to the device */
     int64_t n_adapter_evictions;     /* from the device, to make room */
     int64_t adapter_bytes_used;      /* on the device */

@@ -116,28 +116,14 @@ static int64_t memory_budget(const struct mlora_engine *engine, const mlora_opti
     return (int64_t)free_bytes > kept ? (int64_t)free_bytes - kept : 0;
 }
 
-/* The pool takes what the KV cache left of the budget, if the options say nothing. */
-static mlora_status open_registry(struct mlora_engine *engine, const mlora_options *options,
-                                  int64_t budget)
-{
-    const int64_t mib = 1 << 20;
-    const int64_t ram = (int64_t)sysconf(_SC_PHYS_PAGES) * (int64_t)sysconf(_SC_PAGESIZE);
-    int64_t room = options->adapter_memory * mib;
-
-    const struct draft_model *draft = engine->speculation.draft;
-    if (room == 0) room = budget - engine->kv_cache.bytes - (draft ? draft->kv_cache.bytes : 0);
-    room = room < mib ? mib : room / mib * mib;
-    return registry_open(&engine->registry, engine->dev, &engine->config, room,
-                         options->adapter_host_memory ? options->adapter_host_memory * mib
-                                                      : ram / 4);
-}
-
-/* How many KV blocks, and how long a sequence may be: what was asked for, or what fits. */
+/* How long a sequence may be, and so how many KV blocks are kept for one: what was asked for, or
+ * what fits into half of the budget. `most` is what KV can use at most. */
 static mlora_status size_kv(struct mlora_engine *engine, const mlora_options *options,
-                            int max_num_seqs, int64_t budget, int *n_blocks)
+                            int max_num_seqs, int64_t budget, int64_t *most)
 {
     const int limit = engine->config.max_position;
     const struct draft_model *draft = engine->speculation.draft;
+    const int64_t blocks_max = kv_blocks_max(&engine->model);
     const int64_t per_block =
         kv_block_bytes(&engine->model) + (draft ? kv_block_bytes(&draft->model) : 0);
 
@@ -146,14 +132,18 @@ static mlora_status size_kv(struct mlora_engine *engine, const mlora_options *op
                          "option max_model_len is %d, the model's "
                          "max_position_embeddings is %d",
                          options->max_model_len, limit);
+    if (options->kv_blocks > blocks_max)
+        return error_set(MLORA_EINVAL,
+                         "option kv_blocks is %d, must be at most %lld for this model",
+                         options->kv_blocks, (long long)blocks_max);
     const int longest = options->max_model_len ? options->max_model_len : limit;
     const int64_t one = kvcache_blocks_for(longest);
+    const int64_t useful = one * max_num_seqs < blocks_max ? one * max_num_seqs : blocks_max;
 
     int64_t blocks = options->kv_blocks;
     if (blocks == 0) {
         const int64_t fit = budget / 2 / per_block;
-        blocks = one * max_num_seqs < fit ? one * max_num_seqs : fit;
-        if (blocks > 1 << 26) blocks = 1 << 26;
+        blocks = useful < fit ? useful : fit;
     }
     if (blocks < 1)
         return error_set(MLORA_ENOMEM,
@@ -166,9 +156,62 @@ static mlora_status size_kv(struct mlora_engine *engine, const mlora_options *op
                          "are %lld: lower max_model_len or raise kv_blocks",
                          longest, (long long)one, KV_BLOCK, (long long)blocks);
 
-    *n_blocks = (int)blocks;
     engine->max_model_len = blocks < one ? (int)blocks * KV_BLOCK : longest;
+    /* the blocks of a draft model are as many, and stay its own */
+    *most = options->kv_blocks || draft ? blocks : useful;
     return MLORA_OK;
+}
+
+/* KV and adapters share what is left of the budget; where options say how much either gets, that is
+ * as much as it gets. */
+static mlora_status size_memory(struct mlora_engine *engine, const mlora_options *options,
+                                int max_num_seqs, struct memory_plan *out)
+{
+    const int64_t mib = 1 << 20, block = kv_block_bytes(&engine->model);
+    const struct draft_model *draft = engine->speculation.draft;
+    int64_t budget = memory_budget(engine, options), most = 0;
+
+    const mlora_status status = size_kv(engine, options, max_num_seqs, budget, &most);
+    if (status != MLORA_OK) return status;
+    if (draft) budget -= most * kv_block_bytes(&draft->model);
+    const int64_t n_kept = kvcache_blocks_for(engine->max_model_len);
+    int64_t adapters = options->adapter_memory * mib;
+    if (adapters == 0) adapters = (budget - n_kept * block) / mib * mib;
+    if (adapters < mib) adapters = mib;
+
+    const int64_t least = (options->kv_blocks ? options->kv_blocks : n_kept) * block +
+                          (options->adapter_memory ? adapters : mib);
+    const int64_t all = most * block + adapters;
+    if (budget < least) budget = least;
+    *out = memory_plan(budget < all ? budget : all, block, (int)most, (int)n_kept, adapters);
+    return MLORA_OK;
+}
+
+/* Memory for KV blocks and adapters, and who has which of it. */
+static mlora_status open_memory(struct mlora_engine *engine, const mlora_options *options,
+                                int max_num_seqs)
+{
+    const int64_t ram = (int64_t)sysconf(_SC_PHYS_PAGES) * (int64_t)sysconf(_SC_PAGESIZE);
+    const int64_t host =
+        options->adapter_host_memory ? (int64_t)options->adapter_host_memory << 20 : ram / 4;
+    struct memory_plan plan;
+
+    mlora_status status = size_memory(engine, options, max_num_seqs, &plan);
+    if (status != MLORA_OK) return status;
+    status = kv_cache_open(&engine->kv_cache, &engine->model, plan.n_blocks, plan.adapter_bytes);
+    if (status != MLORA_OK) return status;
+    status =
+        kvcache_open(&engine->kvcache, plan.n_blocks, !options->no_prefix_cache, engine->hash_key);
+    if (status == MLORA_OK && engine->speculation.draft)
+        status = draft_open(engine->speculation.draft, plan.n_blocks, max_num_seqs,
+                            engine->max_model_len);
+    if (status == MLORA_OK)
+        status = registry_open(&engine->registry, engine->dev, &engine->config,
+                               engine->kv_cache.memory, plan.adapter_bytes, host);
+    if (status == MLORA_OK)
+        memory_share(&engine->memory, &plan, engine->dev, &engine->kv_cache, &engine->kvcache,
+                     &engine->scheduler, &engine->registry.pool);
+    return status;
 }
 
 static struct hash_key fresh_key(void)
@@ -208,7 +251,6 @@ static mlora_status open_speculation(struct mlora_engine *engine, const mlora_op
 mlora_status engine_open(struct mlora_engine **out, const mlora_options *options)
 {
     struct mlora_engine *engine = NULL;
-    int n_blocks = 0;
 
     *out = NULL;
     mlora_status status = check_options(options);
@@ -276,17 +318,7 @@ mlora_status engine_open(struct mlora_engine **out, const mlora_options *options
     const int n_draws = speculation_max_draws(&engine->speculation, n_seqs);
     status = outputs_open(engine, n_draws);
     if (status != MLORA_OK) goto failed;
-    const int64_t budget = memory_budget(engine, options);
-    status = size_kv(engine, options, n_seqs, budget, &n_blocks);
-    if (status != MLORA_OK) goto failed;
-    status = kv_cache_open(&engine->kv_cache, &engine->model, n_blocks);
-    if (status != MLORA_OK) goto failed;
-    status = kvcache_open(&engine->kvcache, n_blocks, !options->no_prefix_cache, engine->hash_key);
-    if (status != MLORA_OK) goto failed;
-    if (engine->speculation.draft)
-        status = draft_open(engine->speculation.draft, n_blocks, n_seqs, engine->max_model_len);
-    if (status != MLORA_OK) goto failed;
-    status = open_registry(engine, options, budget);
+    status = open_memory(engine, options, n_seqs);
     if (status != MLORA_OK) goto failed;
     status = scheduler_open(&engine->scheduler, n_seqs, n_tokens);
     if (status != MLORA_OK) goto failed;
@@ -294,6 +326,7 @@ mlora_status engine_open(struct mlora_engine **out, const mlora_options *options
         batch_open(&engine->batch, engine->dev, n_tokens, n_seqs, n_draws, engine->max_model_len);
     if (status != MLORA_OK) goto failed;
     engine->batch.lora_mode = options->lora_mode;
+    engine->batch.kv_stride = engine->kv_cache.stride;
     status = engine->dev->ops->sync(engine->dev);
     if (status != MLORA_OK) goto failed;
 

@@ -54,13 +54,28 @@ void prefix_put(struct prefix *prefix, int32_t block, const struct prefix_key *k
     *bucket = block;
 }
 
+/* Where the list of its bucket says that it is next. */
+static int32_t *link_of(const struct prefix *prefix, int32_t block)
+{
+    int32_t *at = bucket_of(prefix, &prefix->entries[block].key);
+
+    while (*at != block) at = &prefix->entries[*at].next;
+    return at;
+}
+
+void prefix_move(struct prefix *prefix, int32_t to, int32_t from)
+{
+    assert(prefix->entries[from].number != 0 && prefix->entries[to].number == 0);
+    *link_of(prefix, from) = to;
+    prefix->entries[to] = prefix->entries[from];
+    prefix->entries[from].number = 0;
+}
+
 void prefix_drop(struct prefix *prefix, int32_t block)
 {
     struct prefix_entry *entry = &prefix->entries[block];
 
     if (entry->number == 0) return;
-    int32_t *at = bucket_of(prefix, &entry->key);
-    while (*at != block) at = &prefix->entries[*at].next;
-    *at = entry->next;
+    *link_of(prefix, block) = entry->next;
     entry->number = 0;
 }

@@ -40,6 +40,9 @@ int32_t prefix_find(const struct prefix *prefix, const struct prefix_key *key);
 /* `block`, which holds nothing to find, holds this content, which no other block does. */
 void prefix_put(struct prefix *prefix, int32_t block, const struct prefix_key *key);
 
+/* What `from` holds is in `to` from now on, which held nothing to find. */
+void prefix_move(struct prefix *prefix, int32_t to, int32_t from);
+
 /* What `block` holds is no longer to be found. */
 void prefix_drop(struct prefix *prefix, int32_t block);
 

@@ -31,4 +31,9 @@ void arena_give(struct arena *arena, struct extent *extent);
 typedef void (*arena_move_fn)(void *context, struct extent *extent, int64_t from);
 bool arena_compact(struct arena *arena, int64_t bytes, arena_move_fn move, void *context);
 
+/* Move extents to the front until all end by `end`: the last ones into holes that they fit, or else
+ * all of them together. False: some that are fixed do not. */
+bool arena_clear(struct arena *arena, int64_t end, arena_move_fn move, void *context);
+int64_t arena_end(const struct arena *arena); /* of the last extent */
+
 #endif

@@ -13,9 +13,11 @@ static size_t slot_factors(const struct pool *pool)
     return ((size_t)pool->n_layers + 1) * LORA_LINEARS;
 }
 
-mlora_status pool_open(struct pool *out, struct device *dev, int n_layers, int64_t capacity)
+mlora_status pool_open(struct pool *out, struct device *dev, int n_layers, char *memory,
+                       int64_t capacity)
 {
-    *out = (struct pool){.dev = dev, .n_layers = n_layers, .step = 1};
+    *out = (struct pool){
+        .dev = dev, .memory = memory, .limit = capacity, .n_layers = n_layers, .step = 1};
     out->arena.capacity = capacity;
     out->norms = calloc((size_t)n_layers * LORA_NORMS + 1, sizeof *out->norms);
     if (!out->norms) return error_set(MLORA_ENOMEM, "out of memory: a pool of adapters");
@@ -24,7 +26,6 @@ mlora_status pool_open(struct pool *out, struct device *dev, int n_layers, int64
 
 void pool_close(struct pool *pool)
 {
-    if (pool->memory) pool->dev->ops->free(pool->dev, pool->memory);
     if (pool->dev_table) pool->dev->ops->free(pool->dev, pool->dev_table);
     if (pool->dev_own) pool->dev->ops->free(pool->dev, pool->dev_own);
     free(pool->list);
@@ -35,18 +36,11 @@ void pool_close(struct pool *pool)
     *pool = (struct pool){0};
 }
 
-mlora_status pool_reserve(struct pool *pool)
+void pool_share(struct pool *pool, int64_t limit, const struct neighbour *neighbour)
 {
-    void *memory = NULL;
-
-    if (pool->memory) return MLORA_OK;
-    const mlora_status status =
-        pool->dev->ops->alloc(pool->dev, (size_t)pool->arena.capacity, &memory);
-    if (status != MLORA_OK)
-        return error_prefix(status, "a pool of %lld MiB for adapters",
-                            (long long)(pool->arena.capacity >> 20));
-    pool->memory = memory;
-    return MLORA_OK;
+    assert(limit >= pool->arena.capacity);
+    pool->limit = limit;
+    pool->neighbour = *neighbour;
 }
 
 char *pool_address(const struct pool *pool, const struct resident *resident)
@@ -182,13 +176,59 @@ static struct resident *victim(const struct pool *pool, bool force)
     return oldest;
 }
 
-/* Whether letting all leave that may would be enough. */
-static bool can_make_room(const struct pool *pool, int64_t bytes, bool force)
+/* Bytes of those that may leave. */
+static int64_t leaving_bytes(const struct pool *pool, bool force)
 {
-    int64_t room = pool->arena.capacity - pool->arena.used;
-    for (int i = 0; i < pool->n && room < bytes; i++)
-        if (may_leave(pool, pool->list[i], force)) room += pool->list[i]->extent.bytes;
-    return room >= bytes;
+    int64_t bytes = 0;
+    for (int i = 0; i < pool->n; i++)
+        if (may_leave(pool, pool->list[i], force)) bytes += pool->list[i]->extent.bytes;
+    return bytes;
+}
+
+/* What the neighbour could lend. */
+static int64_t idle_bytes(const struct pool *pool, bool all)
+{
+    const struct neighbour *neighbour = &pool->neighbour;
+    return neighbour->idle ? neighbour->idle(neighbour->context, all) : 0;
+}
+
+/* Let others leave until no more than `used` bytes are used, or none may leave. */
+static void evict(struct pool *pool, int64_t used, bool force)
+{
+    while (pool->arena.used > used) {
+        struct resident *leaving = victim(pool, force);
+        if (!leaving) return;
+        pool_remove(pool, leaving);
+        pool->n_evictions++;
+    }
+}
+
+/* Borrow what is missing for `bytes` more, as far as it is idle. */
+static mlora_status borrow(struct pool *pool, int64_t bytes, bool all)
+{
+    const int64_t missing = bytes - (pool->arena.capacity - pool->arena.used);
+    const int64_t idle = missing > 0 ? idle_bytes(pool, all) : 0;
+
+    if (idle <= 0) return MLORA_OK;
+    return pool->neighbour.lend(pool->neighbour.context, missing < idle ? missing : idle);
+}
+
+/* Room for `bytes`, from where it is missed least; `*made` says if there is. */
+static mlora_status make_room(struct pool *pool, int64_t bytes, bool force, bool *made)
+{
+    const struct arena *arena = &pool->arena;
+    const int64_t room =
+        arena->capacity - arena->used + idle_bytes(pool, true) + leaving_bytes(pool, force);
+
+    *made = false;
+    if (room < bytes) return MLORA_OK;
+    mlora_status status = borrow(pool, bytes, false);
+    evict(pool, arena->capacity - bytes, false);
+    if (status == MLORA_OK) status = borrow(pool, bytes, true);
+    if (force) evict(pool, arena->capacity - bytes, true);
+    /* else another thread wants one since a moment ago */
+    *made = arena->capacity - arena->used >= bytes;
+    return status;
 }
 
 static void move(void *context, struct extent *extent, int64_t from)
@@ -209,19 +249,15 @@ mlora_status pool_place(struct pool *pool, struct resident *resident, bool force
     struct arena *arena = &pool->arena;
     int slot = 0;
 
-    assert(resident->state == RESIDENT_AWAY && pool->memory);
+    assert(resident->state == RESIDENT_AWAY);
     *placed = false;
-    if (!can_make_room(pool, bytes, force)) return MLORA_OK;
-    mlora_status status = find_slot(pool, &slot);
+    bool made = false;
+    mlora_status status = make_room(pool, bytes, force, &made);
+    if (status != MLORA_OK || !made) return status;
+    status = find_slot(pool, &slot);
     if (status == MLORA_OK) status = reserve_list(pool);
     if (status != MLORA_OK) return status;
 
-    while (arena->capacity - arena->used < bytes) {
-        struct resident *leaving = victim(pool, force);
-        if (!leaving) return MLORA_OK; /* another thread wants it since a moment ago */
-        pool_remove(pool, leaving);
-        pool->n_evictions++;
-    }
     if (!arena_take(arena, &resident->extent, bytes)) {
         const int64_t n_moves = pool->n_moves;
         const bool fits = arena_compact(arena, bytes, move, pool);
@@ -237,6 +273,13 @@ mlora_status pool_place(struct pool *pool, struct resident *resident, bool force
     resident->state = RESIDENT_COMING;
     *placed = true;
     return MLORA_OK;
+}
+
+bool pool_clear(struct pool *pool, int64_t capacity)
+{
+    if (pool->arena.used - leaving_bytes(pool, false) > capacity) return false;
+    evict(pool, capacity, false);
+    return arena_clear(&pool->arena, capacity, move, pool);
 }
 
 void pool_arrived(struct pool *pool, struct resident *resident)

@@ -1,7 +1,9 @@
 /* Which adapters are on the device. The pool is one block of device memory in which adapters of any
  * rank and any targets lie side by side, each in exactly its bytes (arena.h), and the tables that the
  * LoRA kernels read: a slot for each adapter that is there. The least recently used one leaves when
- * room is needed; one that is pinned, kept for this step or on its way stays.
+ * room is needed; one that is pinned, kept for this step or on its way stays. How far the block
+ * reaches may change: what lies behind it belongs to a neighbour, and each lends the other what it
+ * does not need.
  *
  * Moving and leaving happen between steps, in the order of the device's ops: what a step reads stays
  * where it is until the step is over. Thread: the engine's, for all of it. */
@@ -28,10 +30,22 @@ struct resident {
     bool pinned;
 };
 
+/* Whose memory begins where the pool's ends. */
+struct neighbour {
+    /* Bytes by which the pool could grow: with what could still be of use there, or without. NULL:
+     * there is no neighbour. */
+    int64_t (*idle)(void *context, bool all);
+    /* Grow by at least `bytes`, which are idle: sets arena.capacity. Returns OK or EDEVICE. */
+    mlora_status (*lend)(void *context, int64_t bytes);
+    void *context;
+};
+
 struct pool {
     struct device *dev;
     struct arena arena;
-    char *memory;           /* device: [arena.capacity]; NULL until there is an adapter */
+    char *memory;  /* device: [limit], borrowed */
+    int64_t limit; /* of arena.capacity */
+    struct neighbour neighbour;
     struct resident **list; /* [n] that are here or coming */
     int n, list_capacity;
     uint64_t step;
@@ -47,11 +61,17 @@ struct pool {
     int64_t n_evictions, n_moves;
 };
 
-mlora_status pool_open(struct pool *out, struct device *dev, int n_layers, int64_t capacity);
+/* `memory`, device [capacity], is borrowed. Returns OK or ENOMEM. */
+mlora_status pool_open(struct pool *out, struct device *dev, int n_layers, char *memory,
+                       int64_t capacity);
 void pool_close(struct pool *pool); /* accepts zeroes */
 
-/* Take the device memory, if that is not done. Returns OK or ENOMEM. */
-mlora_status pool_reserve(struct pool *pool);
+/* From now on the capacity is between what it is and `limit`: `neighbour`, copied, has the rest. */
+void pool_share(struct pool *pool, int64_t limit, const struct neighbour *neighbour);
+
+/* Let those leave that nobody waits for, and move the others, until all are in the first `capacity`
+ * bytes, and the rest is free. False: too many are in use; as a rule, none has left then. */
+bool pool_clear(struct pool *pool, int64_t capacity);
 
 /* Find room and a slot for one that is away, letting others leave: those that nobody waits for, and
  * with `force` also others that are not kept in this step. It is coming then, at

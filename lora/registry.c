@@ -11,13 +11,13 @@
 enum { FIRST_ENTRIES = 8, NEAREST_MAX = 3 };
 
 mlora_status registry_open(struct registry *out, struct device *dev,
-                           const struct model_config *config, int64_t device_bytes,
+                           const struct model_config *config, char *memory, int64_t device_bytes,
                            int64_t host_bytes)
 {
     *out = (struct registry){.host_capacity = host_bytes};
     if (pthread_mutex_init(&out->lock, NULL) != 0)
         return error_set(MLORA_ENOMEM, "out of memory: a lock for the adapters");
-    mlora_status status = pool_open(&out->pool, dev, config->n_layers, device_bytes);
+    mlora_status status = pool_open(&out->pool, dev, config->n_layers, memory, device_bytes);
     if (status == MLORA_OK) status = loader_open(&out->loader, dev, config);
     if (status != MLORA_OK) {
         pool_close(&out->pool);
@@ -165,7 +165,7 @@ static mlora_status check_fit(const struct registry *registry, const char *name,
             largest_name = entry->name;
         }
     }
-    const int64_t room = registry->pool.arena.capacity;
+    const int64_t room = registry->pool.limit;
     if (pinned_bytes + largest <= room) return MLORA_OK;
     if (pinned_bytes == 0 || (!pinned && bytes > room))
         return error_set(MLORA_ENOMEM,
@@ -202,7 +202,6 @@ static mlora_status add(struct registry *registry, const char *name, struct adap
     const int64_t bytes = arena_round(adapter->bytes);
 
     mlora_status status = check_fit(registry, name, bytes, pinned, old);
-    if (status == MLORA_OK) status = pool_reserve(&registry->pool);
     if (status != MLORA_OK) return status;
     struct registered *entry = calloc(1, sizeof *entry);
     if (!entry) return error_set(MLORA_ENOMEM, "out of memory: adapter \"%s\"", name);

@@ -44,10 +44,11 @@ struct registry {
     bool any_failed;                   /* since the engine looked last */
 };
 
-/* `device_bytes` bounds what is on the device, `host_bytes` the images in host memory, of which the
- * one on its way may exceed it. `config` is borrowed. Returns OK or ENOMEM. */
+/* `memory`, device [device_bytes], is for those that are on the device (it may grow: pool_share());
+ * `host_bytes` bounds the images in host memory, of which the one on its way may exceed it. `memory`
+ * and `config` are borrowed. Returns OK or ENOMEM. */
 mlora_status registry_open(struct registry *out, struct device *dev,
-                           const struct model_config *config, int64_t device_bytes,
+                           const struct model_config *config, char *memory, int64_t device_bytes,
                            int64_t host_bytes);
 void registry_close(struct registry *registry); /* accepts zeroes; no user may be left */
 

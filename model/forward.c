@@ -175,7 +175,8 @@ void forward(const struct model *model, const struct workspace *ws, const struct
 
     for (int l = 0; l < L; l++) {
         const struct layer_weights *w = &weights->layers[l];
-        const struct kv_view kv = {cache->k[l], cache->v[l], block_table, max_blocks, dtype};
+        char *keys = cache->blocks + (size_t)(2 * l) * cache->part_bytes;
+        const struct kv_view kv = {keys, keys + cache->part_bytes, block_table, max_blocks, dtype};
         const struct heads heads = {
             .H = config->n_heads,
             .G = config->n_kv_heads,
@@ -292,33 +293,33 @@ int64_t kv_block_bytes(const struct model *model)
     return (int64_t)(2 * block_bytes(model)) * model->config->n_layers;
 }
 
-mlora_status kv_cache_open(struct kv_cache *out, const struct model *model, int n_blocks)
+int64_t kv_blocks_max(const struct model *model)
 {
-    const int L = model->config->n_layers;
-    struct kv_cache cache = {.n_layers = L, .n_blocks = n_blocks};
-    const size_t bytes = (size_t)n_blocks * block_bytes(model);
-    mlora_status status = MLORA_OK;
+    const struct model_config *c = model->config;
+    return INT32_MAX / ((int64_t)2 * c->n_layers * c->n_kv_heads * KV_BLOCK);
+}
 
-    cache.k = calloc((size_t)L, sizeof *cache.k);
-    cache.v = calloc((size_t)L, sizeof *cache.v);
-    if (!cache.k || !cache.v) status = error_set(MLORA_ENOMEM, "out of memory: KV cache table");
-    for (int l = 0; l < L && status == MLORA_OK; l++) {
-        status = model->dev->ops->alloc(model->dev, bytes, &cache.k[l]);
-        if (status == MLORA_OK) status = model->dev->ops->alloc(model->dev, bytes, &cache.v[l]);
+mlora_status kv_cache_open(struct kv_cache *out, const struct model *model, int n_blocks,
+                           int64_t bytes_before)
+{
+    struct kv_cache cache = {.n_blocks = n_blocks, .stride = 2 * model->config->n_layers};
+    void *memory = NULL;
+
+    assert(n_blocks <= kv_blocks_max(model));
+    cache.part_bytes = block_bytes(model);
+    cache.bytes = (int64_t)n_blocks * kv_block_bytes(model);
+    const mlora_status status =
+        model->dev->ops->alloc(model->dev, (size_t)(bytes_before + cache.bytes), &memory);
+    if (status == MLORA_OK) {
+        cache.memory = memory;
+        cache.blocks = cache.memory + bytes_before;
     }
-    cache.bytes = (int64_t)bytes * 2 * L;
-    if (status != MLORA_OK) kv_cache_close(&cache, model->dev);
     *out = cache;
     return status;
 }
 
 void kv_cache_close(struct kv_cache *cache, struct device *dev)
 {
-    for (int l = 0; l < cache->n_layers; l++) {
-        if (cache->k && cache->k[l]) dev->ops->free(dev, cache->k[l]);
-        if (cache->v && cache->v[l]) dev->ops->free(dev, cache->v[l]);
-    }
-    free(cache->k);
-    free(cache->v);
+    if (cache->memory) dev->ops->free(dev, cache->memory);
     *cache = (struct kv_cache){0};
 }

@@ -35,14 +35,25 @@ void workspace_close(struct workspace *workspace, struct device *dev); /* accept
 /* Make room for adapters of rank `rank`. Not called during a step. Returns OK or ENOMEM. */
 mlora_status workspace_fit_rank(struct workspace *workspace, struct device *dev, int rank);
 
-/* The KV cache of all layers. */
+/* The KV cache of all layers. What belongs to a block lies together, so that its memory can serve
+ * for something else: [n_blocks, L, 2, G, KV_BLOCK, d] dtype, keys and then values. To the ops, which
+ * know one layer, that is a cache of its own from the layer's first keys on, in which block b is
+ * number b * stride: so block tables are written. */
 struct kv_cache {
-    void **k, **v; /* [L] host arrays of [n_blocks, G, KV_BLOCK, d] dtype */
-    int n_layers, n_blocks;
+    char *memory; /* device: bytes for others, then the blocks... */
+    char *blocks; /* ... from here on: [bytes] */
+    int n_blocks;
+    int stride;        /* 2 L */
+    size_t part_bytes; /* of the keys, or the values, of a block in one layer */
     int64_t bytes;
 };
 
-mlora_status kv_cache_open(struct kv_cache *out, const struct model *model, int n_blocks);
+/* As many blocks as their numbers in block tables allow. */
+int64_t kv_blocks_max(const struct model *model);
+
+/* `bytes_before`, a multiple of 256: of its memory, that are for others. Returns OK or ENOMEM. */
+mlora_status kv_cache_open(struct kv_cache *out, const struct model *model, int n_blocks,
+                           int64_t bytes_before);
 void kv_cache_close(struct kv_cache *cache, struct device *dev); /* accepts zeroes */
 int64_t kv_block_bytes(const struct model *model);               /* of all layers together */
 

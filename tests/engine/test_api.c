@@ -47,6 +47,10 @@ Test(open, refuses_options_out_of_range)
     options.kv_blocks = 63;
     expect_error(mlora_open(&engine, &options), MLORA_EINVAL, "raise kv_blocks");
     options = options_for(LLAMA2);
+    options.kv_blocks = 1 << 26; /* 2^31 parts of 2 in 4 layers, of 16 tokens of 2 heads: 2^23 */
+    expect_error(mlora_open(&engine, &options), MLORA_EINVAL,
+                 "option kv_blocks is 67108864, must be at most 8388607 for this model");
+    options = options_for(LLAMA2);
     options.max_queue = -1;
     expect_error(mlora_open(&engine, &options), MLORA_EINVAL, "max_queue is -1");
     options = options_for(LLAMA2);

@@ -188,3 +188,52 @@ Test(kvcache, finds_nothing_when_it_does_not_share)
     cr_expect_eq(run_and_release(&a, 80), 0);
     cr_expect_eq(kv.n_free, 8);
 }
+
+static int32_t moved_to, moved_from;
+
+static void note_move(void *context, int32_t to, int32_t from)
+{
+    *(int *)context += 1;
+    moved_to = to;
+    moved_from = from;
+}
+
+Test(kvcache, lends_its_first_blocks_and_moves_what_is_in_use)
+{
+    struct sequence a, b;
+    int n_moves = 0;
+    open_kv(10);
+    make(&a, (struct hash128){{0}}, 0);
+    cr_expect_eq(run(&a, 40), 0); /* blocks 0, 1, 2, of which 0 and 1 can be found */
+    cr_expect_eq(a.blocks[1], 1);
+    cr_expect_eq(kv.n_free, 7);
+
+    kvcache_lend(&kv, 2, note_move, &n_moves); /* 0 and 1 go to 3 and 4 */
+    cr_expect_eq(n_moves, 2);
+    cr_expect_eq(moved_from, 1);
+    cr_expect_eq(moved_to, 4);
+    kvcache_follow(&kv, &a.run);
+    cr_expect_eq(a.blocks[0], 3);
+    cr_expect_eq(a.blocks[1], 4);
+    cr_expect_eq(a.blocks[2], 2);
+    cr_expect_eq(kv.n_lent, 2);
+    cr_expect_eq(kv.n_free, 5);
+
+    make(&b, (struct hash128){{0}}, 0);
+    cr_expect_eq(run(&b, 40), 32, "what was moved is still found");
+    cr_expect_eq(b.blocks[1], 4);
+    kvcache_release(&kv, &b.run);
+    kvcache_release(&kv, &a.run);
+    cr_expect_eq(kv.n_free, 8);
+    cr_expect_eq(kv.n_held, 2);
+    cr_expect_not(kvcache_want(&kv, 9));
+
+    kvcache_lend(&kv, 3, note_move, &n_moves); /* 2, 3, 4: free, and forgotten */
+    cr_expect_eq(n_moves, 2);
+    cr_expect_eq(kv.n_held, 0);
+    kvcache_take_back(&kv, 5);
+    cr_expect_eq(kv.n_free, 10);
+    cr_expect_eq(run(&b, 40), 0, "what was lent holds nothing");
+    cr_expect_eq(b.blocks[0], 0);
+    kvcache_release(&kv, &b.run);
+}

@@ -50,6 +50,51 @@ Test(arena, takes_the_first_hole_and_rounds_to_256_bytes)
     check(&arena);
 }
 
+Test(arena, is_cleared_from_the_end_by_the_fewest_moves)
+{
+    struct arena arena = {.capacity = 256 * 10};
+    struct extent e[6];
+
+    for (int i = 0; i < 5; i++) cr_assert(arena_take(&arena, &e[i], 512));
+    arena_give(&arena, &e[1]);
+    n_moves = 0;
+    cr_expect(arena_clear(&arena, 256 * 8, count_move, NULL));
+    cr_expect_eq(n_moves, 1, "the last went into the hole");
+    cr_expect_eq(e[4].at, 512);
+    cr_expect_eq(arena_end(&arena), 256 * 8);
+    check(&arena);
+
+    arena_give(&arena, &e[0]);
+    arena_give(&arena, &e[4]); /* 0 to 1023 is free, 2 and 3 follow */
+    cr_assert(arena_take(&arena, &e[5], 1024));
+    arena_give(&arena, &e[2]);
+    n_moves = 0;
+    e[3].fixed = true;
+    cr_expect_not(arena_clear(&arena, 256 * 6, count_move, NULL), "the last may not move");
+    cr_expect_eq(n_moves, 0);
+    e[3].fixed = false;
+    cr_expect(arena_clear(&arena, 256 * 6, count_move, NULL));
+    cr_expect_eq(e[3].at, 1024);
+    check(&arena);
+
+    arena_give(&arena, &e[3]); /* no hole is large enough for the last: all move up */
+    arena_give(&arena, &e[5]);
+    cr_assert(arena_take(&arena, &e[0], 256));
+    cr_assert(arena_take(&arena, &e[1], 256));
+    cr_assert(arena_take(&arena, &e[2], 256));
+    cr_assert(arena_take(&arena, &e[3], 512));
+    arena_give(&arena, &e[1]);
+    n_moves = 0;
+    cr_expect(arena_clear(&arena, 256 * 4, count_move, NULL));
+    cr_expect_eq(n_moves, 2);
+    cr_expect_eq(e[2].at, 256);
+    cr_expect_eq(e[3].at, 512);
+    cr_expect(arena_clear(&arena, 256 * 4, count_move, NULL), "nothing is left to do");
+    cr_expect_eq(n_moves, 2);
+    cr_expect_not(arena_clear(&arena, 256 * 3, count_move, NULL));
+    check(&arena);
+}
+
 Test(arena, moves_around_what_is_fixed)
 {
     struct arena arena = {.capacity = 256 * 8};
