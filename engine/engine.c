@@ -159,6 +159,7 @@ static mlora_status run(struct mlora_engine *engine)
     const double seconds = seconds_now() - start;
     engine->stats.n_steps++;
     engine->stats.n_prompt_tokens += n_prompt;
+    engine->stats.n_adapter_turns += batch->lora.n_segments;
     if (n_prompt > 0) {
         engine->stats.prompt_seconds += seconds;
     } else {

@@ -119,6 +119,7 @@ void mlora_engine_stats(const mlora_engine *engine, mlora_stats *out)
     out->n_free_kv_blocks = memory_free_blocks(&engine->memory);
     out->n_adapter_loads = engine->registry.n_loads;
     out->n_adapter_evictions = engine->registry.pool.n_evictions;
+    out->n_adapter_waits = engine->scheduler.n_adapter_waits;
     out->adapter_bytes_used = engine->registry.pool.arena.used;
     out->adapter_host_bytes_used = engine->registry.host_bytes;
 }

@@ -419,9 +419,12 @@ typedef struct mlora_stats {
     int64_t n_decode_steps; /* of those */
     int n_running;
     int n_waiting;
-    int n_free_kv_blocks;            /* that no request uses and no adapter lies in */
-    int64_t n_adapter_loads;         /* to the device */
-    int64_t n_adapter_evictions;     /* from the device, to make room */
+    int n_free_kv_blocks;        /* that no request uses and no adapter lies in */
+    int64_t n_adapter_loads;     /* to the device */
+    int64_t n_adapter_evictions; /* from the device, to make room */
+    int64_t n_adapter_turns;     /* adapters in a step, over all steps */
+    int64_t
+        n_adapter_waits; /* places in a step that were empty for an adapter on its way, as well */
     int64_t adapter_bytes_used;      /* on the device */
     int64_t adapter_host_bytes_used; /* in host memory */
 } mlora_stats;

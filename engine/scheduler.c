@@ -103,14 +103,18 @@ struct request *scheduler_failed(const struct scheduler *s)
 void scheduler_want_adapters(struct scheduler *s)
 {
     const struct account *least = NULL;
+    int n_waiting = 0;
 
     for (int i = 0; i < s->n_running; i++)
         if (s->running[i]->adapter) registry_keep(s->running[i]->adapter);
     for (int i = 0; i < s->fair.n_accounts; i++) {
         const struct account *account = &s->fair.accounts[i];
         if (!account->first || !account->first->adapter) continue;
+        n_waiting += !request_ready(account->first);
         if (!least || account->served < least->served) least = account;
     }
+    const int n_places = s->max_running - s->n_running;
+    s->n_adapter_waits += n_waiting < n_places ? n_waiting : n_places;
     if (least) registry_want(least->first->adapter);
     for (int i = 0; i < s->fair.n_accounts; i++) {
         const struct account *account = &s->fair.accounts[i];

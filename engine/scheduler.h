@@ -33,6 +33,7 @@ struct scheduler {
     bool short_of_blocks; /* in the step being planned: nobody is admitted any more */
     int64_t n_preemptions;
     int64_t n_found, n_missed; /* prompt tokens looked for in the cache */
+    int64_t n_adapter_waits;   /* places of steps that were left to requests whose adapter comes */
 };
 
 mlora_status scheduler_open(struct scheduler *out, int max_running, int max_batch_tokens);

@@ -24,7 +24,7 @@
 
 struct device;
 
-enum { MARKS = 1 << 14 };
+enum { MARKS = 1 << 14, UPLOAD_LANES = 4 };
 
 /* The time between two marks. */
 struct lap {
@@ -208,9 +208,10 @@ struct kernels {
     /* ---- the pool of adapters ------------------------------------------------------------- */
 
     /* Copy `from` (host) to the device beside the ops, which neither wait for it nor may touch `to`
-     * meanwhile. Returns when it has arrived: OK, ENOMEM or EDEVICE. Thread: one, which need not be
-     * the device's. */
-    mlora_status (*upload_beside)(struct device *dev, void *to, const void *from, size_t bytes);
+     * meanwhile. Returns when it has arrived: OK, ENOMEM or EDEVICE. Thread: one for each lane below
+     * UPLOAD_LANES, none of which need be the device's. */
+    mlora_status (*upload_beside)(struct device *dev, int lane, void *to, const void *from,
+                                  size_t bytes);
 
     /* Move within the device towards lower addresses; the two may overlap. */
     void (*move)(struct device *dev, void *to, const void *from, size_t bytes);

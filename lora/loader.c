@@ -19,9 +19,9 @@ mlora_status source_read(const struct source *source, struct adapter *adapter,
     return status;
 }
 
-/* ---- the thread --------------------------------------------------------------------------- */
+/* ---- the threads -------------------------------------------------------------------------- */
 
-static void bring(struct loader *loader, struct load *load)
+static void bring(struct loader *loader, struct load *load, int lane)
 {
     struct device *dev = loader->dev;
     struct adapter *adapter = load->adapter;
@@ -30,23 +30,27 @@ static void bring(struct loader *loader, struct load *load)
     if (!adapter->memory) load->status = source_read(load->source, adapter, loader->config);
     if (load->status == MLORA_OK)
         load->status =
-            dev->ops->upload_beside(dev, load->to, adapter->memory, (size_t)adapter->bytes);
+            dev->ops->upload_beside(dev, lane, load->to, adapter->memory, (size_t)adapter->bytes);
     if (load->status != MLORA_OK) snprintf(load->error, sizeof load->error, "%s", error_text());
 }
 
 static void *run(void *argument)
 {
-    struct loader *loader = argument;
+    const struct loader_thread *self = argument;
+    struct loader *loader = self->loader;
+    const int lane = (int)(self - loader->threads);
 
     pthread_mutex_lock(&loader->lock);
     for (;;) {
+        loader->n_idle++;
         while (!loader->first && !loader->stop) pthread_cond_wait(&loader->pushed, &loader->lock);
+        loader->n_idle--;
         if (loader->stop) break;
         struct load *load = loader->first;
         loader->first = load->next;
         pthread_mutex_unlock(&loader->lock);
 
-        bring(loader, load);
+        bring(loader, load, lane);
 
         pthread_mutex_lock(&loader->lock);
         load->next = loader->done;
@@ -80,27 +84,38 @@ failed:
 void loader_close(struct loader *loader)
 {
     if (!loader->dev) return;
-    if (loader->started) {
-        pthread_mutex_lock(&loader->lock);
-        loader->stop = true;
-        pthread_cond_signal(&loader->pushed);
-        pthread_mutex_unlock(&loader->lock);
-        pthread_join(loader->thread, NULL);
-    }
+    pthread_mutex_lock(&loader->lock);
+    loader->stop = true;
+    pthread_cond_broadcast(&loader->pushed);
+    pthread_mutex_unlock(&loader->lock);
+    for (int i = 0; i < loader->n_threads; i++) pthread_join(loader->threads[i].thread, NULL);
     pthread_cond_destroy(&loader->finished);
     pthread_cond_destroy(&loader->pushed);
     pthread_mutex_destroy(&loader->lock);
     *loader = (struct loader){0};
 }
 
+/* One more thread. */
+static mlora_status start(struct loader *loader)
+{
+    struct loader_thread *next = &loader->threads[loader->n_threads];
+
+    next->loader = loader;
+    const int error = pthread_create(&next->thread, NULL, run, next);
+    if (error != 0)
+        return error_set(MLORA_ENOMEM, "the loader of adapters: no thread: %s", strerror(error));
+    loader->n_threads++;
+    return MLORA_OK;
+}
+
 mlora_status loader_push(struct loader *loader, struct load *load)
 {
-    if (!loader->started) {
-        const int error = pthread_create(&loader->thread, NULL, run, loader);
-        if (error != 0)
-            return error_set(MLORA_ENOMEM, "the loader of adapters: no thread: %s",
-                             strerror(error));
-        loader->started = true;
+    pthread_mutex_lock(&loader->lock);
+    const bool busy = loader->n_idle == 0 || loader->first;
+    pthread_mutex_unlock(&loader->lock);
+    if (busy && loader->n_threads < UPLOAD_LANES) {
+        const mlora_status status = start(loader);
+        if (status != MLORA_OK && loader->n_threads == 0) return status; /* else it waits */
     }
     load->next = NULL;
     pthread_mutex_lock(&loader->lock);

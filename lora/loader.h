@@ -1,11 +1,13 @@
-/* The thread that brings adapters to the device beside the steps: it reads and converts what is no
- * longer in host memory, and copies it over. It starts with the first load. */
+/* The threads that bring adapters to the device beside the steps: each reads and converts one that is
+ * no longer in host memory, and copies it over. One starts with the first load, another where a load
+ * finds all of them busy, up to as many as the device has lanes for. */
 #ifndef MLORA_LORA_LOADER_H
 #define MLORA_LORA_LOADER_H
 
 #include <pthread.h>
 #include <stdbool.h>
 
+#include "kernels/kernels.h"
 #include "lora/adapter.h"
 
 /* Where an adapter's image comes from. */
@@ -30,6 +32,13 @@ struct load {
     char error[1024];    /* ... and its text */
 };
 
+struct loader;
+
+struct loader_thread {
+    struct loader *loader;
+    pthread_t thread;
+};
+
 struct loader {
     struct device *dev;
     const struct model_config *config;
@@ -37,17 +46,20 @@ struct loader {
     pthread_cond_t pushed, finished;
     struct load *first, *last; /* that wait, in order */
     struct load *done;         /* that have arrived or failed */
-    int n_coming;              /* pushed and not taken yet: the engine's thread only */
+    int n_idle;                /* threads that wait for one */
     bool stop;
-    pthread_t thread;
-    bool started;
+
+    /* The engine's thread only. */
+    int n_coming; /* pushed and not taken yet */
+    int n_threads;
+    struct loader_thread threads[UPLOAD_LANES]; /* [n_threads] each on the lane of its index */
 };
 
 mlora_status loader_open(struct loader *out, struct device *dev, const struct model_config *config);
 void loader_close(struct loader *loader); /* accepts zeroes; what waits is forgotten */
 
 /* Thread of these three: the engine's. The load is the caller's and stays in place until taken.
- * push returns OK, or ENOMEM (the thread does not start). */
+ * push returns OK, or ENOMEM (no thread starts). */
 mlora_status loader_push(struct loader *loader, struct load *load);
 struct load *loader_take(struct loader *loader); /* one that is finished, or NULL */
 void loader_wait(struct loader *loader);         /* until there is one to take, if any is coming */

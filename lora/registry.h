@@ -45,7 +45,7 @@ struct registry {
 };
 
 /* `memory`, device [device_bytes], is for those that are on the device (it may grow: pool_share());
- * `host_bytes` bounds the images in host memory, of which the one on its way may exceed it. `memory`
+ * `host_bytes` bounds the images in host memory, which those on their way may exceed. `memory`
  * and `config` are borrowed. Returns OK or ENOMEM. */
 mlora_status registry_open(struct registry *out, struct device *dev,
                            const struct model_config *config, char *memory, int64_t device_bytes,

@@ -80,9 +80,11 @@ static void cpu_copy(struct device *dev, void *to, const void *from, size_t byte
     cpu_parallel(dev, (int)((bytes + COPY_PIECE - 1) / COPY_PIECE), 1, copy_pieces, &op);
 }
 
-static mlora_status cpu_upload_beside(struct device *dev, void *to, const void *from, size_t bytes)
+static mlora_status cpu_upload_beside(struct device *dev, int lane, void *to, const void *from,
+                                      size_t bytes)
 {
     (void)dev;
+    (void)lane;
     if (bytes) memcpy(to, from, bytes);
     return MLORA_OK;
 }

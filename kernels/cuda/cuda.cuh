@@ -283,7 +283,8 @@ void clock_close(struct clock_marks *marks); /* accepts NULL */
 /* cublasLt, for cuda->blas, which is to be closed after a failure, too. */
 mlora_status blas_open(struct cuda_device *cuda, const char *cache_dir, const char *gpu);
 void blas_close(struct blas *blas); /* accepts NULL */
-mlora_status cuda_upload_beside(struct device *dev, void *to, const void *from, size_t bytes);
+mlora_status cuda_upload_beside(struct device *dev, int lane, void *to, const void *from,
+                                size_t bytes);
 void cuda_move(struct device *dev, void *to, const void *from, size_t bytes);
 mlora_status transfer_open(struct transfer **out);
 void transfer_close(struct transfer *transfer); /* accepts NULL */

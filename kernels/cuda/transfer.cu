@@ -1,21 +1,26 @@
-/* Copies beside the ops: from host memory to the GPU on a stream of their own, from a thread of
- * their own, through pinned memory, so that the copy engine works while kernels run; and moves
- * within the GPU's memory.
+/* Copies beside the ops: from host memory to the GPU on streams of their own, from threads of their
+ * own, through pinned memory, so that the copy engine works while kernels run; and moves within the
+ * GPU's memory.
  *
- * The bus bounds the one (the pieces are filled in turn: while one is copied over, the next is being
- * written), reading and writing memory the other. */
+ * A thread's writing into pinned memory bounds the one, the bus where there are several threads (the
+ * pieces are filled in turn: while one is copied over, the next is being written); reading and
+ * writing memory the other. */
 #include "kernels/cuda/cuda.cuh"
 
 #include <stdlib.h>
 
-enum { PIECES = 2, PIECE_BYTES = 8 << 20, MOVE_BYTES = 32 << 20 };
+enum { PIECES = 2, PIECE_BYTES = 4 << 20, MOVE_BYTES = 32 << 20 };
 
-/* All of it but the struct itself is made by the first copy, on its thread. */
-struct transfer {
+/* Made by its first copy, on that one's thread. */
+struct lane {
     cudaStream_t stream;
     char *piece[PIECES]; /* [PIECE_BYTES] pinned */
     cudaEvent_t copied[PIECES];
     bool ready;
+};
+
+struct transfer {
+    struct lane lanes[UPLOAD_LANES];
 };
 
 mlora_status transfer_open(struct transfer **out)
@@ -27,40 +32,43 @@ mlora_status transfer_open(struct transfer **out)
 void transfer_close(struct transfer *transfer)
 {
     if (!transfer) return;
-    if (transfer->stream) cudaStreamSynchronize(transfer->stream);
-    for (int i = 0; i < PIECES; i++) {
-        if (transfer->copied[i]) cudaEventDestroy(transfer->copied[i]);
-        if (transfer->piece[i]) cudaFreeHost(transfer->piece[i]);
+    for (struct lane *lane = transfer->lanes; lane < transfer->lanes + UPLOAD_LANES; lane++) {
+        if (lane->stream) cudaStreamSynchronize(lane->stream);
+        for (int i = 0; i < PIECES; i++) {
+            if (lane->copied[i]) cudaEventDestroy(lane->copied[i]);
+            if (lane->piece[i]) cudaFreeHost(lane->piece[i]);
+        }
+        if (lane->stream) cudaStreamDestroy(lane->stream);
     }
-    if (transfer->stream) cudaStreamDestroy(transfer->stream);
     free(transfer);
 }
 
 /* What is missing; parts that are there stay. */
-static cudaError_t prepare(struct transfer *transfer)
+static cudaError_t prepare(struct lane *lane)
 {
     cudaError_t error = cudaSuccess;
 
-    if (transfer->ready) return error;
-    if (!transfer->stream)
-        error = cudaStreamCreateWithFlags(&transfer->stream, cudaStreamNonBlocking);
+    if (lane->ready) return error;
+    if (!lane->stream) error = cudaStreamCreateWithFlags(&lane->stream, cudaStreamNonBlocking);
     for (int i = 0; i < PIECES && error == cudaSuccess; i++) {
-        if (!transfer->piece[i]) error = cudaMallocHost((void **)&transfer->piece[i], PIECE_BYTES);
-        if (error == cudaSuccess && !transfer->copied[i])
-            error = cudaEventCreateWithFlags(&transfer->copied[i],
+        if (!lane->piece[i]) error = cudaMallocHost((void **)&lane->piece[i], PIECE_BYTES);
+        if (error == cudaSuccess && !lane->copied[i])
+            error = cudaEventCreateWithFlags(&lane->copied[i],
                                              cudaEventDisableTiming | cudaEventBlockingSync);
     }
-    transfer->ready = error == cudaSuccess;
+    lane->ready = error == cudaSuccess;
     return error;
 }
 
-mlora_status cuda_upload_beside(struct device *dev, void *to, const void *from, size_t bytes)
+mlora_status cuda_upload_beside(struct device *dev, int lane_number, void *to, const void *from,
+                                size_t bytes)
 {
     const struct cuda_device *cuda = (const struct cuda_device *)dev;
-    struct transfer *transfer = cuda->transfer;
+    struct lane *lane = &cuda->transfer->lanes[lane_number];
 
+    assert(lane_number >= 0 && lane_number < UPLOAD_LANES);
     cudaError_t error = cudaSetDevice(cuda->ordinal);
-    if (error == cudaSuccess) error = prepare(transfer);
+    if (error == cudaSuccess) error = prepare(lane);
     if (error == cudaErrorMemoryAllocation) {
         cudaGetLastError(); /* it is told here */
         return error_set(MLORA_ENOMEM, "out of memory: %d bytes pinned for copies to the GPU",
@@ -70,15 +78,15 @@ mlora_status cuda_upload_beside(struct device *dev, void *to, const void *from, 
     for (size_t at = 0; at < bytes && error == cudaSuccess;
          at += PIECE_BYTES, i = (i + 1) % PIECES) {
         const size_t left = bytes - at, n = left < PIECE_BYTES ? left : (size_t)PIECE_BYTES;
-        error = cudaEventSynchronize(transfer->copied[i]); /* at once where none was recorded */
+        error = cudaEventSynchronize(lane->copied[i]); /* at once where none was recorded */
         if (error != cudaSuccess) break;
-        memcpy(transfer->piece[i], (const char *)from + at, n);
-        error = cudaMemcpyAsync((char *)to + at, transfer->piece[i], n, cudaMemcpyHostToDevice,
-                                transfer->stream);
-        if (error == cudaSuccess) error = cudaEventRecord(transfer->copied[i], transfer->stream);
+        memcpy(lane->piece[i], (const char *)from + at, n);
+        error = cudaMemcpyAsync((char *)to + at, lane->piece[i], n, cudaMemcpyHostToDevice,
+                                lane->stream);
+        if (error == cudaSuccess) error = cudaEventRecord(lane->copied[i], lane->stream);
     }
     for (i = 0; i < PIECES && error == cudaSuccess; i++)
-        error = cudaEventSynchronize(transfer->copied[i]);
+        error = cudaEventSynchronize(lane->copied[i]);
     if (error == cudaSuccess) return MLORA_OK;
     cudaGetLastError();
     return error_set(MLORA_EDEVICE, "copying an adapter to the GPU: %s", cudaGetErrorString(error));

@@ -2,6 +2,7 @@
 
 #include <criterion/criterion.h>
 #include <dirent.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -255,9 +256,19 @@ static mlora_status host_sync(struct device *dev)
     return MLORA_OK;
 }
 
-static mlora_status host_upload_beside(struct device *dev, void *to, const void *from, size_t bytes)
+static atomic_int n_uploads, n_to_meet, n_met;
+
+static mlora_status host_upload_beside(struct device *dev, int lane, void *to, const void *from,
+                                       size_t bytes)
 {
     (void)dev;
+    cr_assert(lane >= 0 && lane < UPLOAD_LANES);
+    atomic_fetch_add(&n_uploads, 1);
+    for (int ms = 0; ms < 5000 && n_met < n_to_meet; ms++) { /* the others may take a while */
+        if (n_uploads >= n_to_meet) n_met = n_to_meet;
+        usleep(1000);
+    }
+    atomic_fetch_sub(&n_uploads, 1);
     memcpy(to, from, bytes);
     return MLORA_OK;
 }
@@ -285,6 +296,17 @@ struct device *host_device(void)
 int host_device_allocations(void)
 {
     return n_allocations;
+}
+
+void host_device_meet(int n)
+{
+    n_to_meet = n;
+    n_met = 0;
+}
+
+bool host_device_met(void)
+{
+    return n_met == n_to_meet;
 }
 
 void host_device_fail(bool fail)

@@ -250,6 +250,26 @@ Test(registry, the_least_recently_used_leaves)
     registry_release(e);
 }
 
+Test(registry, several_come_at_a_time)
+{
+    const char *const names[] = {"a", "b", "c", "d"};
+    struct registered *all[4];
+
+    cr_assert_leq(4, UPLOAD_LANES);
+    host_device_meet(4);
+    for (int i = 0; i < 4; i++) {
+        add(names[i], 1);
+        all[i] = acquire(names[i]);
+        registry_prefetch(all[i]);
+    }
+    for (int i = 0; i < 4; i++) bring(all[i]);
+    cr_expect(host_device_met());
+    for (int i = 0; i < 4; i++) {
+        expect_content(all[i], 1, (uint64_t)names[i][0]);
+        registry_release(all[i]);
+    }
+}
+
 Test(registry, what_runs_or_is_pinned_stays)
 {
     add("a", 2);

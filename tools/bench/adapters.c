@@ -11,7 +11,7 @@ struct bench {
     struct setup setup;
     struct bench_output output;
     const char *counts;
-    int64_t batch, n_requests, rank, prompt_tokens, max_tokens;
+    int64_t batch, waiting, n_requests, rank, prompt_tokens, max_tokens;
     double skew;
 };
 
@@ -24,6 +24,8 @@ static const struct option_spec specs[] = {
      .help = "adapter k is asked for as often as 1 / k^S; 0: all equally", .fallback = "1"},
     {.name = "batch-size", .kind = OPTION_INT, AT(batch), .argument = "N", .min = 1, .max = 4096,
      .help = "requests that run at any time", .fallback = "64"},
+    {.name = "waiting", .kind = OPTION_INT, AT(waiting), .argument = "N", .min = 0,
+     .max = 1 << 20, .help = "requests that wait beside those that run", .fallback = "0"},
     {.name = "requests", .kind = OPTION_INT, AT(n_requests), .argument = "N", .min = 1,
      .max = 1 << 20, .help = "of each case", .fallback = "four times as many as run"},
     {.name = "rank", .kind = OPTION_INT, AT(rank), .argument = "R", .min = 1, .max = 512,
@@ -88,8 +90,9 @@ static mlora_status run_case(json_t *report, const struct bench *bench, mlora_en
 {
     struct demand demand = {0};
     struct stream_times times = {0};
+    mlora_stats before, after;
     struct stream_load load = {
-        .work = {.batch = bench->batch,
+        .work = {.batch = bench->batch + bench->waiting,
                  .prompt_tokens = bench->prompt_tokens,
                  .max_tokens = bench->max_tokens,
                  .temperature = 0.7,
@@ -102,14 +105,21 @@ static mlora_status run_case(json_t *report, const struct bench *bench, mlora_en
     mlora_status status = demand_make(&demand, load.n_requests, n_adapters, bench->skew);
     for (int i = 0; i < 2 && status == MLORA_OK; i++) { /* the first warms up */
         stream_free(&times);
+        mlora_engine_stats(engine, &before);
         status = stream_run(&times, engine, &load);
     }
+    mlora_engine_stats(engine, &after);
+    const double n_steps = (double)(after.n_steps - before.n_steps);
     if (status == MLORA_OK)
         status = report_add(
-            report, json_pack("{s:i, s:i, s:i, s:I, s:f, s:f, s:n, s:f, s:f, s:I}", "adapters",
-                              n_adapters, "asked for", demand.n_used, "requests", load.n_requests,
-                              "tokens", (json_int_t)times.n_tokens, "seconds", times.seconds,
-                              "tokens/s", (double)times.n_tokens / times.seconds, "% of first",
+            report, json_pack("{s:i, s:i, s:f, s:i, s:I, s:f, s:f, s:n, s:I, s:I, s:f, s:f, s:I}",
+                              "adapters", n_adapters, "asked for", demand.n_used, "in a step",
+                              (double)(after.n_adapter_turns - before.n_adapter_turns) / n_steps,
+                              "requests", load.n_requests, "tokens", (json_int_t)times.n_tokens,
+                              "seconds", times.seconds, "tokens/s",
+                              (double)times.n_tokens / times.seconds, "% of first", "loads",
+                              (json_int_t)(after.n_adapter_loads - before.n_adapter_loads), "waits",
+                              (json_int_t)(after.n_adapter_waits - before.n_adapter_waits),
                               "first ms p99", 1e3 * percentile(times.first, times.n_first, 99),
                               "next ms p99", 1e3 * percentile(times.next, times.n_next, 99),
                               "peak bytes", (json_int_t)bench_memory(dev)));
