@@ -6,6 +6,8 @@
 
 enum { FIRST_CAPACITY = 64, OUTPUT_WEIGHT = 2 };
 
+enum { MANY_ADAPTERS = 8 }; /* that run: of rank 16 as many cost a step about 3 % */
+
 void fair_close(struct fair *fair)
 {
     free(fair->accounts);
@@ -17,6 +19,12 @@ void fair_close(struct fair *fair)
 static bool is_idle(const struct account *account)
 {
     return !account->first && account->n_running == 0;
+}
+
+/* For something that it could have by now. */
+static bool asks(const struct account *account)
+{
+    return account->head || (account->first && account->has_no_room);
 }
 
 static int64_t most_served(const struct fair *fair, bool running_only)
@@ -39,7 +47,7 @@ static int64_t level(const struct fair *fair)
 
     for (int i = 0; i < fair->n_accounts; i++) {
         const struct account *account = &fair->accounts[i];
-        if (!account->counts || !account->head) continue;
+        if (!account->counts || !asks(account)) continue;
         if (least < 0 || account->served < least) least = account->served;
     }
     if (least < 0) least = most_served(fair, true);
@@ -120,23 +128,27 @@ bool fair_take(struct fair *fair, struct request *request)
     *(before ? &before->next : &account->first) = at->next;
     if (account->last == at) account->last = before;
     if (account->head == at) account->head = first_ready(at->next);
-    if (!account->head) account->counts = false;
+    if (!asks(account)) account->counts = false;
     at->next = NULL;
     fair->n_waiting--;
     return true;
 }
 
-void fair_refresh(struct fair *fair)
+void fair_refresh(struct fair *fair, int n_places)
 {
+    int n_active = 0;
+
     for (int i = 0; i < fair->n_accounts; i++) {
         struct account *account = &fair->accounts[i];
         account->head = first_ready(account->first);
-        if (!account->head) account->counts = false;
+        if (!asks(account)) account->counts = false;
+        n_active += asks(account) || account->n_running > 0;
     }
+    fair->share = n_active > 0 ? n_places / n_active : n_places;
     const int64_t now = level(fair);
     for (int i = 0; i < fair->n_accounts; i++) {
         struct account *account = &fair->accounts[i];
-        if (account->counts || !account->head) continue;
+        if (account->counts || !asks(account)) continue;
         if (account->served < now) account->served = now;
         account->counts = true;
     }
@@ -144,24 +156,69 @@ void fair_refresh(struct fair *fair)
 
 /* ---- who is next ---------------------------------------------------------------------------- */
 
+/* Whether the head of `a` is next rather than that of `b`. */
+static bool head_before(const struct account *a, const struct account *b, int share, bool crowded)
+{
+    if ((a->n_running < share) != (b->n_running < share)) return a->n_running < share;
+    if (a->head->priority != b->head->priority) return a->head->priority < b->head->priority;
+    if (crowded && (a->n_running > 0) != (b->n_running > 0)) return a->n_running > 0;
+    if (a->served != b->served) return a->served < b->served;
+    return a->head->id < b->head->id;
+}
+
 struct request *fair_next(const struct fair *fair, int64_t window)
 {
     const struct account *next = NULL;
     int64_t least = INT64_MAX;
+    int n_running = 0;
 
-    for (int i = 0; i < fair->n_accounts; i++)
+    for (int i = 0; i < fair->n_accounts; i++) {
+        n_running += fair->accounts[i].n_running > 0;
         if (fair->accounts[i].head && fair->accounts[i].served < least)
             least = fair->accounts[i].served;
+    }
     for (int i = 0; i < fair->n_accounts; i++) {
         const struct account *account = &fair->accounts[i];
         if (!account->head || account->served - least > window) continue;
-        if (!next || account->head->priority < next->head->priority ||
-            (account->head->priority == next->head->priority &&
-             (account->served < next->served ||
-              (account->served == next->served && account->head->id < next->head->id))))
+        if (!next || head_before(account, next, fair->share, n_running >= MANY_ADAPTERS))
             next = account;
     }
     return next ? next->head : NULL;
+}
+
+int fair_n_entitled(const struct fair *fair, int64_t served, int max)
+{
+    int n = 0;
+
+    for (int i = 0; i < fair->n_accounts && n < max; i++) {
+        const struct account *account = &fair->accounts[i];
+        int room = fair->share - account->n_running;
+        if (account->served > served) continue;
+        for (const struct request *at = account->head; at && room > 0 && n < max; at = at->next) {
+            if (!request_ready(at)) continue;
+            room--;
+            n++;
+        }
+    }
+    return n;
+}
+
+int fair_least_without_room(const struct fair *fair)
+{
+    int least = -1;
+
+    for (int i = 0; i < fair->n_accounts; i++) {
+        const struct account *account = &fair->accounts[i];
+        if (!account->first || !account->has_no_room) continue;
+        if (least < 0 || account->served < fair->accounts[least].served) least = i;
+    }
+    return least;
+}
+
+void fair_hold_back(struct fair *fair, int64_t served)
+{
+    for (int i = 0; i < fair->n_accounts; i++)
+        if (fair->accounts[i].served > served) fair->accounts[i].head = NULL;
 }
 
 int fair_most_served(const struct fair *fair)

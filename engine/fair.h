@@ -13,13 +13,15 @@ struct account {
     struct request *first, *last; /* waiting, by priority, then arrival */
     struct request *head;         /* the first of them that is ready; NULL: none */
     int n_running;
-    bool counts; /* it had a head at the last refresh: its `served` is of now */
+    bool has_no_room; /* the adapter of the first one was wanted, and the device is full */
+    bool counts;      /* it asked for something at the last refresh: its `served` is of now */
 };
 
 struct fair {
     struct account *accounts; /* [n_accounts]; idle ones may be given to others */
     int n_accounts, capacity;
     int n_waiting;
+    int share; /* of the places, for each account that runs or asks for something */
 };
 
 void fair_close(struct fair *fair); /* accepts zeroes */
@@ -33,11 +35,24 @@ void fair_put_back(struct fair *fair, struct request *request);
 /* Take a waiting request out, to run it or to end it. False: it did not wait. */
 bool fair_take(struct fair *fair, struct request *request);
 
-/* Find every account's head and lift those that have one again. Once before a step is planned. */
-void fair_refresh(struct fair *fair);
+/* Find every account's head and lift those that ask for something again: that have a head, or no
+ * room. Once before a step is planned, in which n_places can run. */
+void fair_refresh(struct fair *fair, int n_places);
+
+/* How many waiting requests have a right to a place by their account's share of them, at most `max`:
+ * of accounts that were served at most as much as `served`. */
+int fair_n_entitled(const struct fair *fair, int64_t served, int max);
+
+/* The account without room that was served least; -1: none. */
+int fair_least_without_room(const struct fair *fair);
+
+/* Nobody of an account that was served more than `served` runs anew in this step. */
+void fair_hold_back(struct fair *fair, int64_t served);
 
 /* The head that is next: of the account that was served least; of accounts within `window` virtual
- * tokens of that one the head that comes before the others. NULL: none is ready. */
+ * tokens of that one the head that comes before the others: by whether the account has less than its
+ * share of the places; by priority; where many adapters run already, by whether the own one does, as
+ * each more makes steps slower; by what was served; by arrival. NULL: none is ready. */
 struct request *fair_next(const struct fair *fair, int64_t window);
 
 /* The account with running requests that was served most; -1: none runs. */

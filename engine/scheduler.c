@@ -120,6 +120,11 @@ void scheduler_want_adapters(struct scheduler *s)
         const struct account *account = &s->fair.accounts[i];
         if (account->first && account->first->adapter) registry_want(account->first->adapter);
     }
+    for (int i = 0; i < s->fair.n_accounts; i++) {
+        struct account *account = &s->fair.accounts[i];
+        account->has_no_room = account->first && account->first->adapter &&
+                               registry_has_no_room(account->first->adapter);
+    }
 }
 
 /* ---- rows ----------------------------------------------------------------------------------- */
@@ -200,8 +205,9 @@ static int64_t slack(const struct scheduler *s)
     return s->max_batch_tokens / 2;
 }
 
-/* An adapter that fills the machine gives a place, or blocks, to those that wait and got much less:
- * so much that what is computed again is less than what was gained. */
+/* An adapter that fills the machine gives places, or blocks, to those that wait and got less: at once
+ * to those that have less than their share of the places, and to others when they got so much less
+ * that what is computed again is less than what was gained. */
 static void make_room(struct scheduler *s, struct kvcache *kv)
 {
     const struct request *head = fair_next(&s->fair, 0);
@@ -209,17 +215,68 @@ static void make_room(struct scheduler *s, struct kvcache *kv)
 
     while (head && s->n_running > 0) {
         const int most = fair_most_served(&s->fair);
+        const struct account *account = &s->fair.accounts[most];
+        const int n_places = s->max_running - s->n_running;
         const bool fits = n_needed <= kv->n_free;
         int n_owed = 0, i = s->n_running - 1;
         while (s->running[i]->account != most) i--;
         /* its full blocks are found again, if nobody else needs them */
         const int cost = fits && kv->shares ? KV_BLOCK : s->running[i]->n_computed;
-        const int64_t below = s->fair.accounts[most].served - slack(s) - cost;
+        const int64_t below = account->served - slack(s) - cost;
         for (int a = 0; a < s->fair.n_accounts; a++)
             n_owed += s->fair.accounts[a].head && s->fair.accounts[a].served < below;
+        if (account->n_running > s->fair.share) {
+            const int64_t served = account->served - (cost - KV_BLOCK);
+            const int n = fair_n_entitled(&s->fair, served, n_places + 1);
+            if (n > n_owed) n_owed = n;
+        }
         if (n_owed == 0) return;
-        if (n_owed <= s->max_running - s->n_running && fits) return;
+        if (n_owed <= n_places && fits) return;
         preempt(s, kv, i);
+    }
+}
+
+/* The account that was served most of those whose running requests have what an adapter could have:
+ * the place of theirs, or blocks where those can be lent; -1: none. */
+static int most_served_with_room(const struct scheduler *s, const struct kvcache *kv)
+{
+    int most = -1;
+
+    for (int i = 0; i < s->n_running; i++) {
+        const struct request *request = s->running[i];
+        const bool holds = request->adapter ? !request->adapter->resident.pinned : kv->more != NULL;
+        if (!holds) continue;
+        if (most < 0 || s->fair.accounts[request->account].served > s->fair.accounts[most].served)
+            most = request->account;
+    }
+    return most;
+}
+
+/* The same for an adapter that finds no room on the device. Accounts that were served more admit
+ * nobody, and the one that was served most sets back all that it runs, so that its adapter can leave,
+ * when it got so much more that what is computed again is less. The base has no adapter, and sets
+ * back one at a time. */
+static void make_room_for_adapter(struct scheduler *s, struct kvcache *kv)
+{
+    const int least = fair_least_without_room(&s->fair);
+    const int most = most_served_with_room(s, kv);
+    int64_t cost = 0;
+    int n = 0;
+
+    if (least < 0) return;
+    const int64_t served = s->fair.accounts[least].served;
+    fair_hold_back(&s->fair, served + slack(s));
+    for (int i = s->n_running - 1; i >= 0 && most >= 0; i--) {
+        const struct request *request = s->running[i];
+        if (request->account != most || (n > 0 && !request->adapter)) continue;
+        cost += kv->shares ? KV_BLOCK : request->n_computed;
+        n++;
+    }
+    if (n == 0 || s->fair.accounts[most].served - slack(s) - cost <= served) return;
+    for (int i = s->n_running - 1; i >= 0 && n > 0; i--) {
+        if (s->running[i]->account != most) continue;
+        preempt(s, kv, i);
+        n--;
     }
 }
 
@@ -299,7 +356,8 @@ const struct plan *scheduler_plan(struct scheduler *s, struct kvcache *kv)
     s->plan.n_tokens = 0;
     s->short_of_blocks = false;
     for (int i = 0; i < s->n_running; i++) s->running[i]->is_planned = false;
-    fair_refresh(&s->fair);
+    fair_refresh(&s->fair, s->max_running);
+    make_room_for_adapter(s, kv);
     make_room(s, kv);
 
     /* In the order of running[], so that who is set back has no row yet. */

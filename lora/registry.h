@@ -102,6 +102,12 @@ static inline bool registry_ready(const struct registered *entry)
     return entry->resident.state == RESIDENT_HERE;
 }
 
+/* Whether it was wanted and there is no room for it. */
+static inline bool registry_has_no_room(const struct registered *entry)
+{
+    return entry->resident.state == RESIDENT_AWAY && !entry->failed;
+}
+
 /* A request waits for it: if it is there it stays for this step, else it is brought, and what is not
  * kept leaves for it. So: running ones are kept first, then the most urgent is asked for first, each
  * in each step. */

@@ -280,6 +280,65 @@ Test(adapters, that_are_pinned_stay)
     mlora_close(engine);
 }
 
+/* ---- fairness ------------------------------------------------------------------------------- */
+
+/* A request that is asked again whenever it has ended. */
+struct flood {
+    mlora_engine *engine;
+    mlora_request request;
+};
+
+static void ask_again(void *user, const mlora_event *event)
+{
+    struct flood *flood = user;
+    if (event->finish != MLORA_RUNNING) submit(flood->engine, &flood->request);
+}
+
+/* `name` has to wait for the device, on which others leave no room: steps until it has ended. */
+static int steps_until_served(mlora_engine *engine, const char *name)
+{
+    const mlora_request request = greedy(name, prompt_of(0), TOKENS, &extra[0]);
+    int n = 0;
+
+    extra[0] = (struct answer){0};
+    submit(engine, &request);
+    while (extra[0].finish == MLORA_RUNNING && n++ < 1000)
+        cr_assert_eq(mlora_step(engine, NULL), MLORA_OK, "%s", mlora_error());
+    return n;
+}
+
+/* Three adapters fill a pool of 2 MiB; each has always requests that run. */
+Test(adapters, that_fill_the_device_make_room_for_another, .timeout = 60)
+{
+    enum { HOT = 3, EACH = 4 };
+    static struct flood floods[HOT * EACH];
+    mlora_options options = options_for(LLAMA2);
+    char name[16];
+
+    options.adapter_memory = 2;
+    options.max_num_seqs = 16;
+    options.max_batch_tokens = 64;
+    mlora_engine *engine = open_engine(&options);
+    random_adapters(engine, 20);
+    for (int i = 0; i < HOT * EACH; i++) {
+        snprintf(name, sizeof name, "a%d", i % HOT);
+        floods[i] = (struct flood){engine, greedy(name, prompt_of(i), 20 + i, &extra[1])};
+        floods[i].request.on_event = ask_again;
+        floods[i].request.user = &floods[i];
+        floods[i].request.ignore_eos = 1;
+        submit(engine, &floods[i].request);
+    }
+    for (int i = 0; i < 40; i++) cr_assert_eq(mlora_step(engine, NULL), MLORA_OK);
+    for (int i = HOT; i < HOT + 10; i++) {
+        snprintf(name, sizeof name, "a%d", i);
+        /* 8 virtual tokens a step to each of the hot: 12 steps for 32 of half a step's tokens and 16
+         * for each of four that are computed again, as many while it is brought and served */
+        const int n = steps_until_served(engine, name);
+        cr_expect_leq(n, 40, "%s: %d steps", name, n);
+    }
+    mlora_close(engine);
+}
+
 /* ---- threads -------------------------------------------------------------------------------- */
 
 struct client {

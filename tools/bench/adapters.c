@@ -112,17 +112,19 @@ static mlora_status run_case(json_t *report, const struct bench *bench, mlora_en
     const double n_steps = (double)(after.n_steps - before.n_steps);
     if (status == MLORA_OK)
         status = report_add(
-            report, json_pack("{s:i, s:i, s:f, s:i, s:I, s:f, s:f, s:n, s:I, s:I, s:f, s:f, s:I}",
-                              "adapters", n_adapters, "asked for", demand.n_used, "in a step",
-                              (double)(after.n_adapter_turns - before.n_adapter_turns) / n_steps,
-                              "requests", load.n_requests, "tokens", (json_int_t)times.n_tokens,
-                              "seconds", times.seconds, "tokens/s",
-                              (double)times.n_tokens / times.seconds, "% of first", "loads",
-                              (json_int_t)(after.n_adapter_loads - before.n_adapter_loads), "waits",
-                              (json_int_t)(after.n_adapter_waits - before.n_adapter_waits),
-                              "first ms p99", 1e3 * percentile(times.first, times.n_first, 99),
-                              "next ms p99", 1e3 * percentile(times.next, times.n_next, 99),
-                              "peak bytes", (json_int_t)bench_memory(dev)));
+            report,
+            json_pack("{s:i, s:i, s:f, s:i, s:I, s:f, s:f, s:n, s:I, s:I, s:I, s:f, s:f, s:I}",
+                      "adapters", n_adapters, "asked for", demand.n_used, "in a step",
+                      (double)(after.n_adapter_turns - before.n_adapter_turns) / n_steps,
+                      "requests", load.n_requests, "tokens", (json_int_t)times.n_tokens, "seconds",
+                      times.seconds, "tokens/s", (double)times.n_tokens / times.seconds,
+                      "% of first", "loads",
+                      (json_int_t)(after.n_adapter_loads - before.n_adapter_loads), "waits",
+                      (json_int_t)(after.n_adapter_waits - before.n_adapter_waits), "set back",
+                      (json_int_t)(after.n_preemptions - before.n_preemptions), "first ms p99",
+                      1e3 * percentile(times.first, times.n_first, 99), "next ms p99",
+                      1e3 * percentile(times.next, times.n_next, 99), "peak bytes",
+                      (json_int_t)bench_memory(dev)));
     stream_free(&times);
     free(demand.adapter);
     return status;
