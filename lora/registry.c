@@ -48,18 +48,49 @@ void registry_close(struct registry *registry)
     pool_close(&registry->pool);
     pthread_mutex_destroy(&registry->lock);
     free(registry->entries);
+    free(registry->buckets);
     *registry = (struct registry){0};
 }
 
 /* ---- names -------------------------------------------------------------------------------- */
 
+/* Where the list of names that hash like this one begins (FNV-1a). */
+static struct registered **bucket_of(const struct registry *registry, const char *name)
+{
+    uint64_t hash = 0xcbf29ce484222325u;
+
+    for (; *name; name++) hash = (hash ^ (unsigned char)*name) * 0x100000001b3u;
+    return &registry->buckets[hash & (registry->n_buckets - 1)];
+}
+
 /* The listed entry of that name; the lock is held, or this is the engine's thread. */
 static struct registered *find(const struct registry *registry, const char *name)
 {
-    for (int i = 0; i < registry->n_entries; i++)
-        if (registry->entries[i]->listed && strcmp(registry->entries[i]->name, name) == 0)
-            return registry->entries[i];
-    return NULL;
+    struct registered *entry = registry->n_buckets > 0 ? *bucket_of(registry, name) : NULL;
+
+    while (entry && strcmp(entry->name, name) != 0) entry = entry->next_named;
+    return entry;
+}
+
+/* The lock is held for these two. */
+static void list(struct registry *registry, struct registered *entry)
+{
+    struct registered **bucket = bucket_of(registry, entry->name);
+
+    entry->listed = true;
+    entry->next_named = *bucket;
+    *bucket = entry;
+}
+
+static void unlist(struct registry *registry, struct registered *entry)
+{
+    struct registered **at = bucket_of(registry, entry->name);
+
+    while (*at != entry) at = &(*at)->next_named;
+    *at = entry->next_named;
+    entry->listed = false;
+    entry->resident.pinned = false;
+    registry->n_unlisted++;
 }
 
 static mlora_status check_name(const char *name)
@@ -135,14 +166,21 @@ static mlora_status not_found(const struct registry *registry, const char *name)
 
 /* ---- adding and removing ------------------------------------------------------------------ */
 
+/* Room for one more, as many buckets as entries; the lock is held. */
 static mlora_status reserve_entry(struct registry *registry)
 {
     if (registry->n_entries < registry->capacity) return MLORA_OK;
     const int capacity = registry->capacity ? 2 * registry->capacity : FIRST_ENTRIES;
     struct registered **entries = realloc(registry->entries, (size_t)capacity * sizeof(*entries));
-    if (!entries) return error_set(MLORA_ENOMEM, "out of memory: %d adapters", capacity);
-    registry->entries = entries;
+    if (entries) registry->entries = entries;
+    struct registered **buckets = entries ? calloc((size_t)capacity, sizeof(*buckets)) : NULL;
+    if (!buckets) return error_set(MLORA_ENOMEM, "out of memory: %d adapters", capacity);
+    free(registry->buckets);
+    registry->buckets = buckets;
+    registry->n_buckets = (size_t)capacity;
     registry->capacity = capacity;
+    for (int i = 0; i < registry->n_entries; i++)
+        if (registry->entries[i]->listed) list(registry, registry->entries[i]);
     return MLORA_OK;
 }
 
@@ -213,17 +251,14 @@ static mlora_status add(struct registry *registry, const char *name, struct adap
         entry->registry = registry;
         entry->adapter = *adapter;
         entry->source = *source;
-        entry->listed = true;
         entry->resident.adapter = &entry->adapter;
         entry->resident.slot = -1;
         entry->resident.pinned = pinned;
         entry->resident.used_at = registry->pool.step;
         *adapter = (struct adapter){0};
         *source = (struct source){0};
-        if (old) {
-            old->listed = false;
-            old->resident.pinned = false;
-        }
+        if (old) unlist(registry, old);
+        list(registry, entry);
         registry->entries[registry->n_entries++] = entry;
         if (entry->adapter.memory) registry->host_bytes += entry->adapter.bytes;
     }
@@ -262,8 +297,7 @@ mlora_status registry_remove(struct registry *registry, const char *name)
 
     if (!entry) return not_found(registry, name);
     pthread_mutex_lock(&registry->lock);
-    entry->listed = false;
-    entry->resident.pinned = false;
+    unlist(registry, entry);
     pthread_mutex_unlock(&registry->lock);
     return MLORA_OK;
 }
@@ -287,6 +321,7 @@ void registry_sweep(struct registry *registry)
 {
     int kept = 0;
 
+    if (registry->n_unlisted == 0) return;
     pthread_mutex_lock(&registry->lock);
     for (int i = 0; i < registry->n_entries; i++) {
         struct registered *entry = registry->entries[i];
@@ -297,6 +332,7 @@ void registry_sweep(struct registry *registry)
         if (entry->resident.state != RESIDENT_AWAY) pool_remove(&registry->pool, &entry->resident);
         if (entry->adapter.memory) registry->host_bytes -= entry->adapter.bytes;
         free_entry(entry);
+        registry->n_unlisted--;
     }
     registry->n_entries = kept;
     pthread_mutex_unlock(&registry->lock);

@@ -25,11 +25,12 @@ struct registered {
     struct source source;
     struct resident resident;
     struct load load;
-    bool loading;   /* the loader has it */
-    bool had_image; /* when the loader got it */
-    bool listed;    /* its name can be asked for */
-    bool failed;    /* it could not be brought; a new request tries again... */
-    char *failure;  /* ... why */
+    bool loading;                  /* the loader has it */
+    bool had_image;                /* when the loader got it */
+    bool listed;                   /* its name can be asked for */
+    struct registered *next_named; /* the next listed one in the same bucket */
+    bool failed;                   /* it could not be brought; a new request tries again... */
+    char *failure;                 /* ... why */
 };
 
 struct registry {
@@ -37,6 +38,9 @@ struct registry {
     pthread_mutex_t lock;        /* entries, their names and listed: submit() runs on any thread */
     struct registered **entries; /* [n_entries] in order of loading */
     int n_entries, capacity;
+    int n_unlisted;              /* of those: they wait for their users to end */
+    struct registered **buckets; /* [n_buckets] listed entries by name */
+    size_t n_buckets;            /* a power of two, or 0 */
     struct pool pool;
     struct loader loader;
     int64_t host_bytes, host_capacity; /* of images */
