@@ -42,10 +42,9 @@ mlora_status batch_open(struct batch *out, struct device *dev, int max_tokens, i
     batch.head_host = malloc(head_bytes);
     batch.counting = malloc((Q + 1) * sizeof(int32_t));
     batch.scratch = malloc(Q * sizeof(int32_t));
-    batch.sampled_row = malloc(Q * sizeof(int));
     mlora_status status = MLORA_OK;
     if (!batch.host || !batch.slot_of_row || !batch.first_of_row || !batch.scratch ||
-        !batch.sampled_row || !batch.head_host || !batch.counting)
+        !batch.head_host || !batch.counting)
         status = error_set(MLORA_ENOMEM, "out of memory: a batch of %d rows", max_rows);
     for (int q = 0; q <= max_rows && status == MLORA_OK; q++) batch.counting[q] = q;
     if (status == MLORA_OK) status = dev->ops->alloc(dev, batch.capacity, &memory);
@@ -76,7 +75,6 @@ void batch_close(struct batch *batch)
     free(batch->head_host);
     free(batch->counting);
     free(batch->scratch);
-    free(batch->sampled_row);
     *batch = (struct batch){0};
 }
 
@@ -98,13 +96,21 @@ static int32_t *place_ints(struct batch *batch, int n, const int32_t **on_device
     return host;
 }
 
+/* The one part that an op writes to: it puts in what the step before has drawn. */
+static int32_t *place_ids(struct batch *batch, int T)
+{
+    batch->view.ids = (int32_t *)(void *)(batch->dev_memory + batch->used);
+    const int32_t *same;
+    return place_ints(batch, T, &same);
+}
+
 /* Returns row_start [Q + 1] on the host. */
 static const int32_t *build_rows(struct batch *batch, const struct plan *plan)
 {
     const int Q = plan->n_rows, T = plan->n_tokens;
     struct batch_view *view = &batch->view;
 
-    *view = (struct batch_view){.T = T, .Q = Q};
+    *view = (struct batch_view){.T = T, .Q = Q, .drawn = batch->drawn};
     view->position = batch->tokens_out;
     view->row = batch->tokens_out + T;
     batch->max_blocks = 0;
@@ -113,7 +119,7 @@ static const int32_t *build_rows(struct batch *batch, const struct plan *plan)
             batch->max_blocks = plan->rows[q].request->kv.n_blocks;
     batch->max_blocks = round_blocks(batch->max_blocks);
 
-    int32_t *ids = place_ints(batch, T, &view->ids);
+    int32_t *ids = place_ids(batch, T);
     int32_t *row_start = place_ints(batch, Q + 1, &view->row_start);
     int32_t *kv_len = place_ints(batch, Q, &view->kv_len);
     int32_t *table = place_ints(batch, Q * batch->max_blocks, &batch->block_table);
@@ -125,9 +131,12 @@ static const int32_t *build_rows(struct batch *batch, const struct plan *plan)
         int32_t *blocks = table + (size_t)q * (size_t)batch->max_blocks;
 
         row_start[q] = t;
-        memcpy(ids + t, request->tokens + request->n_computed, n * sizeof *ids);
+        if (row->feed < 0)
+            memcpy(ids + t, request->tokens + row->first, n * sizeof *ids);
+        else
+            ids[t] = -1 - row->feed;
         t += row->n_tokens;
-        kv_len[q] = request->n_computed + row->n_tokens;
+        kv_len[q] = row->first + row->n_tokens;
         for (int b = 0; b < request->kv.n_blocks; b++)
             blocks[b] = request->kv.blocks[b] * batch->kv_stride;
         for (int b = request->kv.n_blocks; b < batch->max_blocks; b++) blocks[b] = 0;
@@ -154,7 +163,7 @@ static void build_lora(struct batch *batch, const struct plan *plan, const int32
     for (int q = 0; q < Q; q++) {
         const struct request *request = plan->rows[q].request;
         const struct registered *entry = request->adapter;
-        const int before = entry ? request->adapter_from - request->n_computed : 0;
+        const int before = entry ? request->adapter_from - plan->rows[q].first : 0;
 
         batch->slot_of_row[q] = entry ? entry->resident.slot : -1;
         batch->first_of_row[q] = before >= plan->rows[q].n_tokens
@@ -208,23 +217,12 @@ const struct lora_view *batch_head_rows(struct batch *batch, const int32_t *toke
     return lora;
 }
 
-static bool draws(const struct plan_row *row)
-{
-    return row->samples && row->request->n_tokens < row->request->max_total;
-}
-
-/* How many tokens are drawn after tokens of the row. */
-static int n_draws(const struct plan_row *row)
-{
-    return draws(row) ? 1 + row->n_drafts : 0;
-}
-
 /* Tokens of all histories: the row's own, and for each guess those before it, too. */
 static size_t history_tokens(const struct plan *plan)
 {
     size_t n = 0;
     for (int q = 0; q < plan->n_rows; q++)
-        for (int j = 0; j < n_draws(&plan->rows[q]); j++)
+        for (int j = 0; j < plan->rows[q].n_draws; j++)
             if (request_has_penalty(plan->rows[q].request))
                 n += (size_t)(plan->rows[q].request->n_tokens + j);
     return n;
@@ -236,7 +234,7 @@ static void build_samples(struct batch *batch, const struct plan *plan)
     const void *sampling = NULL;
     int n = 0, t = 0, n_history = 0;
 
-    for (int q = 0; q < plan->n_rows; q++) n += n_draws(&plan->rows[q]);
+    for (int q = 0; q < plan->n_rows; q++) n += plan->rows[q].n_draws;
     assert(n <= batch->max_rows);
     int32_t *host_tokens = place_ints(batch, n, &tokens);
     int32_t *host_prompt = place_ints(batch, n, &n_prompt);
@@ -249,10 +247,9 @@ static void build_samples(struct batch *batch, const struct plan *plan)
         const struct plan_row *row = &plan->rows[q];
         const struct request *request = row->request;
         t += row->n_tokens;
-        for (int j = 0; j < n_draws(row); j++) {
+        for (int j = 0; j < row->n_draws; j++) {
             const int i = batch->n_samples++;
-            const int n_before = request->n_tokens + j; /* the guesses before it included */
-            batch->sampled_row[i] = q;
+            const int n_before = row->first + row->n_tokens - row->n_drafts + j;
             host_tokens[i] = t - 1 - row->n_drafts + j;
             host_prompt[i] = request->n_prompt;
             host_start[i] = n_history;

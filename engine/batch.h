@@ -24,8 +24,9 @@ struct batch {
     struct lora_view head_lora;    /* of the rows that go through the head: batch_head_rows() */
     int32_t *head_host, *head_dev; /* [HEAD_ARRAYS, max_rows + 1] what head_lora points to */
     int max_rows;                  /* of the head, of which a row of the plan may have many */
-    mlora_lora_mode lora_mode;     /* for `lora`, set by the owner */
-    int kv_stride;                 /* of struct kv_cache, set by the owner */
+    mlora_lora_mode lora_mode;     /* for `lora`, set by the owner... */
+    int kv_stride;                 /* ... of struct kv_cache... */
+    const int32_t *drawn;          /* ... and what the step before draws: device, or NULL */
     const int32_t *block_table;    /* [Q, max_blocks] */
     int max_blocks;
     const int32_t
@@ -33,9 +34,6 @@ struct batch {
     const int32_t *sample_tokens_host; /* the same */
     int n_samples;
     struct sample_view sample;
-
-    /* Of each of those, in order: the index of its row in the plan. Host, [n_samples]. */
-    int *sampled_row;
 };
 
 /* Sized for the largest step: T tokens, Q rows of the plan, `max_rows` tokens drawn (at least

@@ -209,8 +209,12 @@ static void plan_pass(struct draft_model *draft, const struct guess *guesses, in
         const int room = draft->max_tokens - plan->n_tokens;
         const int n = pending < room ? pending : room;
         if (n == 0) continue;
-        plan->rows[plan->n_rows++] =
-            (struct plan_row){.request = shadow, .n_tokens = n, .samples = n == pending};
+        plan->rows[plan->n_rows++] = (struct plan_row){.request = shadow,
+                                                       .first = shadow->n_computed,
+                                                       .n_tokens = n,
+                                                       .samples = n == pending,
+                                                       .n_draws = n == pending,
+                                                       .feed = -1};
         plan->n_tokens += n;
     }
 }

@@ -6,6 +6,7 @@
 
 #include "engine/base/error.h"
 #include "engine/outputs.h"
+#include "kernels/profile.h"
 
 /* ---- from any thread ------------------------------------------------------------------------ */
 
@@ -80,22 +81,35 @@ static mlora_status take_submitted(struct mlora_engine *engine)
     return status;
 }
 
-/* One at a time, as the callback of a last event may cancel others. */
+/* One at a time, as the callback of a last event may cancel others. An id that is not known may be
+ * of a request that was submitted and not taken yet: it stays. */
 static mlora_status take_cancelled(struct mlora_engine *engine)
 {
     mlora_status status = MLORA_OK;
 
-    while (status == MLORA_OK) {
-        uint64_t id = 0;
+    for (int i = 0; status == MLORA_OK;) {
         pthread_mutex_lock(&engine->lock);
-        if (engine->n_cancelled > 0) id = engine->cancelled[--engine->n_cancelled];
+        const uint64_t id = i < engine->n_cancelled ? engine->cancelled[i] : 0;
+        struct request *request = id ? scheduler_find(&engine->scheduler, id) : NULL;
+        if (id && (request || engine->n_submitted == 0))
+            engine->cancelled[i] = engine->cancelled[--engine->n_cancelled];
+        else
+            i++;
         pthread_mutex_unlock(&engine->lock);
         if (id == 0) break;
-
-        struct request *request = scheduler_find(&engine->scheduler, id);
         if (request) status = outputs_finish(engine, request, MLORA_FINISH_CANCEL);
     }
     return status;
+}
+
+/* What other threads have asked for. New requests have their adapters brought, which takes memory
+ * that a step on its way may still use: they wait until there is none. */
+static mlora_status take_inbox(struct mlora_engine *engine)
+{
+    const bool idle = engine->scheduler.plan.n_rows == 0;
+    const mlora_status status = idle ? take_submitted(engine) : MLORA_OK;
+
+    return status == MLORA_OK ? take_cancelled(engine) : status;
 }
 
 /* What the loader has brought can be used; requests whose adapter it could not bring end. */
@@ -125,61 +139,131 @@ static int n_prompt_tokens(const struct plan *plan)
 {
     int n = 0;
     for (int q = 0; q < plan->n_rows; q++)
-        if (plan->rows[q].request->n_computed < plan->rows[q].request->n_prompt)
-            n += plan->rows[q].n_tokens;
+        if (plan->rows[q].first < plan->rows[q].request->n_prompt) n += plan->rows[q].n_tokens;
     return n;
 }
 
-/* One pass: plan, build, forward, sample, deliver. */
-static mlora_status run(struct mlora_engine *engine)
+/* Start a planned step: build, forward, sample. */
+static mlora_status start_pass(struct mlora_engine *engine, const struct plan *plan,
+                               struct pass *pass)
 {
-    const double start = seconds_now();
-    const struct plan *plan = scheduler_plan(&engine->scheduler, &engine->kvcache);
     const struct batch *batch = &engine->batch;
+
+    pass->n_prompt_tokens = n_prompt_tokens(plan);
+    mlora_status status = batch_build(&engine->batch, plan, &engine->registry);
+    if (status != MLORA_OK) return status;
+    pass->n_adapters = batch->lora.n_segments;
+    forward(&engine->model, &engine->workspace, &engine->kv_cache, &batch->view, batch->block_table,
+            batch->max_blocks, &batch->lora);
+    if (pass->n_prompt_tokens > 0) status = outputs_score_prompts(engine, plan);
+    if (status == MLORA_OK) outputs_sample(engine, plan, pass);
+    return status;
+}
+
+/* Plan a step, with nothing on its way, and start it. Without rows there is nothing to do. */
+static mlora_status start_fresh(struct mlora_engine *engine)
+{
+    engine->pass.start = seconds_now();
+    const struct plan *plan = scheduler_plan(&engine->scheduler, &engine->kvcache);
 
     scheduler_want_adapters(&engine->scheduler);
     if (plan->n_rows == 0) {
         registry_wait(&engine->registry);
         return MLORA_OK;
     }
-    const int n_prompt = n_prompt_tokens(plan);
-
-    mlora_status status =
+    const mlora_status status =
         speculate_plan(&engine->speculation, &engine->scheduler, &engine->kvcache);
-    if (status != MLORA_OK) return status;
-    status = batch_build(&engine->batch, plan, &engine->registry);
-    if (status != MLORA_OK) return status;
-    forward(&engine->model, &engine->workspace, &engine->kv_cache, &batch->view, batch->block_table,
-            batch->max_blocks, &batch->lora);
-    status = outputs_score_prompts(engine, plan);
-    if (status != MLORA_OK) return status;
-    status = outputs_sample(engine, plan);
-    if (status != MLORA_OK) return status;
+    return status == MLORA_OK ? start_pass(engine, plan, &engine->pass) : status;
+}
 
-    const double seconds = seconds_now() - start;
+/* Start the step after the one on its way, if nothing that it depends on is still to come. */
+static mlora_status start_next(struct mlora_engine *engine)
+{
+    struct scheduler *scheduler = &engine->scheduler;
+
+    if (!engine->plans_ahead || profile_is_on(engine->dev)) return MLORA_OK;
+    pthread_mutex_lock(&engine->lock);
+    const bool has_new = engine->n_submitted > 0;
+    pthread_mutex_unlock(&engine->lock);
+    engine->next.start = seconds_now();
+    if (has_new || !speculate_rests(&engine->speculation, &scheduler->plan) ||
+        !scheduler_plan_next(scheduler, &engine->kvcache))
+        return MLORA_OK;
+    speculate_skip(&engine->speculation, &scheduler->next);
+    return start_pass(engine, &scheduler->next, &engine->next);
+}
+
+static void count_step(struct mlora_engine *engine)
+{
+    const struct pass *pass = &engine->pass;
+    const double now = seconds_now();
+    const double seconds = now - (pass->start > engine->last_end ? pass->start : engine->last_end);
+
+    engine->last_end = now;
     engine->stats.n_steps++;
-    engine->stats.n_prompt_tokens += n_prompt;
-    engine->stats.n_adapter_turns += batch->lora.n_segments;
-    if (n_prompt > 0) {
+    engine->stats.n_prompt_tokens += pass->n_prompt_tokens;
+    engine->stats.n_adapter_turns += pass->n_adapters;
+    if (pass->n_prompt_tokens > 0) {
         engine->stats.prompt_seconds += seconds;
     } else {
         engine->stats.decode_seconds += seconds;
         engine->stats.n_decode_steps++;
     }
-    return outputs_deliver(engine, plan);
+}
+
+/* Whether all requests of the step on its way have ended. */
+static bool is_in_vain(const struct plan *plan)
+{
+    int q = 0;
+
+    while (q < plan->n_rows && !plan->rows[q].request) q++;
+    return q == plan->n_rows;
+}
+
+/* Wait for the step on its way and deliver what it has drawn. The one after it, if it was started,
+ * is then the one on its way; but if that is in vain it ends here, and the device is idle. */
+static mlora_status end_pass(struct mlora_engine *engine)
+{
+    struct scheduler *scheduler = &engine->scheduler;
+    const struct pass over = engine->pass;
+
+    mlora_status status = engine->dev->ops->wait(engine->dev, over.fence);
+    if (status != MLORA_OK) return status;
+    count_step(engine);
+    status = outputs_deliver(engine, &scheduler->plan);
+    scheduler_advance(scheduler);
+    engine->pass = engine->next;
+    engine->next = over;
+    if (status != MLORA_OK || scheduler->plan.n_rows == 0 || !is_in_vain(&scheduler->plan))
+        return status;
+    scheduler_advance(scheduler);
+    return engine->dev->ops->wait(engine->dev, engine->pass.fence);
+}
+
+void engine_sweep(struct mlora_engine *engine)
+{
+    if (engine->scheduler.plan.n_rows == 0) registry_sweep(&engine->registry);
 }
 
 mlora_status engine_step(struct mlora_engine *engine, int *n_active)
 {
+    const struct plan *plan = &engine->scheduler.plan;
+    const bool idle = plan->n_rows == 0;
+    mlora_status status = MLORA_OK;
+
     if (engine->failed)
         return error_set(MLORA_EDEVICE, "the engine failed before: it can only be closed");
 
-    mlora_status status = begin_adapters(engine);
-    if (status == MLORA_OK) status = take_submitted(engine);
-    if (status == MLORA_OK) status = take_cancelled(engine);
-    if (status == MLORA_OK) status = run(engine);
+    if (idle) status = begin_adapters(engine);
+    if (status == MLORA_OK) status = take_inbox(engine);
+    if (status == MLORA_OK && idle) status = start_fresh(engine);
+    if (status == MLORA_OK && plan->n_rows > 0) {
+        status = start_next(engine);
+        if (status == MLORA_OK) status = end_pass(engine);
+        if (status == MLORA_OK && !idle) status = take_inbox(engine); /* it may have waited */
+    }
     if (status != MLORA_OK) engine->failed = true;
-    registry_sweep(&engine->registry);
+    engine_sweep(engine);
 
     pthread_mutex_lock(&engine->lock);
     engine->n_scheduled = n_scheduled(&engine->scheduler);

@@ -13,7 +13,8 @@
 #include "lora/registry.h"
 #include "model/forward.h"
 
-/* What comes out of a step, for up to Q tokens drawn: one of each request, and of its guesses. */
+/* What comes out of a step, for up to Q tokens drawn: one of each request, and of its guesses. On
+ * the device, and as copies on the host. */
 struct outputs {
     float *logits;       /* [Q, V], on the device only                                */
     int32_t *rows;       /* [Q] inputs of the head, for prompts' log-probabilities    */
@@ -21,6 +22,18 @@ struct outputs {
     float *logprob;      /* [Q] of `ids`                                              */
     int32_t *top_ids;    /* [Q, n_top] room for TOP_MAX                               */
     float *top_logprobs; /* [Q, n_top]                                                */
+};
+
+/* A step that was started. While one is on its way the next can follow: its tokens are those that
+ * the device has just drawn. So the device does not wait for the host, which sees them one step
+ * later; a request that turns out to have ended has then one row too many, which is dropped. */
+struct pass {
+    struct outputs host; /* where its results come, behind the fence */
+    int fence;
+    int n_top;           /* alternatives in top_ids, -1: none */
+    int n_prompt_tokens; /* of the step */
+    int n_adapters;      /* in its batch */
+    double start;        /* seconds */
 };
 
 struct mlora_engine {
@@ -45,9 +58,11 @@ struct mlora_engine {
     int32_t *eos;             /* [n_eos] the model's and the tokenizer's end tokens */
     int n_eos;
 
-    struct outputs out, host;    /* on the device, and copies of it on the host */
+    struct outputs out;          /* on the device */
+    struct pass pass, next;      /* of the scheduler's plan and next plan */
+    double last_end;             /* of the last pass, in seconds */
+    bool plans_ahead;            /* where the device works while the host plans */
     mlora_token_logprob *scored; /* [max(max Q, 128)] of the event being made */
-    int n_top;                   /* alternatives in the step's top_ids, -1: none */
 
     /* From any thread to the engine's: guarded by `lock`. */
     pthread_mutex_t lock;
@@ -75,6 +90,10 @@ mlora_status engine_submit(struct mlora_engine *engine, struct request *request,
 /* Release the adapter of a request that is not scheduled, and free it. NULL is allowed. */
 void engine_free_request(struct request *request);
 void engine_cancel(struct mlora_engine *engine, uint64_t id);
+
+/* Free adapters that are neither listed nor used; a step on its way may still read them, and leaves
+ * them to the first one that ends with none after it. */
+void engine_sweep(struct mlora_engine *engine);
 
 mlora_status engine_step(struct mlora_engine *engine, int *n_active);
 

@@ -236,7 +236,7 @@ mlora_status mlora_adapter_replace(mlora_engine *engine, const char *dir, const 
     if (!dir) return null_argument("mlora_adapter_replace", "dir");
     if (!name) return null_argument("mlora_adapter_replace", "name");
     const mlora_status status = load_adapter(engine, dir, name, true);
-    if (status == MLORA_OK) registry_sweep(&engine->registry);
+    if (status == MLORA_OK) engine_sweep(engine);
     return status;
 }
 
@@ -260,7 +260,7 @@ mlora_status mlora_adapter_unload(mlora_engine *engine, const char *name)
     if (!name) return null_argument("mlora_adapter_unload", "name");
 
     const mlora_status status = registry_remove(&engine->registry, name);
-    registry_sweep(&engine->registry);
+    engine_sweep(engine);
     return status;
 }
 

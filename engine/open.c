@@ -236,7 +236,7 @@ static mlora_status open_speculation(struct mlora_engine *engine, const mlora_op
         .max_tokens = max_batch_tokens,
         .registry = &engine->registry,
         .out = &engine->out,
-        .host = &engine->host,
+        .host = &engine->pass.host,
     };
 
     mlora_status status = speculation_open(speculation, options, engine->dev->backend, max_num_seqs,
@@ -327,6 +327,8 @@ mlora_status engine_open(struct mlora_engine **out, const mlora_options *options
     if (status != MLORA_OK) goto failed;
     engine->batch.lora_mode = options->lora_mode;
     engine->batch.kv_stride = engine->kv_cache.stride;
+    engine->batch.drawn = engine->out.ids;
+    engine->plans_ahead = cuda;
     status = engine->dev->ops->sync(engine->dev);
     if (status != MLORA_OK) goto failed;
 

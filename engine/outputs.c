@@ -8,31 +8,46 @@
 
 /* ---- memory --------------------------------------------------------------------------------- */
 
+/* Sizes of the parts, for up to Q tokens. */
+enum { N_PARTS = 5 };
+
+struct part {
+    void **at;
+    size_t bytes;
+};
+
+static void list_parts(struct part parts[N_PARTS], struct outputs *outputs, int max_rows)
+{
+    const size_t one = (size_t)max_rows * 4, many = one * TOP_MAX; /* int32_t and float alike */
+
+    parts[0] = (struct part){(void **)&outputs->rows, one};
+    parts[1] = (struct part){(void **)&outputs->ids, one};
+    parts[2] = (struct part){(void **)&outputs->logprob, one};
+    parts[3] = (struct part){(void **)&outputs->top_ids, many};
+    parts[4] = (struct part){(void **)&outputs->top_logprobs, many};
+}
+
 mlora_status outputs_open(struct mlora_engine *engine, int max_rows)
 {
     const struct kernels *op = engine->dev->ops;
     const size_t Q = (size_t)max_rows;
-    const size_t one = Q * 4, many = Q * TOP_MAX * 4; /* int32_t and float alike */
-    const struct {
-        void **dev, **host; /* host NULL: on the device only */
-        size_t bytes;
-    } parts[] = {
-        {(void **)&engine->out.logits, NULL, Q * (size_t)engine->config.vocab_size * 4},
-        {(void **)&engine->out.rows, (void **)&engine->host.rows, one},
-        {(void **)&engine->out.ids, (void **)&engine->host.ids, one},
-        {(void **)&engine->out.logprob, (void **)&engine->host.logprob, one},
-        {(void **)&engine->out.top_ids, (void **)&engine->host.top_ids, many},
-        {(void **)&engine->out.top_logprobs, (void **)&engine->host.top_logprobs, many},
-    };
+    struct part parts[N_PARTS];
+    void *logits = NULL;
 
-    for (size_t i = 0; i < sizeof parts / sizeof parts[0]; i++) {
-        const mlora_status status = op->alloc(engine->dev, parts[i].bytes, parts[i].dev);
-        if (status != MLORA_OK) return status;
-        if (!parts[i].host) continue;
-        *parts[i].host = malloc(parts[i].bytes);
-        if (!*parts[i].host)
-            return error_set(MLORA_ENOMEM, "out of memory: outputs of %d rows", max_rows);
+    mlora_status status =
+        op->alloc(engine->dev, Q * (size_t)engine->config.vocab_size * sizeof(float), &logits);
+    engine->out.logits = logits;
+    list_parts(parts, &engine->out, max_rows);
+    for (int i = 0; i < N_PARTS && status == MLORA_OK; i++)
+        status = op->alloc(engine->dev, parts[i].bytes, parts[i].at);
+    for (int p = 0; p < 2; p++) {
+        struct pass *pass = p == 0 ? &engine->pass : &engine->next;
+        pass->fence = p;
+        list_parts(parts, &pass->host, max_rows);
+        for (int i = 0; i < N_PARTS && status == MLORA_OK; i++)
+            status = op->alloc_host(engine->dev, parts[i].bytes, parts[i].at);
     }
+    if (status != MLORA_OK) return status;
     engine->scored = malloc((Q > TOP_MAX ? Q : TOP_MAX) * sizeof *engine->scored);
     if (!engine->scored)
         return error_set(MLORA_ENOMEM, "out of memory: outputs of %d rows", max_rows);
@@ -42,18 +57,18 @@ mlora_status outputs_open(struct mlora_engine *engine, int max_rows)
 void outputs_close(struct mlora_engine *engine)
 {
     const struct kernels *op = engine->dev->ops;
-    void *const dev[] = {engine->out.logits,  engine->out.rows,    engine->out.ids,
-                         engine->out.logprob, engine->out.top_ids, engine->out.top_logprobs};
+    struct part parts[N_PARTS];
 
-    for (size_t i = 0; i < sizeof dev / sizeof dev[0]; i++)
-        if (dev[i]) op->free(engine->dev, dev[i]);
-    free(engine->host.rows);
-    free(engine->host.ids);
-    free(engine->host.logprob);
-    free(engine->host.top_ids);
-    free(engine->host.top_logprobs);
+    if (engine->out.logits) op->free(engine->dev, engine->out.logits);
+    list_parts(parts, &engine->out, 0);
+    for (int i = 0; i < N_PARTS; i++)
+        if (*parts[i].at) op->free(engine->dev, *parts[i].at);
+    for (int p = 0; p < 2; p++) {
+        list_parts(parts, p == 0 ? &engine->pass.host : &engine->next.host, 0);
+        for (int i = 0; i < N_PARTS; i++)
+            if (*parts[i].at) op->free_host(engine->dev, *parts[i].at);
+    }
     free(engine->scored);
-    engine->out = engine->host = (struct outputs){0};
 }
 
 /* ---- events --------------------------------------------------------------------------------- */
@@ -94,22 +109,23 @@ mlora_status outputs_finish(struct mlora_engine *engine, struct request *request
 /* ---- log-probabilities of prompts ----------------------------------------------------------- */
 
 /* Log-probabilities of n consecutive tokens of the step, the first being `token`, of which the
- * targets are the request's tokens from `position` on. Left in engine->host.logprob. */
+ * targets are the request's tokens from `position` on. Left in engine->pass.host.logprob. */
 static mlora_status score(struct mlora_engine *engine, const struct request *request, int token,
                           int position, int n)
 {
     struct device *dev = engine->dev;
     const struct kernels *op = dev->ops;
     const size_t bytes = (size_t)n * sizeof(int32_t);
+    const struct outputs *host = &engine->pass.host;
 
-    for (int i = 0; i < n; i++) engine->host.rows[i] = token + i;
-    op->upload(dev, engine->out.rows, engine->host.rows, bytes);
+    for (int i = 0; i < n; i++) host->rows[i] = token + i;
+    op->upload(dev, engine->out.rows, host->rows, bytes);
     op->upload(dev, engine->out.ids, request->tokens + position, bytes);
     forward_head(&engine->model, &engine->workspace, engine->out.logits, engine->out.rows, n,
-                 batch_head_rows(&engine->batch, engine->host.rows, n));
+                 batch_head_rows(&engine->batch, host->rows, n));
     op->logprobs(dev, engine->out.logprob, engine->out.top_ids, engine->out.top_logprobs,
                  engine->out.logits, engine->out.ids, n, engine->config.vocab_size, 0);
-    op->download(dev, engine->host.logprob, engine->out.logprob, bytes);
+    op->download(dev, host->logprob, engine->out.logprob, bytes);
     return op->sync(dev);
 }
 
@@ -136,7 +152,7 @@ static mlora_status score_row(struct mlora_engine *engine, struct request *reque
             score(engine, request, first + p - 1 - request->n_computed, p, n);
         if (status != MLORA_OK) return status;
         for (int i = 0; i < n; i++)
-            scored[i] = (mlora_token_logprob){request->tokens[p + i], engine->host.logprob[i]};
+            scored[i] = (mlora_token_logprob){request->tokens[p + i], engine->pass.host.logprob[i]};
         request->n_prompt_delivered += n;
         send(request,
              (mlora_event){.token = -1, .prompt_logprobs = scored, .n_prompt_logprobs = n});
@@ -160,13 +176,13 @@ mlora_status outputs_score_prompts(struct mlora_engine *engine, const struct pla
 
 /* ---- the next tokens ------------------------------------------------------------------------ */
 
-/* The most alternatives that a sampled row asks for; -1: none asks for log-probabilities. */
-static int wanted_logprobs(const struct batch *batch, const struct plan *plan)
+/* The most alternatives that a row which draws asks for; -1: none asks for log-probabilities. */
+static int wanted_logprobs(const struct plan *plan)
 {
     int n = -1;
-    for (int i = 0; i < batch->n_samples; i++) {
-        const struct request *request = plan->rows[batch->sampled_row[i]].request;
-        if (request->n_logprobs > n) n = request->n_logprobs;
+    for (int q = 0; q < plan->n_rows; q++) {
+        const struct plan_row *row = &plan->rows[q];
+        if (row->n_draws > 0 && row->request->n_logprobs > n) n = row->request->n_logprobs;
     }
     return n;
 }
@@ -204,29 +220,26 @@ void outputs_draw(const struct model *model, const struct workspace *workspace, 
     dev->ops->record_end(dev);
 }
 
-mlora_status outputs_sample(struct mlora_engine *engine, const struct plan *plan)
+void outputs_sample(struct mlora_engine *engine, const struct plan *plan, struct pass *pass)
 {
     struct device *dev = engine->dev;
     const struct kernels *op = dev->ops;
-    const struct batch *batch = &engine->batch;
-    const struct outputs *out = &engine->out, *host = &engine->host;
-    const int Q = batch->n_samples, V = engine->config.vocab_size;
-    const int n_top = wanted_logprobs(batch, plan);
+    const struct outputs *out = &engine->out, *host = &pass->host;
+    const int Q = engine->batch.n_samples, V = engine->config.vocab_size;
+    const int n_top = wanted_logprobs(plan);
 
-    if (Q > 0) {
-        outputs_draw(&engine->model, &engine->workspace, &engine->batch, out);
-        op->download(dev, host->ids, out->ids, (size_t)Q * sizeof *host->ids);
-    }
+    if (Q > 0) outputs_draw(&engine->model, &engine->workspace, &engine->batch, out);
     if (Q > 0 && n_top >= 0) {
         const size_t n = (size_t)Q * (size_t)n_top;
         op->logprobs(dev, out->logprob, out->top_ids, out->top_logprobs, out->logits, out->ids, Q,
                      V, n_top);
-        op->download(dev, host->logprob, out->logprob, (size_t)Q * sizeof *host->logprob);
-        op->download(dev, host->top_ids, out->top_ids, n * sizeof *host->top_ids);
-        op->download(dev, host->top_logprobs, out->top_logprobs, n * sizeof *host->top_logprobs);
+        op->fetch(dev, host->logprob, out->logprob, (size_t)Q * sizeof *host->logprob, pass->fence);
+        op->fetch(dev, host->top_ids, out->top_ids, n * sizeof *host->top_ids, pass->fence);
+        op->fetch(dev, host->top_logprobs, out->top_logprobs, n * sizeof *host->top_logprobs,
+                  pass->fence);
     }
-    engine->n_top = n_top;
-    return op->sync(dev);
+    op->fetch(dev, host->ids, out->ids, (size_t)Q * sizeof *host->ids, pass->fence);
+    pass->n_top = n_top;
 }
 
 static bool is_eos(const struct mlora_engine *engine, int32_t id)
@@ -240,7 +253,8 @@ static bool is_eos(const struct mlora_engine *engine, int32_t id)
 static mlora_status deliver(struct mlora_engine *engine, struct request *request, int i,
                             bool *ended)
 {
-    const int32_t id = engine->host.ids[i];
+    const struct outputs *host = &engine->pass.host;
+    const int32_t id = host->ids[i];
     mlora_token_logprob *top = engine->scored;
     mlora_event event = {.token = id};
     mlora_finish finish = MLORA_RUNNING;
@@ -261,13 +275,13 @@ static mlora_status deliver(struct mlora_engine *engine, struct request *request
         finish = MLORA_FINISH_LENGTH;
 
     if (request->n_logprobs >= 0) {
-        event.logprob = engine->host.logprob[i];
+        event.logprob = host->logprob[i];
         event.top = top;
         event.n_top = request->n_logprobs;
         if (event.n_top > engine->config.vocab_size) event.n_top = engine->config.vocab_size;
         for (int k = 0; k < event.n_top; k++) {
-            const int at = i * engine->n_top + k;
-            top[k] = (mlora_token_logprob){engine->host.top_ids[at], engine->host.top_logprobs[at]};
+            const int at = i * engine->pass.n_top + k;
+            top[k] = (mlora_token_logprob){host->top_ids[at], host->top_logprobs[at]};
         }
     }
     send(request, event);
@@ -280,8 +294,8 @@ static mlora_status deliver(struct mlora_engine *engine, struct request *request
 static mlora_status deliver_row(struct mlora_engine *engine, const struct plan_row *row, int i)
 {
     struct request *request = row->request;
-    const int n_accepted =
-        count_accepted(request->tokens + request->n_tokens, engine->host.ids + i, row->n_drafts);
+    const int n_accepted = count_accepted(request->tokens + request->n_tokens,
+                                          engine->pass.host.ids + i, row->n_drafts);
     mlora_status status = MLORA_OK;
     bool ended = false;
 
@@ -299,15 +313,15 @@ mlora_status outputs_deliver(struct mlora_engine *engine, const struct plan *pla
     int i = 0; /* of the draws */
 
     for (int q = 0; q < plan->n_rows && status == MLORA_OK; q++) {
-        const struct plan_row *row = &plan->rows[q];
-        if (i < engine->batch.n_samples && engine->batch.sampled_row[i] == q) {
-            status = deliver_row(engine, row, i);
-            i += 1 + row->n_drafts;
-            continue;
+        const struct plan_row row = plan->rows[q]; /* as it is before its request may end */
+        if (row.request && row.n_draws > 0) {
+            status = deliver_row(engine, &row, i);
+        } else if (row.request) {
+            scheduler_computed(&engine->scheduler, &engine->kvcache, &row, 0);
+            if (row.samples) /* there is nothing to generate: it was to be scored */
+                status = outputs_finish(engine, row.request, MLORA_FINISH_LENGTH);
         }
-        scheduler_computed(&engine->scheduler, &engine->kvcache, row, 0);
-        if (row->samples) /* there is nothing to generate: it was to be scored */
-            status = outputs_finish(engine, row->request, MLORA_FINISH_LENGTH);
+        i += row.n_draws;
     }
     return status;
 }

@@ -18,11 +18,12 @@ void outputs_draw(const struct model *model, const struct workspace *workspace, 
  * asked for them. Returns OK, ENOMEM or EDEVICE. */
 mlora_status outputs_score_prompts(struct mlora_engine *engine, const struct plan *plan);
 
-/* Draw a token after each token that is due, on the device, and bring them to the host. */
-mlora_status outputs_sample(struct mlora_engine *engine, const struct plan *plan);
+/* Draw a token after each token that is due, on the device; they are on the way to the pass. */
+void outputs_sample(struct mlora_engine *engine, const struct plan *plan, struct pass *pass);
 
-/* Give the drawn tokens to their requests, those after wrong guesses left out, tell them, and end
- * those that are done. */
+/* The pass of this plan has come: give the drawn tokens to their requests, those after wrong guesses
+ * left out, tell them, and end those that are done. What was drawn for requests that ended
+ * meanwhile is dropped. */
 mlora_status outputs_deliver(struct mlora_engine *engine, const struct plan *plan);
 
 /* Send the last event and free the request. */

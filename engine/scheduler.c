@@ -11,7 +11,8 @@ mlora_status scheduler_open(struct scheduler *out, int max_running, int max_batc
     *out = (struct scheduler){.max_running = max_running, .max_batch_tokens = max_batch_tokens};
     out->running = calloc((size_t)max_running, sizeof(*out->running));
     out->plan.rows = calloc((size_t)max_running, sizeof *out->plan.rows);
-    if (!out->running || !out->plan.rows) {
+    out->next.rows = calloc((size_t)max_running, sizeof *out->next.rows);
+    if (!out->running || !out->plan.rows || !out->next.rows) {
         scheduler_close(out);
         return error_set(MLORA_ENOMEM, "out of memory: %d concurrent requests", max_running);
     }
@@ -23,6 +24,7 @@ void scheduler_close(struct scheduler *scheduler)
     fair_close(&scheduler->fair);
     free(scheduler->running);
     free(scheduler->plan.rows);
+    free(scheduler->next.rows);
     *scheduler = (struct scheduler){0};
 }
 
@@ -61,10 +63,18 @@ static void stop_running(struct scheduler *s, int i, struct kvcache *kv)
     memmove(&s->running[i], &s->running[i + 1], (size_t)(s->n_running - i) * sizeof(*s->running));
 }
 
+static void drop_row(struct plan *plan, const struct request *request)
+{
+    for (int q = 0; q < plan->n_rows; q++)
+        if (plan->rows[q].request == request) plan->rows[q].request = NULL;
+}
+
 void scheduler_remove(struct scheduler *s, struct request *request, struct kvcache *kv)
 {
     const int i = find_running(s, request);
 
+    drop_row(&s->plan, request);
+    drop_row(&s->next, request);
     if (i < s->n_running)
         stop_running(s, i, kv);
     else
@@ -136,10 +146,15 @@ static int n_pending(const struct request *request)
 
 static void add_row(struct scheduler *s, struct request *request, int n_tokens)
 {
+    const bool samples = n_tokens == n_pending(request);
+
     s->plan.rows[s->plan.n_rows++] = (struct plan_row){
         .request = request,
+        .first = request->n_computed,
         .n_tokens = n_tokens,
-        .samples = n_tokens == n_pending(request),
+        .samples = samples,
+        .n_draws = samples && request->n_tokens < request->max_total,
+        .feed = -1,
     };
     s->plan.n_tokens += n_tokens;
     request->is_planned = true;
@@ -151,6 +166,7 @@ void scheduler_add_drafts(struct scheduler *s, struct plan_row *row, int n)
     assert(row->samples && row->n_drafts == 0 &&
            row->request->n_tokens + n < row->request->max_total);
     row->n_drafts = n;
+    row->n_draws += n;
     row->n_tokens += n;
     s->plan.n_tokens += n;
 }
@@ -354,6 +370,7 @@ const struct plan *scheduler_plan(struct scheduler *s, struct kvcache *kv)
 {
     s->plan.n_rows = 0;
     s->plan.n_tokens = 0;
+    s->n_ahead = 0;
     s->short_of_blocks = false;
     for (int i = 0; i < s->n_running; i++) s->running[i]->is_planned = false;
     fair_refresh(&s->fair, s->max_running);
@@ -365,4 +382,45 @@ const struct plan *scheduler_plan(struct scheduler *s, struct kvcache *kv)
         if (n_pending(s->running[i]) == 1 && reserve(s, kv, i)) add_row(s, s->running[i], 1);
     while (plan_prompt(s, kv)) continue;
     return &s->plan;
+}
+
+/* ---- planning ahead ------------------------------------------------------------------------- */
+
+/* Those who wait may be owed a place, or blocks, of one that runs: it is looked at so often. */
+enum { AHEAD_MAX = 8 };
+
+bool scheduler_plan_next(struct scheduler *s, struct kvcache *kv)
+{
+    struct plan *next = &s->next;
+    int n_blocks = 0, n_draws = 0, n_live = 0, n_rows = 0;
+
+    if (s->fair.n_waiting > 0 && (s->n_running < s->max_running || s->n_ahead == AHEAD_MAX))
+        return false;
+    for (int q = 0; q < s->plan.n_rows; q++) {
+        const struct plan_row *row = &s->plan.rows[q];
+        const int n = row->first + row->n_tokens; /* tokens before the one that is drawn */
+        const int feed = n_draws;
+        n_draws += row->n_draws;
+        if (!row->request) continue;
+        n_live++;
+        if (!row->samples || row->n_drafts > 0 || request_has_penalty(row->request)) return false;
+        if (n + 1 >= row->request->max_total) continue;
+        n_blocks += kvcache_blocks_for(n + 1) - row->request->kv.n_blocks;
+        next->rows[n_rows++] = (struct plan_row){row->request,    .first = n,   .n_tokens = 1,
+                                                 .samples = true, .n_draws = 1, .feed = feed};
+    }
+    if (n_rows == 0 || n_live < s->n_running || n_blocks > kv->n_free) return false;
+    for (int q = 0; q < n_rows; q++)
+        kvcache_extend(kv, &next->rows[q].request->kv, next->rows[q].first + 1);
+    next->n_rows = next->n_tokens = n_rows;
+    s->n_ahead++;
+    return true;
+}
+
+void scheduler_advance(struct scheduler *s)
+{
+    const struct plan over = s->plan;
+
+    s->plan = s->next;
+    s->next = (struct plan){.rows = over.rows};
 }

@@ -7,13 +7,15 @@
 #include "engine/kvcache.h"
 #include "engine/request.h"
 
-/* A row of the step's batch: the request's next n_tokens tokens after n_computed. */
+/* A row of the step's batch: n_tokens of a request. */
 struct plan_row {
-    struct request *request;
+    struct request *request; /* NULL: it has ended since this was planned */
+    int first;               /* position of the row's first token: those before it are computed */
     int n_tokens;
     int n_drafts; /* of those: guesses after the request's last token */
-    bool samples; /* the row reaches the request's last token: a new one is drawn after it, and */
-                  /* after each guess                                                           */
+    bool samples; /* the row reaches the request's last token */
+    int n_draws;  /* tokens drawn after it, if it may have more: after its last and each guess */
+    int feed;     /* its one token is that draw of the step before; -1: the request has it */
 };
 
 struct plan {
@@ -28,8 +30,10 @@ struct scheduler {
     int n_running;
     int max_running;
     int max_batch_tokens;
-    struct fair fair; /* who waits */
-    struct plan plan;
+    struct fair fair;     /* who waits */
+    struct plan plan;     /* of the step on its way, or the last one */
+    struct plan next;     /* of the one after it, where that is planned ahead */
+    int n_ahead;          /* steps in a row that were planned so */
     bool short_of_blocks; /* in the step being planned: nobody is admitted any more */
     int64_t n_preemptions;
     int64_t n_found, n_missed; /* prompt tokens looked for in the cache */
@@ -52,6 +56,16 @@ mlora_status scheduler_add(struct scheduler *scheduler, struct request *request)
  * The plan lives until the next call. */
 const struct plan *scheduler_plan(struct scheduler *scheduler, struct kvcache *kv);
 
+/* Plan the step after `plan` while that is on its way: the next token of each of its requests, but
+ * of those that will have reached their length. False, and nothing is planned: its outcome decides
+ * what comes next, as there are guesses or penalties; or others are to run, as prompts go on, there
+ * is a place for one that waits, or some have waited for several such steps; or nobody goes on, or
+ * blocks are missing. */
+bool scheduler_plan_next(struct scheduler *scheduler, struct kvcache *kv);
+
+/* The step of `plan` is over: `next` takes its place, and is empty where it was not planned. */
+void scheduler_advance(struct scheduler *scheduler);
+
 /* Lengthen a row that draws a token by `n` guesses, which stand after the request's tokens and have
  * their blocks. */
 void scheduler_add_drafts(struct scheduler *scheduler, struct plan_row *row, int n);
@@ -61,13 +75,13 @@ void scheduler_add_drafts(struct scheduler *scheduler, struct plan_row *row, int
 void scheduler_computed(struct scheduler *scheduler, struct kvcache *kv, const struct plan_row *row,
                         int n_accepted);
 
-/* Take a request out, running or waiting, and give its blocks back. */
+/* Take a request out, running or waiting, and give its blocks back. A step on its way may still
+ * write to them: what is started after it comes after it. */
 void scheduler_remove(struct scheduler *scheduler, struct request *request, struct kvcache *kv);
 
 /* By its id; NULL: there is none. */
 struct request *scheduler_find(const struct scheduler *scheduler, uint64_t id);
 
-/* Any request, running or waiting; NULL: none is left. */
 /* A waiting request whose adapter could not be brought to the device; NULL: there is none. */
 struct request *scheduler_failed(const struct scheduler *scheduler);
 
@@ -75,6 +89,7 @@ struct request *scheduler_failed(const struct scheduler *scheduler);
  * brought, of who got least first. */
 void scheduler_want_adapters(struct scheduler *scheduler);
 
+/* Any request, running or waiting; NULL: none is left. */
 struct request *scheduler_any(const struct scheduler *scheduler);
 
 #endif

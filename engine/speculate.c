@@ -137,13 +137,21 @@ void speculate_judge(struct speculation *s)
     s->longest = 0;
 }
 
-/* Nobody guesses in this step: it counts for all that wait. */
-static int plan_rest(struct speculation *speculation, const struct plan *plan)
+bool speculate_rests(const struct speculation *speculation, const struct plan *plan)
 {
-    speculation->rest--;
+    if (speculation->mode == MLORA_SPECULATE_OFF) return true;
+    if (speculation->longest > 0) return false; /* the step on its way is to be judged */
+    if (speculation->rest > 0 || plan->n_rows >= speculation->max_tokens) return true;
     for (int q = 0; q < plan->n_rows; q++)
-        if (can_draft(&plan->rows[q])) pace_next(&plan->rows[q].request->pace, 0);
-    return 0;
+        if (plan->rows[q].request && plan->rows[q].request->pace.wait == 0) return false;
+    return true;
+}
+
+void speculate_skip(struct speculation *speculation, const struct plan *next)
+{
+    if (speculation->rest > 0) speculation->rest--;
+    for (int q = 0; q < next->n_rows; q++)
+        if (can_draft(&next->rows[q])) pace_next(&next->rows[q].request->pace, 0);
 }
 
 /* Who may guess, and how far. Returns their number. */
@@ -153,7 +161,10 @@ static int plan_guesses(struct speculation *speculation, const struct plan *plan
     int n_able = 0, n = 0;
 
     for (int q = 0; q < plan->n_rows; q++) n_able += can_draft(&plan->rows[q]);
-    if (n_able > 0 && speculation->rest > 0) return plan_rest(speculation, plan);
+    if (n_able > 0 && speculation->rest > 0) {
+        speculate_skip(speculation, plan);
+        return 0;
+    }
     for (int q = 0; q < plan->n_rows && room > 0; q++) {
         struct plan_row *row = &plan->rows[q];
         if (!can_draft(row)) continue;

@@ -10,6 +10,7 @@
 #ifndef MLORA_ENGINE_SPECULATE_H
 #define MLORA_ENGINE_SPECULATE_H
 
+#include <stdbool.h>
 #include <stdint.h>
 
 #include "engine/mlora.h"
@@ -19,6 +20,7 @@ enum { MAX_DRAFT = 32, DEFAULT_DRAFT = 8 };
 struct draft_model;
 struct guess;
 struct kvcache;
+struct plan;
 struct request;
 struct scheduler;
 
@@ -76,6 +78,11 @@ int count_accepted(const int32_t *guesses, const int32_t *drawn, int n);
  * the step and KV blocks are left for them. Returns OK, ENOMEM or EDEVICE. */
 mlora_status speculate_plan(struct speculation *speculation, struct scheduler *scheduler,
                             struct kvcache *kv);
+
+/* Whether nobody will guess in the step after this plan, whatever it draws; and that step is one
+ * that was planned without guesses: it counts for all that wait. */
+bool speculate_rests(const struct speculation *speculation, const struct plan *plan);
+void speculate_skip(struct speculation *speculation, const struct plan *next);
 
 /* Of a row's guesses so many were what was drawn. */
 void speculate_learn(struct speculation *speculation, struct request *request, int n_drafted,

@@ -198,14 +198,22 @@ static void custom_lora_expand_silu_mul(struct device *dev, void *y, void *gate_
 
 /* ---- the device ----------------------------------------------------------------------------- */
 
-static mlora_status custom_sync(struct device *dev)
+/* `status` of the device, or what an op from a file has returned. */
+static mlora_status report(const struct custom *custom, mlora_status status)
 {
-    const struct custom *custom = dev->custom;
-    const mlora_status status = custom->ops->sync(dev);
-
     if (status != MLORA_OK || !custom->failed) return status;
     return error_set(MLORA_EDEVICE, "%s: op %s failed: it returned %d", custom->failed->path,
                      custom->failed->op->name, custom->failed_code);
+}
+
+static mlora_status custom_sync(struct device *dev)
+{
+    return report(dev->custom, dev->custom->ops->sync(dev));
+}
+
+static mlora_status custom_wait(struct device *dev, int fence)
+{
+    return report(dev->custom, dev->custom->ops->wait(dev, fence));
 }
 
 static void free_custom(struct custom *custom)
@@ -248,6 +256,7 @@ static void fill_table(struct custom *custom, const struct kernels *ops)
     *table = *ops;
     table->close = custom_close;
     table->sync = custom_sync;
+    table->wait = custom_wait;
     if (items[CUSTOM_SILU_MUL].op) table->silu_mul = custom_silu_mul;
     if (items[CUSTOM_ADD_RMS_NORM].op) {
         table->add_rms_norm = custom_add_rms_norm;

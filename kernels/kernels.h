@@ -24,7 +24,7 @@
 
 struct device;
 
-enum { MARKS = 1 << 14, UPLOAD_LANES = 4 };
+enum { MARKS = 1 << 14, UPLOAD_LANES = 4, FENCES = 2 };
 
 /* The time between two marks. */
 struct lap {
@@ -57,7 +57,9 @@ struct kernels {
     /* ---- metadata ------------------------------------------------------------------------- */
 
     /* Expand rows to tokens: for row q and j < n = row_start[q+1] - row_start[q],
-     * row[row_start[q] + j] = q and position[row_start[q] + j] = kv_len[q] - n + j. */
+     * row[row_start[q] + j] = q and position[row_start[q] + j] = kv_len[q] - n + j.
+     * Where `drawn` is given, an id below 0 becomes drawn[-1 - id], or 0 where that draw has failed:
+     * what one step draws goes into the next one without the host. */
     void (*metadata)(struct device *dev, const struct batch_view *batch);
 
     /* ---- the decoder ---------------------------------------------------------------------- */
@@ -227,6 +229,14 @@ struct kernels {
     /* The launches from here on belong to a range of that name, inside the one that is open; NULL
      * ends the inmost. The CPU has none: the entry is NULL. */
     void (*range)(struct device *dev, const char *name);
+
+    /* ---- without waiting ------------------------------------------------------------------ */
+
+    /* A download that returns at once: `to`, memory of alloc_host, holds the data when wait() has
+     * returned for the same fence, which stands for the last fetch() under its number. */
+    void (*fetch)(struct device *dev, void *to, const void *from, size_t bytes, int fence);
+    /* Wait for all ops before that fetch(); later ones may go on. Returns as sync. */
+    mlora_status (*wait)(struct device *dev, int fence);
 };
 
 struct device {

@@ -203,6 +203,14 @@ static mlora_status timed_sync(struct device *dev)
     return status;
 }
 
+static mlora_status timed_wait(struct device *dev, int fence)
+{
+    const mlora_status status = dev->profile->ops->wait(dev, fence);
+
+    if (status == MLORA_OK) take_notes(dev);
+    return status;
+}
+
 /* Every step is recorded anew, as marks belong to one step: under a key that is seen first, then
  * met again, at which recording begins. */
 static void begin_recording(struct device *dev)
@@ -458,6 +466,7 @@ mlora_status profile_open(struct device *dev, bool has_ranges)
     timed->upload = timed_upload;
     timed->download = timed_download;
     timed->sync = timed_sync;
+    timed->wait = timed_wait;
     timed->replay = timed_replay;
     timed->record_end = timed_record_end;
     timed->metadata = timed_metadata;
@@ -505,6 +514,11 @@ void profile_start(struct device *dev)
     profile->on = true;
     profile->fresh = true;
     profile->n_notes = profile->n_marks = profile->n_lines = 0;
+}
+
+bool profile_is_on(const struct device *dev)
+{
+    return dev->profile && dev->profile->on;
 }
 
 void profile_layer(struct device *dev, int layer)

@@ -33,6 +33,9 @@ void profile_start(struct device *dev);
 /* The ops from here on belong to that decoder layer, -1: to none. Nothing without a profile. */
 void profile_layer(struct device *dev, int layer);
 
+/* Whether ops are timed: one step after another then, as a step's marks are read at its end. */
+bool profile_is_on(const struct device *dev);
+
 /* The lines since profile_start(), in the order of their first call. They live until the next op. */
 const struct profile_line *profile_lines(const struct device *dev, int *n_lines);
 

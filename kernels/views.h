@@ -27,7 +27,9 @@ struct batch_view {
     int T, Q;
     int max_row;              /* tokens of the longest row                                       */
     int max_kv;               /* at least the largest kv_len                                     */
-    const int32_t *ids;       /* [T] token ids                                                   */
+    int32_t *ids;             /* [T] token ids; -1 - i: draw i of the step before, until metadata */
+                              /* puts it in                                                      */
+    const int32_t *drawn;     /* what the step before has drawn; NULL: no id is below 0          */
     const int32_t *row_start; /* [Q + 1]                                                         */
     const int32_t *kv_len;    /* [Q] tokens of the sequence, those of this step included         */
     int32_t *position;        /* [T] written by metadata: kv_len[q] - row's tokens + index in it */

@@ -103,6 +103,18 @@ static mlora_status cpu_sync(struct device *dev)
                      cpu->failed_op, cpu->failed_bytes);
 }
 
+static void cpu_fetch(struct device *dev, void *to, const void *from, size_t bytes, int fence)
+{
+    (void)fence;
+    cpu_download(dev, to, from, bytes);
+}
+
+static mlora_status cpu_wait(struct device *dev, int fence)
+{
+    (void)fence;
+    return cpu_sync(dev);
+}
+
 /* What the kernel says can be had without swapping (MemAvailable: free pages and caches that it
  * would drop), and all RAM. A limit on this process alone, as in a container, is not seen. */
 static void cpu_memory(struct device *dev, size_t *free_bytes, size_t *total_bytes)
@@ -249,6 +261,8 @@ static const struct kernels cpu_kernels = {
     .lora_expand_silu_mul = cpu_lora_expand_silu_mul,
     .upload_beside = cpu_upload_beside,
     .move = cpu_move,
+    .fetch = cpu_fetch,
+    .wait = cpu_wait,
 };
 
 mlora_status cpu_device_open(struct device **out, int n_threads)

@@ -1,4 +1,4 @@
-/* From rows to tokens: where each token of the step stands, and how much it may see. */
+/* From rows to tokens: which they are, where each one stands, and how much it may see. */
 #include "kernels/cpu/device.h"
 
 void cpu_metadata(struct device *dev, const struct batch_view *batch)
@@ -10,6 +10,11 @@ void cpu_metadata(struct device *dev, const struct batch_view *batch)
             batch->row[batch->row_start[q] + j] = q;
             batch->position[batch->row_start[q] + j] = batch->kv_len[q] - n + j;
         }
+    }
+    for (int t = 0; batch->drawn && t < batch->T; t++) {
+        if (batch->ids[t] >= 0) continue;
+        const int32_t id = batch->drawn[-1 - batch->ids[t]];
+        batch->ids[t] = id < 0 ? 0 : id;
     }
 }
 

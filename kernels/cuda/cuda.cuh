@@ -100,6 +100,7 @@ struct cuda_device {
     struct deferred deferred;
     bool is_lent; /* scratch is a caller's: it does not grow */
     struct staging staging;
+    cudaEvent_t fences[FENCES];
     char failure[256]; /* the first one, "" while there is none */
 };
 

@@ -157,6 +157,25 @@ static mlora_status device_sync(struct device *dev)
     return cuda->failure[0] ? error_set(MLORA_EDEVICE, "%s", cuda->failure) : MLORA_OK;
 }
 
+static void device_fetch(struct device *dev, void *to, const void *from, size_t bytes, int fence)
+{
+    struct cuda_device *cuda = cuda_begin(dev);
+
+    assert(fence >= 0 && fence < FENCES);
+    if (!cuda) return;
+    cuda_check(cuda, cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, cuda->stream),
+               "fetch");
+    cuda_check(cuda, cudaEventRecord(cuda->fences[fence], cuda->stream), "fetch");
+}
+
+static mlora_status device_wait(struct device *dev, int fence)
+{
+    struct cuda_device *cuda = cuda_begin(dev);
+    if (cuda) cuda_check(cuda, cudaEventSynchronize(cuda->fences[fence]), "a kernel before wait");
+    cuda = (struct cuda_device *)dev;
+    return cuda->failure[0] ? error_set(MLORA_EDEVICE, "%s", cuda->failure) : MLORA_OK;
+}
+
 static void device_memory(struct device *dev, size_t *free_bytes, size_t *total_bytes)
 {
     *free_bytes = *total_bytes = 0;
@@ -186,6 +205,8 @@ static void device_close(struct device *dev)
     cudaFreeHost(cuda->staging.down);
     for (int half = 0; half < 2; half++)
         if (cuda->staging.left[half]) cudaEventDestroy(cuda->staging.left[half]);
+    for (int i = 0; i < FENCES; i++)
+        if (cuda->fences[i]) cudaEventDestroy(cuda->fences[i]);
     recordings_close(cuda->recordings);
     clock_close(cuda->marks);
     blas_close(cuda->blas);
@@ -214,6 +235,7 @@ static const struct kernels cuda_kernels = {
     cuda_extend_metadata, cuda_lora_expand_silu_mul,
     cuda_upload_beside,   cuda_move,
     device_stream,        cuda_range,
+    device_fetch,         device_wait,
 };
 
 /* The parts that need the device to be current. */
@@ -231,6 +253,8 @@ static cudaError_t open_parts(struct cuda_device *cuda)
         error = cudaHostAlloc((void **)&staging->down, STAGING_HALF, cudaHostAllocDefault);
     for (int half = 0; half < 2 && error == cudaSuccess; half++)
         error = cudaEventCreateWithFlags(&staging->left[half], cudaEventDisableTiming);
+    for (int i = 0; i < FENCES && error == cudaSuccess; i++)
+        error = cudaEventCreateWithFlags(&cuda->fences[i], cudaEventDisableTiming);
     if (error == cudaSuccess) error = cudaStreamSynchronize(cuda->stream);
     return error;
 }

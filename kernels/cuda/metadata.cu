@@ -7,16 +7,19 @@ enum { METADATA_BLOCK = 128, LINEAR_ROWS = 16 };
 
 /* For token t of row q, the last row that starts at or before t and is not empty:
  *   row[t] = q, position[t] = kv_len[q] - (row_start[q + 1] - t)
+ * and ids[t] is looked up in `drawn` where it is below 0.
  *
- *   row, position [T]    row_start [Q + 1]    kv_len [Q]
+ *   row, position, ids [T]    row_start [Q + 1]    kv_len [Q]
  *   grid T / METADATA_BLOCK    block METADATA_BLOCK, a thread a token */
-static __global__ void metadata_kernel(int32_t *position, int32_t *row, const int32_t *row_start,
+static __global__ void metadata_kernel(int32_t *position, int32_t *row, int32_t *ids,
+                                       const int32_t *drawn, const int32_t *row_start,
                                        const int32_t *kv_len, int T, int Q)
 {
     grid_begin();
     const int t = blockIdx.x * METADATA_BLOCK + threadIdx.x;
     if (t >= T) return;
 
+    if (drawn && ids[t] < 0) ids[t] = max_int(0, drawn[-1 - ids[t]]);
     int q = 0; /* the number of rows that end at or before t */
     if (Q <= LINEAR_ROWS) {
         for (int i = 0; i < Q; i++) q += row_start[i + 1] <= t;
@@ -191,8 +194,8 @@ void cuda_metadata(struct device *dev, const struct batch_view *batch)
     if (!cuda || batch->T == 0) return;
 
     cuda_launch(cuda, "metadata", metadata_kernel, ceil_div(batch->T, METADATA_BLOCK),
-                METADATA_BLOCK, 0, 1, batch->position, batch->row, batch->row_start, batch->kv_len,
-                batch->T, batch->Q);
+                METADATA_BLOCK, 0, 1, batch->position, batch->row, batch->ids, batch->drawn,
+                batch->row_start, batch->kv_len, batch->T, batch->Q);
 }
 
 void cuda_extend_metadata(struct device *dev, const struct extend_view *extend)

@@ -27,6 +27,7 @@ struct request *schedule_request(uint64_t id, uint64_t account, int n_prompt, in
     r->content.word[0] = account;
     r->n_prompt = r->n_tokens = n_prompt;
     r->max_total = max_total;
+    r->sampling.repetition_penalty = 1;
     r->kv.blocks = calloc((size_t)kvcache_blocks_for(max_total), sizeof *r->kv.blocks);
     r->tokens = calloc((size_t)max_total, sizeof *r->tokens);
     for (int i = 0; i < n_prompt; i++) r->tokens[i] = 1;
@@ -59,6 +60,7 @@ void schedule_carry_out(struct schedule *schedule, const struct plan *plan)
 {
     for (int q = 0; q < plan->n_rows; q++) {
         struct request *r = plan->rows[q].request;
+        if (!r) continue;
         const int32_t *guesses = r->tokens + r->n_tokens;
         int right = 0;
         while (right < plan->rows[q].n_drafts &&

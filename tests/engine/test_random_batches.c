@@ -4,6 +4,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "engine/engine.h"
 #include "tests/engine/harness.h"
 
 #define MODEL "tests/fixtures/peft/llama"
@@ -15,6 +16,7 @@ static const char *const adapters[] = {NULL,   "plain",      "dora",   "alora",
 
 static struct answer alone[REQUESTS], together[REQUESTS];
 static uint64_t state;
+static long n_ahead; /* steps that were started before the one before them was over */
 
 static int below(int n)
 {
@@ -73,6 +75,12 @@ static void expect_as_alone(int i, bool cancelled)
     expect_same_answer(got, want, what);
 }
 
+static void step(mlora_engine *engine, int *n_active)
+{
+    cr_assert_eq(mlora_step(engine, n_active), MLORA_OK, "%s", mlora_error());
+    n_ahead += engine->scheduler.plan.n_rows > 0;
+}
+
 /* A few requests, some steps between them, some cancelled. */
 static void run_round(mlora_engine *engine)
 {
@@ -83,11 +91,10 @@ static void run_round(mlora_engine *engine)
         chosen[i] = below(REQUESTS / SOME) * SOME + i; /* each at most once */
         cancelled[i] = below(16) == 0;
         const uint64_t id = submit_number(engine, chosen[i], below(3), &together[chosen[i]]);
-        for (int step = below(4); step > 0; step--)
-            cr_assert_eq(mlora_step(engine, NULL), MLORA_OK, "%s", mlora_error());
+        for (int n = below(4); n > 0; n--) step(engine, NULL);
         if (cancelled[i]) mlora_cancel(engine, id);
     }
-    run_all(engine);
+    for (int n_active = 1; n_active > 0;) step(engine, &n_active);
     for (int i = 0; i < SOME; i++) expect_as_alone(chosen[i], cancelled[i]);
 }
 
@@ -97,10 +104,14 @@ Test(random_batches, give_each_request_what_it_gets_alone)
         int max_num_seqs, max_batch_tokens, kv_blocks, no_prefix_cache;
         bool short_of_blocks;
         mlora_speculate speculate;
-    } machines[] = {
-        {8, 64, 256, 0, false, MLORA_SPECULATE_OFF},  {3, 7, 64, 0, false, MLORA_SPECULATE_OFF},
-        {6, 20, 4, 0, true, MLORA_SPECULATE_OFF},     {6, 20, 5, 1, true, MLORA_SPECULATE_OFF},
-        {4, 20, 64, 0, false, MLORA_SPECULATE_NGRAM}, {6, 20, 4, 0, true, MLORA_SPECULATE_NGRAM}};
+        bool plans_ahead;
+    } machines[] = {{8, 64, 256, 0, false, MLORA_SPECULATE_OFF, false},
+                    {8, 64, 256, 0, false, MLORA_SPECULATE_OFF, true},
+                    {3, 7, 64, 0, false, MLORA_SPECULATE_OFF, false},
+                    {6, 20, 4, 0, true, MLORA_SPECULATE_OFF, true},
+                    {6, 20, 5, 1, true, MLORA_SPECULATE_OFF, false},
+                    {4, 20, 64, 0, false, MLORA_SPECULATE_NGRAM, true},
+                    {6, 20, 4, 0, true, MLORA_SPECULATE_NGRAM, false}};
     mlora_stats stats;
     if (backend_under_test() != MLORA_BACKEND_CPU) return; /* bits are promised on the CPU */
 
@@ -114,6 +125,8 @@ Test(random_batches, give_each_request_what_it_gets_alone)
         engine =
             open_machine(machines[m].max_num_seqs, machines[m].max_batch_tokens,
                          machines[m].kv_blocks, machines[m].no_prefix_cache, machines[m].speculate);
+        engine->plans_ahead = machines[m].plans_ahead;
+        n_ahead = 0;
         for (int round = 0; round < ROUNDS; round++) {
             run_round(engine);
             mlora_engine_stats(engine, &stats);
@@ -121,6 +134,7 @@ Test(random_batches, give_each_request_what_it_gets_alone)
         }
         cr_expect_eq(stats.n_cached_tokens == 0, machines[m].no_prefix_cache, "machine %zu", m);
         cr_expect_eq(stats.n_accepted_tokens > 0, machines[m].speculate, "machine %zu", m);
+        cr_expect_eq(n_ahead > ROUNDS, machines[m].plans_ahead, "machine %zu: %ld", m, n_ahead);
         cr_expect(stats.n_preemptions > 0 || !machines[m].short_of_blocks, "machine %zu", m);
         mlora_close(engine);
     }

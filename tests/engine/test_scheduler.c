@@ -214,3 +214,108 @@ Test(scheduler, finds_and_removes_requests_wherever_they_are)
     cr_expect_eq(schedule.scheduler.fair.n_waiting, 0);
     cr_expect_eq(schedule.kv.n_free, 100);
 }
+
+/* ---- planning ahead ------------------------------------------------------------------------- */
+
+static bool plan_next(void)
+{
+    return scheduler_plan_next(&schedule.scheduler, &schedule.kv);
+}
+
+static void advance(void)
+{
+    carry_out(&schedule.scheduler.plan);
+    scheduler_advance(&schedule.scheduler);
+}
+
+Test(scheduler, plans_ahead_what_goes_on)
+{
+    open_scheduler(4, 64, 8);
+    struct request *a = new_request(1, 5, 20), *b = new_request(2, 15, 17),
+                   *c = new_request(3, 16, 30);
+    const struct plan *next = &schedule.scheduler.next, *plan = &schedule.scheduler.plan;
+    schedule_add(&schedule, a);
+    schedule_add(&schedule, b);
+    schedule_add(&schedule, c);
+    plan_step();
+    cr_expect_eq(schedule.kv.n_free, 8 - 3);
+
+    cr_assert(plan_next());
+    cr_assert_eq(next->n_rows, 3);
+    cr_expect_eq(next->rows[2].request, c);
+    cr_expect_eq(next->rows[2].first, 16);
+    cr_expect_eq(next->rows[2].feed, 2, "the third draw of the step before");
+    cr_expect_eq(schedule.kv.n_free, 8 - 4, "c needs a second block");
+    advance();
+
+    cr_assert(plan_next()); /* b is at its length with what is drawn now */
+    cr_assert_eq(next->n_rows, 2);
+    cr_expect_eq(next->rows[0].request, a);
+    cr_expect_eq(next->rows[1].request, c);
+    cr_expect_eq(next->rows[1].feed, 2, "b's draw stands between");
+    advance();
+    cr_expect_eq(b->n_tokens, b->max_total);
+    end_request(b);
+    end_request(a);
+    cr_expect_null(plan->rows[0].request, "its row is dropped");
+    cr_assert(plan_next());
+    cr_assert_eq(next->n_rows, 1);
+    cr_expect_eq(next->rows[0].request, c);
+    cr_expect_eq(next->rows[0].feed, 1, "what was drawn for a is skipped");
+    advance();
+    end_request(c);
+    cr_expect_not(plan_next(), "nobody is left");
+    cr_expect_eq(schedule.kv.n_free, 8);
+}
+
+Test(scheduler, does_not_plan_ahead_of_what_is_not_known)
+{
+    open_scheduler(2, 12, 4);
+    struct request *a = new_request(1, 5, 60), *b = new_request(2, 16, 60),
+                   *c = new_request(3, 5, 60);
+    schedule_add(&schedule, a);
+    schedule_add(&schedule, b);
+    plan_step();
+    cr_expect_not(plan_next(), "b's prompt goes on");
+    advance();
+    plan_step();
+    a->sampling.frequency_penalty = 1;
+    cr_expect_not(plan_next(), "the penalty of what is drawn");
+    a->sampling.frequency_penalty = 0;
+    scheduler_add_drafts(&schedule.scheduler, &schedule.scheduler.plan.rows[0], 1);
+    cr_expect_not(plan_next(), "guesses may be wrong");
+    advance();
+    plan_step();
+    end_request(b);
+    schedule_add(&schedule, c);
+    cr_expect_not(plan_next(), "there is a place for c");
+    advance();
+    struct request *d = new_request(4, 5, 60);
+    schedule_add(&schedule, d);
+    plan_step();
+    for (int i = 0; i < 8; i++) {
+        cr_assert(plan_next(), "d waits, but there is no place");
+        advance();
+    }
+    cr_expect_not(plan_next(), "it may be owed one");
+    end_request(a);
+    end_request(c);
+    end_request(d);
+}
+
+Test(scheduler, does_not_plan_ahead_without_blocks)
+{
+    open_scheduler(2, 64, 3);
+    struct request *a = new_request(1, 16, 40), *b = new_request(2, 16, 40);
+    schedule_add(&schedule, a);
+    schedule_add(&schedule, b);
+    plan_step();
+    cr_expect_not(plan_next(), "each needs a second block, one is free");
+    cr_expect_eq(schedule.kv.n_free, 1, "nothing is taken");
+    cr_expect_eq(schedule.scheduler.next.n_rows, 0);
+    advance();
+    end_request(a);
+    plan_step();
+    cr_expect(plan_next());
+    end_request(b);
+}

@@ -62,6 +62,30 @@ Test(device, keeps_the_order_of_many_small_uploads)
     }
 }
 
+Test(device, fetches_what_stood_there_and_goes_on)
+{
+    enum { N = 4096, ROUNDS = 20 };
+    int32_t *host[FENCES], numbers[N], *memory = device_memory(sizeof numbers);
+    void *pinned;
+
+    for (int f = 0; f < FENCES; f++) {
+        cr_assert_eq(dev->ops->alloc_host(dev, sizeof numbers, &pinned), MLORA_OK);
+        host[f] = pinned;
+    }
+    for (int round = 0; round <= ROUNDS;
+         round++) { /* the fetch of one round is awaited in the next */
+        const int fence = round % FENCES, before = 1 - fence;
+        for (int i = 0; i < N; i++) numbers[i] = round * N + i;
+        dev->ops->upload(dev, memory, numbers, sizeof numbers);
+        dev->ops->fetch(dev, host[fence], memory, sizeof numbers, fence);
+        if (round == 0) continue;
+        cr_assert_eq(dev->ops->wait(dev, before), MLORA_OK);
+        for (int i = 0; i < N; i++) cr_assert_eq(host[before][i], (round - 1) * N + i);
+    }
+    cr_assert_eq(dev->ops->sync(dev), MLORA_OK);
+    for (int f = 0; f < FENCES; f++) dev->ops->free_host(dev, host[f]);
+}
+
 /* Bytes that differ from place to place. */
 static unsigned char *pattern(size_t n, uint64_t seed)
 {

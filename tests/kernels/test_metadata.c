@@ -30,6 +30,30 @@ Test(metadata, gives_each_token_its_row_and_position)
     cr_expect_arr_eq(position, want_position, sizeof position);
 }
 
+Test(metadata, puts_in_what_the_step_before_has_drawn)
+{
+    const int32_t row_start[4] = {0, 2, 3, 4}, kv_len[3] = {2, 9, 7};
+    const int32_t drawn[3] = {70, -1, 90}; /* the second draw has failed */
+    int32_t ids[4] = {5, -3, -2, -1};
+    const int32_t want[4] = {5, 90, 0, 70};
+    const struct batch_view batch = {
+        .T = 4,
+        .Q = 3,
+        .max_row = 2,
+        .max_kv = 9,
+        .ids = upload(ids, sizeof ids),
+        .drawn = upload(drawn, sizeof drawn),
+        .row_start = upload(row_start, sizeof row_start),
+        .kv_len = upload(kv_len, sizeof kv_len),
+        .position = device_memory(sizeof ids),
+        .row = device_memory(sizeof ids),
+    };
+
+    dev->ops->metadata(dev, &batch);
+    download(ids, batch.ids, sizeof ids);
+    cr_expect_arr_eq(ids, want, sizeof ids);
+}
+
 /* ---- draft and extend --------------------------------------------------------------------- */
 
 enum { UNWRITTEN = -77, TAIL = -5, TOPK = 40 };
