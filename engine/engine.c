@@ -208,6 +208,7 @@ static void count_step(struct mlora_engine *engine)
     } else {
         engine->stats.decode_seconds += seconds;
         engine->stats.n_decode_steps++;
+        speculate_clock(&engine->speculation, seconds);
     }
 }
 

@@ -123,18 +123,36 @@ static int wanted(const struct speculation *speculation, const struct plan_row *
 /* Of a step: longer rows, and more of them in the products and the draws. */
 static const double COST = 1.0 / 16;
 
+void speculate_clock(struct speculation *s, double seconds)
+{
+    if (s->longest > 0)
+        s->seconds = seconds;
+    else
+        s->plain += (seconds - s->plain) * (s->plain > 0 ? 0.25 : 1);
+}
+
+/* What the last step with guesses took beyond a plain one, in plain ones: as the clock says, or by
+ * estimate. */
+static double cost_of_guesses(const struct speculation *s)
+{
+    if (s->ignores_clock || s->seconds <= 0 || s->plain <= 0)
+        return COST + s->longest * s->pass_cost;
+    return s->seconds / s->plain - 1;
+}
+
 void speculate_judge(struct speculation *s)
 {
     const double gained = (double)(s->n_accepted - s->before);
 
     if (s->longest == 0) return;
-    if (gained >= (COST + s->longest * s->pass_cost) * s->n_rows) {
+    if (gained > 0 && gained >= cost_of_guesses(s) * s->n_rows) {
         s->misses = 0;
     } else {
         if (s->misses < MAX_MISSES) s->misses++;
         s->rest = 1 << s->misses;
     }
     s->longest = 0;
+    s->seconds = 0;
 }
 
 bool speculate_rests(const struct speculation *speculation, const struct plan *plan)

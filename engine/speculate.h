@@ -39,7 +39,7 @@ struct speculation {
     int max_tokens; /* of a step with guesses: those beyond it are no longer computed for free */
     struct draft_model *draft; /* owned by the engine; NULL: there is none */
     struct guess *guesses;     /* [max_num_seqs] of the step */
-    double pass_cost;          /* of the draft model's, in steps of the model */
+    double pass_cost;          /* of the draft model's, in steps of the model: an estimate */
     int64_t n_drafted, n_accepted;
 
     /* Whether guesses are worth their cost, over all requests together. */
@@ -47,7 +47,13 @@ struct speculation {
     int misses;     /* steps with guesses in a row that were not worth it */
     int64_t before; /* n_accepted when the last one was planned; of that one: */
     int n_rows, longest;
+    bool ignores_clock; /* the cost of guesses is always an estimate */
+    double seconds;     /* of that one, drafts and all; 0: not known */
+    double plain;       /* of steps without guesses, of late; 0: not known */
 };
+
+/* A step that held no prompt has taken so long. */
+void speculate_clock(struct speculation *speculation, double seconds);
 
 /* Judge the last step with guesses, if it was not judged yet: was what they gained, the tokens that
  * were right for each row, more than their cost? If not, all rest for some steps, for twice as many

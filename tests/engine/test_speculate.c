@@ -106,6 +106,32 @@ Test(speculate, rests_when_guesses_are_not_worth_it)
     cr_expect_eq(s.rest, 2);
 }
 
+Test(speculate, is_judged_by_the_clock)
+{
+    struct speculation s = {.pass_cost = 9, .plain = 0, .n_rows = 10};
+
+    speculate_clock(&s, 0.004);
+    speculate_clock(&s, 0.008); /* plain steps: 5 ms of late */
+    cr_expect_float_eq(s.plain, 0.005, 1e-12);
+    s.longest = 4;
+    speculate_clock(&s, 0.006); /* a fifth more: 2 tokens of 10 rows */
+    cr_expect_float_eq(s.plain, 0.005, 1e-12);
+    s.n_accepted = 2;
+    speculate_judge(&s);
+    cr_expect_eq(s.rest, 0);
+    s.longest = 4;
+    speculate_clock(&s, 0.0061);
+    speculate_judge(&s);
+    cr_expect_eq(s.rest, 2);
+    /* one that seems to be faster than without is still not worth it where it gained nothing */
+    s.rest = 0;
+    s.before = s.n_accepted;
+    s.longest = 1;
+    speculate_clock(&s, 0.001);
+    speculate_judge(&s);
+    cr_expect_eq(s.rest, 4);
+}
+
 Test(speculate, counts_guesses_up_to_the_first_wrong_one)
 {
     const int32_t drawn[5] = {3, 4, 5, 6, 7};
@@ -279,6 +305,7 @@ static mlora_engine *open_eager(const mlora_options *options)
     mlora_engine *engine = open_engine(options);
 
     engine->speculation.pass_cost = 0;
+    engine->speculation.ignores_clock = true;
     return engine;
 }
 
@@ -543,6 +570,7 @@ Test(speculate, rests_with_a_draft_model_that_is_too_large)
     options.draft_model = LLAMA2;
     request.ignore_eos = 1;
     mlora_engine *engine = open_engine(&options);
+    engine->speculation.ignores_clock = true; /* by the sizes of the models */
     submit(engine, &request);
     run_all(engine);
     mlora_engine_stats(engine, &stats);
@@ -561,7 +589,7 @@ Test(speculate, counts_guesses_in_penalties)
     mlora_stats stats;
 
     options.speculate = MLORA_SPECULATE_NGRAM;
-    mlora_engine *engine = open_engine(&options);
+    mlora_engine *engine = open_eager(&options);
     for (int seed = 0; seed < 6; seed++) {
         mlora_request request = greedy(NULL, prompts[0], 80, &plain);
         request.temperature = 2.0f;
