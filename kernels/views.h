@@ -177,7 +177,7 @@ enum extend_search {
     EXTEND_BY_REQUEST
 };
 
-enum { EXTEND_LINEAR_MAX = 16, EXTEND_BLOCK = 1024 /* tokens of a block of threads */ };
+enum { EXTEND_LINEAR_MAX = 16, EXTEND_BLOCK = 256 /* tokens of a block of threads */ };
 
 /* A batch in which request b extends its sequence by extend_len[b] tokens, whose number the host
  * need not know: drafted tokens, or those that a verification has accepted. */

@@ -41,9 +41,29 @@ static __global__ void metadata_kernel(int32_t *position, int32_t *row, int32_t 
 
 enum { OWN_RUN = 8 /* tokens that a thread writes alone */ };
 
-template <typename Length> static __device__ int length_at(const void *lengths, int b)
+/* lengths[b] to lengths[b + OWN - 1], b a multiple of OWN; from n on they are zeros. */
+template <int OWN>
+static __device__ void load_lengths(int to[OWN], const int32_t *lengths, int b, int n)
 {
-    return (int)((const Length *)lengths)[b];
+    if constexpr (OWN % 4 == 0) {
+        if (b + OWN <= n && is_aligned(lengths)) {
+#pragma unroll
+            for (int i = 0; i < OWN; i += 4) {
+                const int4 four = *(const int4 *)(lengths + b + i);
+                to[i] = four.x, to[i + 1] = four.y, to[i + 2] = four.z, to[i + 3] = four.w;
+            }
+            return;
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < OWN; i++) to[i] = b + i < n ? lengths[b + i] : 0;
+}
+
+template <int OWN>
+static __device__ void load_lengths(int to[OWN], const int64_t *lengths, int b, int n)
+{
+#pragma unroll
+    for (int i = 0; i < OWN; i++) to[i] = b + i < n ? (int)lengths[b + i] : 0;
 }
 
 /* Exclusive sum of `own` over the block's threads; `sum` receives the whole. */
@@ -59,12 +79,13 @@ static __device__ int block_scan(int own, int *sum)
     }
     if (lane == WARP - 1) of_warp[warp] = through;
     __syncthreads();
-    int warps = of_warp[lane]; /* each warp scans all of them: it saves a barrier */
-    for (int step = 1; step < WARP; step *= 2) {
+    /* Each warp scans all of them: it saves a barrier. */
+    int warps = lane < EXTEND_BLOCK / WARP ? of_warp[lane] : 0;
+    for (int step = 1; step < EXTEND_BLOCK / WARP; step *= 2) {
         const int before = __shfl_up_sync(~0u, warps, step);
         if (lane >= step) warps += before;
     }
-    *sum = __shfl_sync(~0u, warps, WARP - 1);
+    *sum = __shfl_sync(~0u, warps, EXTEND_BLOCK / WARP - 1);
     const int before = __shfl_sync(~0u, warps, warp == 0 ? 0 : warp - 1);
     return (warp == 0 ? 0 : before) + through - own;
 }
@@ -101,7 +122,7 @@ static __device__ int find_request(const int *start, int n, int t, bool is_linea
 }
 
 /* Tokens [first, end) of request b, whose token 0 is t0: short runs by the thread alone, long ones
- * by its warp together. */
+ * by its warp together. All threads of the warp call it. */
 static __device__ void write_run(const struct extend_view &view, int b, int before, int t0,
                                  int first, int end)
 {
@@ -125,12 +146,14 @@ static __device__ void write_run(const struct extend_view &view, int b, int befo
  * A thread takes OWN requests in a round of the sum, and reads all that it needs of them at once.
  *
  *   grid max(1, capacity / EXTEND_BLOCK)    block EXTEND_BLOCK, a thread a token
- *   shared 8 OWN KiB: of a round of requests, where each starts and what is before it */
+ *   shared 2 OWN KiB: of a round of requests, where each starts and what is before it */
 template <typename Length, int OWN>
-static __global__ void __launch_bounds__(EXTEND_BLOCK) extend_kernel(struct extend_view view)
+static __global__ void __launch_bounds__(EXTEND_BLOCK, 2) extend_kernel(struct extend_view view)
 {
     enum { ROUND = EXTEND_BLOCK * OWN };
     __shared__ int start[ROUND + 1], before[ROUND];
+    const Length *extend_len = (const Length *)view.extend_len;
+    const Length *kv_len = (const Length *)view.kv_len;
     const int tile = blockIdx.x * EXTEND_BLOCK;
     const int tile_end = min_int(tile + EXTEND_BLOCK, view.capacity);
     const int t = tile + threadIdx.x;
@@ -142,30 +165,29 @@ static __global__ void __launch_bounds__(EXTEND_BLOCK) extend_kernel(struct exte
         const int mine = threadIdx.x * OWN;
         int own[OWN], own_before[OWN], sum_own = 0, sum;
 
+        load_lengths<OWN>(own, extend_len, round + mine, view.bs);
+        load_lengths<OWN>(own_before, kv_len, round + mine, view.bs);
 #pragma unroll
         for (int i = 0; i < OWN; i++) {
-            const int b = round + mine + i;
-            own[i] = mine + i < n ? length_at<Length>(view.extend_len, b) : 0;
-            own_before[i] = mine + i < n ? length_at<Length>(view.kv_len, b) - own[i] : 0;
+            own_before[i] -= own[i];
             sum_own += own[i];
         }
         int at = total + block_scan(sum_own, &sum);
 #pragma unroll
         for (int i = 0; i < OWN; i++) {
-            if (view.search == EXTEND_BY_REQUEST) {
-                write_run(view, round + mine + i, own_before[i], at, max_int(at, tile),
-                          min_int(at + own[i], tile_end));
-            } else {
-                start[mine + i] = at;
-                before[mine + i] = own_before[i];
-            }
+            start[mine + i] = at;
+            before[mine + i] = own_before[i];
             if (blockIdx.x == 0 && mine + i < n) view.request_start[round + mine + i] = at;
             at += own[i];
         }
         if (threadIdx.x == EXTEND_BLOCK - 1) start[ROUND] = at;
         __syncthreads();
 
-        if (view.search != EXTEND_BY_REQUEST && t >= total && t < min_int(total + sum, tile_end)) {
+        if (view.search == EXTEND_BY_REQUEST) {
+            for (int b = threadIdx.x; b < ROUND; b += EXTEND_BLOCK)
+                write_run(view, round + b, before[b], start[b], max_int(start[b], tile),
+                          min_int(start[b + 1], tile_end));
+        } else if (t >= total && t < min_int(total + sum, tile_end)) {
             const int q = find_request(start, n, t, view.search == EXTEND_LINEAR);
             write_token(view, t, round + q, before[q], t - start[q]);
         }
@@ -198,6 +220,14 @@ void cuda_metadata(struct device *dev, const struct batch_view *batch)
                 batch->row_start, batch->kv_len, batch->T, batch->Q);
 }
 
+/* With as many requests a thread as let one round suffice. */
+template <typename Length> static auto extend_kernel_for(int bs)
+{
+    return bs <= EXTEND_BLOCK       ? extend_kernel<Length, 1>
+           : bs <= 4 * EXTEND_BLOCK ? extend_kernel<Length, 4>
+                                    : extend_kernel<Length, 16>;
+}
+
 void cuda_extend_metadata(struct device *dev, const struct extend_view *extend)
 {
     struct cuda_device *cuda = cuda_begin(dev);
@@ -206,10 +236,8 @@ void cuda_extend_metadata(struct device *dev, const struct extend_view *extend)
     struct extend_view view = *extend;
     if (view.search == EXTEND_ADAPTIVE)
         view.search = view.bs <= EXTEND_LINEAR_MAX ? EXTEND_LINEAR : EXTEND_BINARY;
-    const bool one_each = view.bs <= EXTEND_BLOCK;
-    const auto kernel = view.has_int64_lengths
-                            ? (one_each ? extend_kernel<int64_t, 1> : extend_kernel<int64_t, 4>)
-                            : (one_each ? extend_kernel<int32_t, 1> : extend_kernel<int32_t, 4>);
+    const auto kernel = view.has_int64_lengths ? extend_kernel_for<int64_t>(view.bs)
+                                               : extend_kernel_for<int32_t>(view.bs);
     cuda_launch(cuda, "extend_metadata", kernel, max_int(1, ceil_div(view.capacity, EXTEND_BLOCK)),
                 EXTEND_BLOCK, 0, 1, view);
 }
