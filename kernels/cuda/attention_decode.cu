@@ -10,39 +10,45 @@
 /* ---- kernels ------------------------------------------------------------------------------ */
 
 enum {
-    DECODE_BLOCK = 128,
-    DECODE_WARPS = DECODE_BLOCK / WARP,
     DECODE_HEADS = 8, /* columns of a product */
 
-    /* A row's pages are shared out over at most SPLITS_MAX blocks: see split_pages(). */
+    /* A row's pages are shared out over at most SPLITS_MAX blocks of WARPS_MIN to max_warps() warps,
+     * each of which has WARP_PAGES_MIN to WARP_PAGES_MAX of them, about: see shares_of(). */
     SPLITS_MAX = 64,
-    SPLIT_PAGES_MIN = 8,
-    SPLIT_PAGES_MAX = 64,
-    BLOCKS_AT_A_TIME = 4, /* of a multiprocessor, about */
+    WARPS_MIN = 4,
+    WARP_PAGES_MIN = 2,
+    WARP_PAGES_MAX = 16,
+    DECODE_STATIC = DECODE_HEADS * SPLITS_MAX * 4 + 64, /* shared memory that has a name */
 };
 
 /* Rows of shared memory are 16 bytes longer than a head: an odd number of 16-byte units, so that
  * eight rows' units lie in different banks. */
-template <int D> static constexpr __host__ __device__ int pitch()
+static constexpr __host__ __device__ int pitch(int d)
 {
-    return D + 8;
+    return d + 8;
 }
 
 /* Copies of 16 keys or values that a warp has room for: shorter ones, more. */
-template <int D> static constexpr __host__ __device__ int queue()
+static constexpr __host__ __device__ int queue(int d)
 {
-    return D <= 80 ? 5 : 3;
+    return d <= 80 ? 5 : 3;
 }
 
-template <int D> static constexpr __host__ __device__ int queue_bytes()
+static constexpr __host__ __device__ int queue_bytes(int d)
 {
-    return queue<D>() * KV_BLOCK * pitch<D>() * 2; /* of a warp */
+    return queue(d) * KV_BLOCK * pitch(d) * 2; /* of a warp */
 }
 
-template <int D> static constexpr __host__ __device__ int decode_shared()
+/* Warps of a block, for which there are registers. */
+static constexpr __host__ __device__ int max_warps(int d)
 {
-    const int queues = DECODE_WARPS * queue_bytes<D>();
-    const int merge = DECODE_WARPS * DECODE_HEADS * (D + 2) * 4;
+    return d <= 128 ? 16 : 8;
+}
+
+static constexpr __host__ __device__ int decode_shared(int d, int n_warps)
+{
+    const int queues = n_warps * queue_bytes(d);
+    const int merge = n_warps * DECODE_HEADS * (d + 2) * 4;
     return queues > merge ? queues : merge;
 }
 
@@ -50,7 +56,7 @@ template <int D> static constexpr __host__ __device__ int decode_shared()
  * [Q, H, splits, 2]. */
 struct decode_parts {
     float *sums, *stats;
-    int pages; /* of the cache to a split, see split_pages() */
+    int pages; /* of the cache to a split */
     int max_splits;
 };
 
@@ -60,14 +66,22 @@ template <int D> struct page_reader {
     const int32_t *table; /* of the row */
     size_t block_stride;  /* elements from block to block */
     uint32_t copies;      /* [queue(), KV_BLOCK, pitch] in shared memory */
-    int first, n;         /* pages first, first + DECODE_WARPS, ...: n of them */
+    int first, step, n;   /* pages first, first + step, ...: n of them */
     int end;              /* positions from here on are zeros */
     int ids;              /* in lane l: table entry of page base + l, of this warp's */
 
     __device__ void look_up(int i)
     {
         const int lane = threadIdx.x % WARP;
-        ids = i + lane < n ? table[first + (i + lane) * DECODE_WARPS] : 0;
+        ids = i + lane < n ? table[first + (i + lane) * step] : 0;
+    }
+
+    /* Bring the first page as near as it can be while others may still write to it. */
+    __device__ void prefetch() const
+    {
+        if (threadIdx.x % WARP > 0 || n == 0) return;
+        prefetch_bulk(k + ids * block_stride, KV_BLOCK * D * 2);
+        prefetch_bulk(v + ids * block_stride, KV_BLOCK * D * 2);
     }
 
     /* Begin to copy half `unit`: of this warp's page unit / 2, the keys or the values. */
@@ -75,15 +89,15 @@ template <int D> struct page_reader {
     {
         const int i = unit / 2, lane = threadIdx.x % WARP;
         if (i < n) {
-            const int page = first + i * DECODE_WARPS;
+            const int page = first + i * step;
             if (unit % 2 == 0 && i > 0 && i % WARP == 0) look_up(i);
             const int block = __shfl_sync(~0u, ids, i % WARP);
             const bf16 *from = (unit % 2 ? v : k) + block * block_stride;
-            const uint32_t to = copies + unit % queue<D>() * (KV_BLOCK * pitch<D>() * 2);
+            const uint32_t to = copies + unit % queue(D) * (KV_BLOCK * pitch(D) * 2);
 #pragma unroll
             for (int j = 0; j < D / 16; j++) {
                 const int part = j * WARP + lane, row = part / (D / 8), column = part % (D / 8) * 8;
-                copy_async(to + (row * pitch<D>() + column) * 2, from + part * 8,
+                copy_async(to + (row * pitch(D) + column) * 2, from + part * 8,
                            page * KV_BLOCK + row < end);
             }
         }
@@ -98,7 +112,7 @@ static __device__ void combine(bf16 *y, const struct decode_parts &parts, size_t
 {
     __shared__ float weight[DECODE_HEADS][SPLITS_MAX];
 
-    for (int i = threadIdx.x; i < n_heads * WARP; i += DECODE_BLOCK) {
+    for (int i = threadIdx.x; i < n_heads * WARP; i += blockDim.x) {
         /* a warp a head: its weights, exp2(max - largest max) / total */
         const int head = i / WARP, lane = i % WARP;
         const float2 *stats = (const float2 *)parts.stats + (head0 + head) * parts.max_splits;
@@ -115,7 +129,7 @@ static __device__ void combine(bf16 *y, const struct decode_parts &parts, size_t
         for (int s = lane; s < splits; s += WARP) weight[head][s] /= total;
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < n_heads * D / 4; i += DECODE_BLOCK) {
+    for (int i = threadIdx.x; i < n_heads * D / 4; i += blockDim.x) {
         const int head = i / (D / 4), column = i % (D / 4) * 4;
         const float *sums = parts.sums + (head0 + head) * parts.max_splits * D + column;
         float4 sum = make_float4(0, 0, 0, 0);
@@ -134,9 +148,9 @@ static __device__ void combine(bf16 *y, const struct decode_parts &parts, size_t
  * Scores of 16 tokens: S [16 tokens, 8 heads] = K Q^T; then O [D, 8 heads] += V^T P.
  *
  *   y [T, H, D]    qkv [T, H + 2 G, D]    k, v [., G, KV_BLOCK, D]
- *   grid (splits, G * heads / 8, Q)    block DECODE_BLOCK    shared decode_shared<D>() */
+ *   grid (splits, G * heads / 8, Q)    block: some warps    shared decode_shared(D, warps) */
 template <int D>
-static __global__ void __launch_bounds__(DECODE_BLOCK)
+static __global__ void __launch_bounds__(max_warps(D) * WARP)
     attention_decode_kernel(bf16 *y, const bf16 *qkv, const bf16 *k, const bf16 *v,
                             const struct attention_args args, const struct decode_parts parts,
                             int *counters)
@@ -148,6 +162,7 @@ static __global__ void __launch_bounds__(DECODE_BLOCK)
     const int n_heads = min_int(DECODE_HEADS, group - in_group);
     const int h0 = g * group + in_group;
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    const int n_warps = blockDim.x / WARP;
     grid_release();
     const int t = args.row_start[row];
     const int n_tokens = args.row_start[row + 1] - t;
@@ -163,15 +178,17 @@ static __global__ void __launch_bounds__(DECODE_BLOCK)
     reader.v = v + (size_t)g * KV_BLOCK * D;
     reader.table = args.block_table + (size_t)row * args.max_blocks;
     reader.block_stride = (size_t)G * KV_BLOCK * D;
-    reader.copies = shared_address(shared) + warp * queue_bytes<D>();
+    reader.copies = shared_address(shared) + warp * queue_bytes(D);
     reader.first = split_begin + warp;
-    reader.n = ceil_div(max_int(0, split_end - reader.first), DECODE_WARPS);
+    reader.step = n_warps;
+    reader.n = ceil_div(max_int(0, split_end - reader.first), n_warps);
     reader.end = end;
     reader.look_up(0); /* the table was uploaded */
+    if (n_tokens == 1) reader.prefetch();
     grid_wait();
     /* The whole block: a longer row is attention_prefill's. */
     if (n_tokens != 1 || (int)blockIdx.x >= splits) return;
-    for (int unit = 0; unit < queue<D>() - 1; unit++) reader.start(unit);
+    for (int unit = 0; unit < queue(D) - 1; unit++) reader.start(unit);
 
     /* Q^T: column lane / 4 is head h0 + lane / 4. */
     uint32_t q[D / 16][2];
@@ -187,10 +204,10 @@ static __global__ void __launch_bounds__(DECODE_BLOCK)
     float max[2] = {-INFINITY, -INFINITY}, total[2] = {}; /* of heads 2 (lane % 4) and the next */
     for (int i = 0; i < reader.n; i++) {
         float score[2][4] = {};
-        copy_wait<queue<D>() - 2>();
+        copy_wait<queue(D) - 2>();
         __syncwarp();
-        const uint32_t key = reader.copies + 2 * i % queue<D>() * (KV_BLOCK * pitch<D>() * 2) +
-                             (lane % 16 * pitch<D>() + lane / 16 * 8) * 2;
+        const uint32_t key = reader.copies + 2 * i % queue(D) * (KV_BLOCK * pitch(D) * 2) +
+                             (lane % 16 * pitch(D) + lane / 16 * 8) * 2;
 #pragma unroll
         for (int s = 0; s < D / 16; s++) {
             uint32_t a[4];
@@ -198,9 +215,9 @@ static __global__ void __launch_bounds__(DECODE_BLOCK)
             mma_bf16(score[s % 2], a, q[s][0], q[s][1]);
         }
         __syncwarp(); /* all lanes have read what the next copy overwrites later */
-        reader.start(2 * i + queue<D>() - 1);
+        reader.start(2 * i + queue(D) - 1);
 
-        const int p = (reader.first + i * DECODE_WARPS) * KV_BLOCK + lane / 4;
+        const int p = (reader.first + i * n_warps) * KV_BLOCK + lane / 4;
         float weight[4]; /* of (token p, two heads), (token p + 8, two heads) */
 #pragma unroll
         for (int e = 0; e < 4; e++) {
@@ -226,11 +243,10 @@ static __global__ void __launch_bounds__(DECODE_BLOCK)
         const uint32_t p0 = transpose_matrix(pack_bf16(weight[0], weight[1]));
         const uint32_t p1 = transpose_matrix(pack_bf16(weight[2], weight[3]));
 
-        copy_wait<queue<D>() - 2>();
+        copy_wait<queue(D) - 2>();
         __syncwarp();
-        const uint32_t value = reader.copies +
-                               (2 * i + 1) % queue<D>() * (KV_BLOCK * pitch<D>() * 2) +
-                               ((lane % 8 + lane / 16 * 8) * pitch<D>() + lane / 8 % 2 * 8) * 2;
+        const uint32_t value = reader.copies + (2 * i + 1) % queue(D) * (KV_BLOCK * pitch(D) * 2) +
+                               ((lane % 8 + lane / 16 * 8) * pitch(D) + lane / 8 % 2 * 8) * 2;
 #pragma unroll
         for (int s = 0; s < D / 16; s++) {
             uint32_t a[4];
@@ -238,13 +254,13 @@ static __global__ void __launch_bounds__(DECODE_BLOCK)
             mma_bf16(out[s], a, p0, p1);
         }
         __syncwarp();
-        reader.start(2 * i + 1 + queue<D>() - 1);
+        reader.start(2 * i + 1 + queue(D) - 1);
     }
     copy_wait<0>();
     __syncthreads(); /* the queues become the place where the warps' results are merged */
 
-    float *merge = (float *)shared;                         /* [warps, heads, D] */
-    float *stats = merge + DECODE_WARPS * DECODE_HEADS * D; /* [warps, heads, 2] */
+    float *merge = (float *)shared;                    /* [warps, heads, D] */
+    float *stats = merge + n_warps * DECODE_HEADS * D; /* [warps, heads, 2] */
 #pragma unroll
     for (int c = 0; c < 2; c++) {
 #pragma unroll
@@ -260,14 +276,14 @@ static __global__ void __launch_bounds__(DECODE_BLOCK)
     __syncthreads();
 
     const size_t part_head = (size_t)row * H + h0; /* [Q, H]; y is [T, H] */
-    for (int i = threadIdx.x; i < n_heads * D; i += DECODE_BLOCK) {
+    for (int i = threadIdx.x; i < n_heads * D; i += blockDim.x) {
         const int head = i / D, column = i % D;
         float largest = -INFINITY, sum = 0.0f, weights = 0.0f;
-#pragma unroll
-        for (int w = 0; w < DECODE_WARPS; w++)
+#pragma unroll 4
+        for (int w = 0; w < n_warps; w++)
             largest = fmaxf(largest, stats[(w * DECODE_HEADS + head) * 2]);
-#pragma unroll
-        for (int w = 0; w < DECODE_WARPS; w++) {
+#pragma unroll 4
+        for (int w = 0; w < n_warps; w++) {
             const int from = w * DECODE_HEADS + head;
             const float weight = fast_exp2(stats[from * 2] - largest); /* 0 for an idle warp */
             sum += weight * merge[from * D + column];
@@ -290,25 +306,44 @@ static __global__ void __launch_bounds__(DECODE_BLOCK)
 
 /* ---- launchers ---------------------------------------------------------------------------- */
 
-/* How many pages of the cache a split has: as many as let the rows fill the chip about once, were
- * all as long as the longest, but not so many that one long row among short ones is slow. So the
- * places where a row is cut, and the rounding of its sum, depend on how many rows there are and
- * on the longest; nothing else of a row depends on its neighbours. */
-static int split_pages(const struct cuda_device *cuda, int rows_of_heads, int max_pages)
+/* How the pages of a row, for some heads of it, are shared out. */
+struct shares {
+    int warps; /* of a block */
+    int pages; /* of a split, which is a block's */
+    int splits;
+};
+
+/* As many warps a row as let the rows fill the chip about once. They are spread over as many
+ * multiprocessors as there are, but no further: parts of different blocks have to be written and
+ * read again. No warp has so many pages that one long row among short ones is slow. So the places
+ * where a row is cut, and the rounding of its sum, depend on how many rows there are and on the
+ * longest; nothing else of a row depends on its neighbours. */
+static struct shares shares_of(const struct cuda_device *cuda, int rows_of_heads, int d, int max_kv)
 {
-    const int splits = max_int(1, cuda->n_sms * BLOCKS_AT_A_TIME / rows_of_heads);
-    const int pages =
-        min_int(SPLIT_PAGES_MAX, max_int(SPLIT_PAGES_MIN, ceil_div(max_pages, splits)));
-    return max_int(pages, ceil_div(max_pages, SPLITS_MAX));
+    const int max_pages = ceil_div(max_kv, KV_BLOCK);
+    const int blocks = ceil_div(rows_of_heads, cuda->n_sms); /* of a multiprocessor */
+    const int splits = max_int(1, cuda->n_sms / rows_of_heads);
+    int room = 0; /* shared memory that a block may have */
+    struct shares shares;
+
+    if (cudaDeviceGetAttribute(&room, cudaDevAttrMaxSharedMemoryPerBlockOptin, cuda->ordinal))
+        room = 0;
+    const int fit = (room - DECODE_STATIC) / queue_bytes(d);
+    const int most_warps = min_int(fit, max_int(WARPS_MIN, max_warps(d) / blocks));
+    shares.pages = ceil_div(max_pages, splits);
+    shares.warps = min_int(most_warps, max_int(WARPS_MIN, shares.pages / WARP_PAGES_MIN));
+    shares.pages = max_int(shares.pages, shares.warps * WARP_PAGES_MIN);
+    shares.pages = min_int(shares.pages, shares.warps * WARP_PAGES_MAX);
+    shares.pages = max_int(shares.pages, ceil_div(max_pages, SPLITS_MAX));
+    shares.splits = max_int(1, ceil_div(max_pages, shares.pages));
+    return shares;
 }
 
 size_t attention_decode_bytes(const struct cuda_device *cuda, int Q, int H, int G, int d,
                               int max_kv)
 {
-    const int max_pages = ceil_div(max_kv, KV_BLOCK);
-    const int rows = Q * G * ceil_div(H / G, DECODE_HEADS);
-    const size_t splits = ceil_div(max_pages, split_pages(cuda, rows, max_pages));
-    return splits > 1 ? (size_t)Q * H * splits * (d + 2) * sizeof(float) : 0;
+    const struct shares shares = shares_of(cuda, Q * G * ceil_div(H / G, DECODE_HEADS), d, max_kv);
+    return shares.splits > 1 ? (size_t)Q * H * shares.splits * (d + 2) * sizeof(float) : 0;
 }
 
 template <int D>
@@ -316,11 +351,10 @@ static void launch(struct cuda_device *cuda, bf16 *y, const bf16 *qkv, const bf1
                    const struct attention_args *args, int max_kv)
 {
     const int head_parts = ceil_div(args->H / args->G, DECODE_HEADS);
-    const int max_pages = ceil_div(max_kv, KV_BLOCK);
-    struct decode_parts parts = {};
-    parts.pages = split_pages(cuda, args->Q * args->G * head_parts, max_pages);
-    parts.max_splits = max_int(1, ceil_div(max_pages, parts.pages));
+    const struct shares shares = shares_of(cuda, args->Q * args->G * head_parts, D, max_kv);
+    struct decode_parts parts = {NULL, NULL, shares.pages, shares.splits};
     const dim3 grid(parts.max_splits, args->G * head_parts, args->Q);
+    const int shared = decode_shared(D, shares.warps);
 
     if (parts.max_splits > 1) {
         assert(args->Q * args->G * head_parts <= COUNTERS);
@@ -329,9 +363,9 @@ static void launch(struct cuda_device *cuda, bf16 *y, const bf16 *qkv, const bf1
         if (!parts.sums) return;
         parts.stats = parts.sums + n * D;
     }
-    cuda_allow_shared(cuda, attention_decode_kernel<D>, decode_shared<D>(), "attention");
-    cuda_launch(cuda, "attention", attention_decode_kernel<D>, grid, DECODE_BLOCK,
-                decode_shared<D>(), 1, y, qkv, k, v, *args, parts, cuda->counters);
+    cuda_allow_shared(cuda, attention_decode_kernel<D>, shared, "attention");
+    cuda_launch(cuda, "attention", attention_decode_kernel<D>, grid, shares.warps * WARP, shared, 1,
+                y, qkv, k, v, *args, parts, cuda->counters);
 }
 
 void attention_decode(struct cuda_device *cuda, bf16 *y, const bf16 *qkv, const bf16 *k,

@@ -498,6 +498,15 @@ static inline __device__ void copy_commit()
     asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
+/* Bring `bytes` (a multiple of 16) to the L2 cache, which all multiprocessors share: whatever is
+ * written to them meanwhile is seen there. Before Hopper: nothing. */
+static inline __device__ void prefetch_bulk(const void *global, uint32_t bytes)
+{
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
+#endif
+}
+
 /* Wait until at most N of this thread's latest groups are under way. */
 template <int N> static inline __device__ void copy_wait()
 {
