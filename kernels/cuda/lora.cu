@@ -36,17 +36,29 @@ static void for_parts(const struct lora_view *lora, const struct lora_args *args
  *   4096/7   16                 -   357.2   294.4   564.3       -
  *
  * What they add to whole layers, whose base products run beside shrink:
- *   64/1     16                      18.3    20.0
- *   64/7     16                      24.3    25.6
- *   128/7    16                      31.4    34.5
- *   256/7    16                      82.3    53.5 */
+ *   64/7     16                      22.4    23.4
+ *   128/7    16                      32.6    34.8
+ *   192/7    16                      44.4    43.4
+ *   256/7    16                      59.9    59.0
+ *   512/7    16                      92.9    96.8 */
 
-/* Whether tokens go in tiles of one adapter; else one by one, which reads factors once a token. */
+/* From how many tokens on tiles are faster than tokens one by one, of that many adapters: measured
+ * at every count to 16 and at 20, 24, 32, 48 and 64, of 1 to 64 adapters of rank 16 and 64. One by
+ * one, factors are read again for every token, which tells more at high ranks. */
+static int tokens_for_tiles(int n_adapters, int max_rank)
+{
+    static const int of_few[] = {3, 3, 5, 9, 10, 12, 14, 18, 22}; /* adapters */
+    if (n_adapters <= 8) return of_few[n_adapters];
+    if (max_rank > 32) return n_adapters + 13;
+    return max_int(8 * n_adapters / 3, 11 * n_adapters / 2 - 46);
+}
+
+/* Whether tokens go in tiles of one adapter; else one by one. */
 static bool wants_tiles(const struct lora_view *lora)
 {
     if (lora->mode == MLORA_LORA_BGMV) return false;
     if (lora->mode == MLORA_LORA_SGMV || lora->mode == MLORA_LORA_LOOP) return true;
-    return lora->n_tokens >= 8 && lora->n_tokens > 2 * lora->n_segments;
+    return lora->n_tokens >= tokens_for_tiles(lora->n_segments, lora->max_rank);
 }
 
 bool lora_is_fused(const struct lora_view *lora)
@@ -54,7 +66,7 @@ bool lora_is_fused(const struct lora_view *lora)
     if (lora->n_tokens == 0 || lora->max_rank == 0 || lora->expands_more) return false;
     if (lora->mode == MLORA_LORA_FUSED) return true;
     return lora->mode == MLORA_LORA_AUTO && wants_tiles(lora) && lora->n_tokens > 128 &&
-           lora->max_rank <= 32;
+           lora->n_tokens < 512 && lora->max_rank <= 32;
 }
 
 static void check_sizes(const struct lora_view *lora, const struct lora_site *site)
