@@ -92,8 +92,15 @@ static __global__ void __launch_bounds__(ROW_BLOCK, 3)
     h[lora_h_row(args, t, slice) + first + r] = total;
 }
 
-enum { TILE_BLOCK = 256, TILE_WARPS = TILE_BLOCK / WARP, STEP_K = 32 };
-enum { CLUSTER_MAX = 16, PARTS_MAX = 8 }; /* blocks that share a sum */
+enum { STEP_K = 32, CLUSTER_MAX = 16, PARTS_MAX = 8 /* blocks that share a sum */ };
+
+/* What a block of the tile kernel is made of: `warps`, which share out its k, tiles of 16 rows of A
+ * and of 8 tokens, loads of `ahead` steps under way. */
+template <int WARPS_, int MT_, int NT_, int AHEAD_, int BLOCKS_> struct shrink_shape {
+    enum { WARPS = WARPS_, MT = MT_, NT = NT_, AHEAD = AHEAD_ };
+    enum { BLOCKS = BLOCKS_ /* of a multiprocessor */, BLOCK = WARPS * WARP };
+    enum { SUMS = NT * 128 /* of a row tile */ };
+};
 
 /* The 16 rows of A of one slice that are the rows of a small product. */
 struct row_tile {
@@ -101,18 +108,6 @@ struct row_tile {
     int dtype, slice, first, R;
     bool whole; /* aligned */
 };
-
-/* Of two rows of A, this lane's 8 elements from k on: its part of a 16 x 32 operand. Which k a
- * lane holds does not matter as long as x is held the same way. */
-static __device__ void load_rows_bf16(uint4 (&bits)[2], const struct row_tile &tile, int K, int k)
-{
-    const int lane = threadIdx.x % WARP;
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        const int r = min_int(tile.first + lane / 4 + half * 8, tile.R - 1);
-        bits[half] = *(const uint4 *)((const bf16 *)tile.a + (size_t)r * K + k);
-    }
-}
 
 static __device__ void multiply(float (&sum)[4], const uint4 (&a)[2], const uint4 &b)
 {
@@ -122,57 +117,64 @@ static __device__ void multiply(float (&sum)[4], const uint4 (&a)[2], const uint
     mma_bf16(sum, a1, b.z, b.w);
 }
 
-/* sum[m][n] += A of tile m times x of tokens 8 n to 8 n + 7, over steps begin, begin + 8, ... of
- * 32 k. Waits for x after it asked for the rows of the first AHEAD steps. */
-template <int MT, int NT, int AHEAD>
-static __device__ void shrink_steps_bf16(float (&sum)[MT][NT][4],
-                                         const struct row_tile (&tiles)[MT],
-                                         const bf16 *const (&x)[NT], int K, int begin, int end)
+/* sum[m][n] += A of tile m times x of tokens 8 n to 8 n + 7, n < eights, over steps begin,
+ * begin + WARPS, ... of 32 k. Of a step a lane holds 8 elements of two rows of each tile of A and
+ * of a token of each eight: which k they are does not matter as long as both are held the same
+ * way. Waits for x after it asked for the rows of the first AHEAD steps. */
+template <typename S>
+static __device__ void shrink_steps_bf16(float (&sum)[S::MT][S::NT][4],
+                                         const struct row_tile (&tiles)[S::MT], const bf16 *x,
+                                         const uint32_t (&rows)[S::NT], int eights, int K,
+                                         int begin, int end)
 {
-    const int column = threadIdx.x % 4 * GROUP;
-    for (int first = begin; first < end || first == begin; first += AHEAD * TILE_WARPS) {
-        uint4 a[AHEAD][MT][2];
+    const int lane = threadIdx.x % WARP, column = lane % 4 * GROUP;
+    for (int first = begin; first < end || first == begin; first += S::AHEAD * S::WARPS) {
+        uint4 a[S::AHEAD][S::MT][2], b[S::AHEAD][S::NT];
 #pragma unroll
-        for (int i = 0; i < AHEAD; i++)
+        for (int i = 0; i < S::AHEAD; i++)
 #pragma unroll
-            for (int m = 0; m < MT; m++)
-                if (first + i * TILE_WARPS < end && tiles[m].a)
-                    load_rows_bf16(a[i][m], tiles[m], K,
-                                   (first + i * TILE_WARPS) * STEP_K + column);
+            for (int m = 0; m < S::MT; m++)
+                if (first + i * S::WARPS < end && tiles[m].a)
+#pragma unroll
+                    for (int half = 0; half < 2; half++) {
+                        const int r = min_int(tiles[m].first + lane / 4 + half * 8, tiles[m].R - 1);
+                        a[i][m][half] = *(const uint4 *)((const bf16 *)tiles[m].a + (size_t)r * K +
+                                                         (first + i * S::WARPS) * STEP_K + column);
+                    }
         if (first == begin) grid_wait();
-        uint4 b[AHEAD][NT];
 #pragma unroll
-        for (int i = 0; i < AHEAD; i++)
+        for (int i = 0; i < S::AHEAD; i++)
 #pragma unroll
-            for (int n = 0; n < NT; n++)
-                if (first + i * TILE_WARPS < end)
-                    b[i][n] = *(const uint4 *)(x[n] + (first + i * TILE_WARPS) * STEP_K + column);
+            for (int n = 0; n < S::NT; n++)
+                if (first + i * S::WARPS < end && n < eights)
+                    b[i][n] = *(const uint4 *)(x + (size_t)rows[n] * GROUP +
+                                               (first + i * S::WARPS) * STEP_K + column);
 #pragma unroll
-        for (int i = 0; i < AHEAD; i++) {
-            if (first + i * TILE_WARPS >= end) continue;
+        for (int i = 0; i < S::AHEAD; i++) {
+            if (first + i * S::WARPS >= end) continue;
 #pragma unroll
-            for (int m = 0; m < MT; m++)
+            for (int m = 0; m < S::MT; m++)
                 if (tiles[m].a)
 #pragma unroll
-                    for (int n = 0; n < NT; n++) multiply(sum[m][n], a[i][m], b[i][n]);
+                    for (int n = 0; n < S::NT; n++)
+                        if (n < eights) multiply(sum[m][n], a[i][m], b[i][n]);
         }
     }
 }
 
 /* The same for factors of any type, as sums of three bf16. */
-template <int MT, int NT>
-static __device__ void shrink_steps_any(float (&sum)[MT][NT][4], const struct row_tile (&tiles)[MT],
-                                        const bf16 *const (&x)[NT], int K, int begin, int end)
+template <typename S>
+static __device__ void shrink_steps_any(float (&sum)[S::MT][S::NT][4],
+                                        const struct row_tile (&tiles)[S::MT], const bf16 *x,
+                                        const uint32_t (&rows)[S::NT], int eights, int K, int begin,
+                                        int end)
 {
     const int lane = threadIdx.x % WARP;
 #pragma unroll 1
-    for (int step = begin; step < end; step += TILE_WARPS) {
+    for (int step = begin; step < end; step += S::WARPS) {
         const int k = step * STEP_K + lane % 4 * GROUP;
-        uint4 b[NT];
 #pragma unroll
-        for (int n = 0; n < NT; n++) b[n] = *(const uint4 *)(x[n] + k);
-#pragma unroll
-        for (int m = 0; m < MT; m++) {
+        for (int m = 0; m < S::MT; m++) {
             if (!tiles[m].a) continue;
             uint32_t part[3][2][4]; /* [which][half][pair] */
 #pragma unroll
@@ -190,14 +192,18 @@ static __device__ void shrink_steps_any(float (&sum)[MT][NT][4], const struct ro
                 }
             }
 #pragma unroll
-            for (int i = 0; i < 3; i++) {
-                uint4 a[2];
+            for (int n = 0; n < S::NT; n++) {
+                if (n >= eights) continue;
+                const uint4 b = *(const uint4 *)(x + (size_t)rows[n] * GROUP + k);
 #pragma unroll
-                for (int half = 0; half < 2; half++)
-                    a[half] = make_uint4(part[i][half][0], part[i][half][1], part[i][half][2],
-                                         part[i][half][3]);
+                for (int i = 0; i < 3; i++) {
+                    uint4 a[2];
 #pragma unroll
-                for (int n = 0; n < NT; n++) multiply(sum[m][n], a, b[n]);
+                    for (int half = 0; half < 2; half++)
+                        a[half] = make_uint4(part[i][half][0], part[i][half][1], part[i][half][2],
+                                             part[i][half][3]);
+                    multiply(sum[m][n], a, b);
+                }
             }
         }
     }
@@ -219,8 +225,8 @@ static __device__ void keep_for_expand(const struct lora_args &args, const struc
         keep(args.segment_slot);
     }
     const size_t bytes = (size_t)args.width[slice] * f->R * (f->dtype == DTYPE_F32 ? 4 : 2);
-    const size_t step = (size_t)parts * TILE_BLOCK * 128;
-    for (size_t at = ((size_t)part * TILE_BLOCK + threadIdx.x) * 128; at < bytes; at += step)
+    const size_t step = (size_t)parts * blockDim.x * 128;
+    for (size_t at = ((size_t)part * blockDim.x + threadIdx.x) * 128; at < bytes; at += step)
         keep((const char *)f->b + at);
 }
 
@@ -230,15 +236,15 @@ static __device__ void keep_for_expand(const struct lora_args &args, const struc
  *
  *   h [T, n_slices, max_rank]    x [T, K], K a multiple of 32
  *   parts [grid.x, grid.y, splits, MT NT 128], used where splits > 1 and there are no clusters
- *   grid (tiles, row tiles / MT, splits)    block TILE_BLOCK: its warps share out its k */
-template <int MT, int NT, int AHEAD>
-static __global__ void __launch_bounds__(TILE_BLOCK, 2)
+ *   grid (tiles, row tiles / MT, splits)    block BLOCK: its warps share out its k */
+template <typename S>
+static __global__ void __launch_bounds__(S::BLOCK, S::BLOCKS)
     lora_shrink_tile_kernel(float *h, const bf16 *x, float *parts, int *counters, bool has_clusters,
                             bool keeps, const __grid_constant__ struct lora_args args)
 {
-    enum { SUMS = NT * 128 }; /* of a row tile */
+    enum { MT = S::MT, NT = S::NT, SUMS = S::SUMS };
     /* With clusters, of_block holds the parts of all blocks of the sums that this one finishes. */
-    __shared__ float of_warp[TILE_WARPS][SUMS], of_block[MT * SUMS + CLUSTER_MAX];
+    __shared__ float of_warp[S::WARPS][SUMS], of_block[MT * SUMS + CLUSTER_MAX];
     grid_release();
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     const int splits = gridDim.z, tiles_a_slice = ceil_div(args.max_rank, 16);
@@ -249,7 +255,7 @@ static __global__ void __launch_bounds__(TILE_BLOCK, 2)
 #pragma unroll
     for (int m = 0; m < MT; m++) {
         const int index = blockIdx.y * MT + m;
-        tiles[m].a = NULL;
+        tiles[m] = {};
         tiles[m].slice = index / tiles_a_slice;
         tiles[m].first = index % tiles_a_slice * 16;
         if (!found || tiles[m].slice >= args.n_slices) continue;
@@ -269,22 +275,24 @@ static __global__ void __launch_bounds__(TILE_BLOCK, 2)
     const bool is_cluster = splits > 1 && has_clusters;
     if (is_cluster) cluster_arrive(); /* waited for before the others' memory is written */
 
-    const bf16 *rows[NT]; /* of x: token 8 n + lane / 4, the last one where there is none */
+    uint32_t
+        rows[NT]; /* of x, where they begin, in groups: token 8 n + lane / 4, or the last one */
 #pragma unroll
     for (int n = 0; n < NT; n++) {
         const int index = min_int(n * 8 + lane / 4, tokens.n - 1);
-        rows[n] = x + (size_t)args.order[tokens.first + index] * args.K;
+        rows[n] = (uint32_t)args.order[tokens.first + index] * (args.K / GROUP);
     }
     const int steps = args.K / STEP_K, a_split = ceil_div(steps, splits);
     const int begin = blockIdx.z * a_split, end = min_int(steps, begin + a_split);
+    const int eights = ceil_div(tokens.n, 8);
     float sum[MT][NT][4] = {};
     if (MT == 1 && keeps && tokens.leads && tiles[0].first == 0)
         keep_for_expand(args, tokens, tiles[0].slice, blockIdx.z, splits);
     if (all_bf16) {
-        shrink_steps_bf16<MT, NT, AHEAD>(sum, tiles, rows, args.K, begin + warp, end);
+        shrink_steps_bf16<S>(sum, tiles, x, rows, eights, args.K, begin + warp, end);
     } else {
         grid_wait();
-        shrink_steps_any<MT, NT>(sum, tiles, rows, args.K, begin + warp, end);
+        shrink_steps_any<S>(sum, tiles, x, rows, eights, args.K, begin + warp, end);
     }
 
     /* A block finishes `own` of the sums: the blocks write their parts of those into its memory. */
@@ -292,35 +300,43 @@ static __global__ void __launch_bounds__(TILE_BLOCK, 2)
     if (is_cluster) cluster_wait();
 #pragma unroll
     for (int m = 0; m < MT; m++) {
+        if (m > 0) __syncthreads();
 #pragma unroll
         for (int n = 0; n < NT; n++)
 #pragma unroll
             for (int e = 0; e < 4; e++) of_warp[warp][n * 128 + e * WARP + lane] = sum[m][n][e];
         __syncthreads();
-        for (int i = threadIdx.x; i < SUMS; i += TILE_BLOCK) {
+        for (int i = threadIdx.x; i < eights * 128; i += S::BLOCK) {
             float total = 0.0f;
 #pragma unroll
-            for (int w = 0; w < TILE_WARPS; w++) total += of_warp[w][i];
+            for (int w = 0; w < S::WARPS; w++) total += of_warp[w][i];
             const int j = m * SUMS + i;
             if (is_cluster)
                 *cluster_block(&of_block[blockIdx.z * own + j % own], j / own) = total;
             else
                 of_block[j] = total;
         }
-        __syncthreads();
     }
+    __syncthreads();
 
     const size_t item = (size_t)blockIdx.y * gridDim.x + blockIdx.x;
     if (is_cluster) {
         cluster_sync();
     } else if (splits > 1) {
-        for (int i = threadIdx.x; i < MT * SUMS; i += TILE_BLOCK)
+        for (int i = threadIdx.x; i < MT * SUMS; i += S::BLOCK)
             parts[(item * splits + blockIdx.z) * (MT * SUMS) + i] = of_block[i];
         if (!arrives_last(&counters[item], splits)) return;
     }
     const int before = is_cluster ? blockIdx.z * own : 0;
-    for (int j = threadIdx.x; j < own && before + j < MT * SUMS; j += TILE_BLOCK) {
+    for (int j = threadIdx.x; j < own && before + j < MT * SUMS; j += S::BLOCK) {
         const int i = before + j;
+        const int m = i / SUMS, e = i / WARP % 4, from = i % WARP;
+        const int r = from / 4 + e / 2 * 8, n = i % SUMS / 128 * 8 + from % 4 * 2 + e % 2;
+        struct row_tile tile = tiles[0];
+#pragma unroll
+        for (int other = 1; other < MT; other++)
+            if (other == m) tile = tiles[other];
+        if (!tile.a || n >= tokens.n || tile.first + r >= tile.R) continue;
         float total = of_block[j];
         if (splits > 1) {
             total = 0.0f;
@@ -328,13 +344,6 @@ static __global__ void __launch_bounds__(TILE_BLOCK, 2)
                 total += is_cluster ? of_block[s * own + j]
                                     : __ldcg(&parts[(item * splits + s) * (MT * SUMS) + i]);
         }
-        const int m = i / SUMS, e = i / WARP % 4, from = i % WARP;
-        const int r = from / 4 + e / 2 * 8, n = i % SUMS / 128 * 8 + from % 4 * 2 + e % 2;
-        struct row_tile tile = tiles[0];
-#pragma unroll
-        for (int j = 1; j < MT; j++)
-            if (j == m) tile = tiles[j];
-        if (!tile.a || n >= tokens.n || tile.first + r >= tile.R) continue;
         h[lora_h_row(args, args.order[tokens.first + n], tile.slice) + tile.first + r] = total;
     }
 }
@@ -364,19 +373,23 @@ static void shrink_by_row(struct cuda_device *cuda, float *h, const X *x,
         launch_rows<X, 1>(cuda, h, x, args);
 }
 
-template <int MT, int NT, int AHEAD>
-static void launch_tiles(struct cuda_device *cuda, float *h, const bf16 *x,
-                         const struct lora_args *args)
+/* Where there is little to do, some multiprocessors are left to the base product, and B is kept in
+ * L2. */
+static bool is_small(const struct lora_args *args)
 {
-    const int tiles = lora_tiles(args, 8 * NT);
+    return args->n_tokens <= 64 && args->n_tokens * args->max_rank <= 1024;
+}
+
+template <typename S>
+static void launch_tiles(struct cuda_device *cuda, float *h, const bf16 *x,
+                         const struct lora_args *args, int blocks)
+{
+    const int tiles = lora_tiles(args, 8 * S::NT);
     const int row_tiles = args->n_slices * ceil_div(args->max_rank, 16);
-    const int groups = ceil_div(row_tiles, MT), steps = args->K / STEP_K;
-    /* A block for each multiprocessor, which leaves room for the next kernel's to begin, of two
-     * steps for each warp or more. Where there is little to do, some multiprocessors are left to
-     * the base product, and B is kept in L2. Clusters of a power of two find room most easily. */
-    const bool is_small = args->n_tokens <= 64 && args->n_tokens * args->max_rank <= 1024;
-    const int blocks = is_small ? cuda->n_sms * 3 / 4 : cuda->n_sms;
-    int splits = min_int(blocks / (tiles * groups), steps / (2 * TILE_WARPS));
+    const int groups = ceil_div(row_tiles, S::MT), steps = args->K / STEP_K;
+    const bool keeps = is_small(args);
+    /* Of two steps for each warp or more. Clusters of a power of two find room most easily. */
+    int splits = min_int(blocks / (tiles * groups), steps / (2 * S::WARPS));
     splits = min_int(cuda->is_hopper ? CLUSTER_MAX : PARTS_MAX, max_int(1, splits));
     if (!cuda->is_hopper && (long long)tiles * groups > COUNTERS) splits = 1;
     while (splits & (splits - 1)) splits &= splits - 1;
@@ -384,44 +397,61 @@ static void launch_tiles(struct cuda_device *cuda, float *h, const bf16 *x,
         splits /= 2; /* no empty */
     float *parts = NULL;
     if (splits > 1 && !cuda->is_hopper) {
-        const size_t n = (size_t)tiles * groups * splits * MT * NT * 128;
+        const size_t n = (size_t)tiles * groups * splits * S::MT * S::SUMS;
         parts = (float *)cuda_scratch(cuda, n * sizeof *parts, "lora_shrink");
         if (!parts) return;
     }
     if (cuda->is_hopper && splits > 8) /* more than every Hopper promises: these have it */
         cuda_check(cuda,
-                   cudaFuncSetAttribute(lora_shrink_tile_kernel<MT, NT, AHEAD>,
+                   cudaFuncSetAttribute(lora_shrink_tile_kernel<S>,
                                         cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
                    "lora_shrink");
-    cuda_launch(cuda, "lora_shrink", lora_shrink_tile_kernel<MT, NT, AHEAD>,
-                dim3(tiles, groups, splits), TILE_BLOCK, 0, cuda->is_hopper ? splits : 1, h, x,
-                parts, cuda->counters, cuda->is_hopper, is_small, *args);
+    cuda_launch(cuda, "lora_shrink", lora_shrink_tile_kernel<S>, dim3(tiles, groups, splits),
+                S::BLOCK, 0, cuda->is_hopper ? splits : 1, h, x, parts, cuda->counters,
+                cuda->is_hopper, keeps, *args);
 }
 
 size_t lora_shrink_tile_bytes(const struct cuda_device *cuda)
 {
     enum { LARGEST = 3 * 4 * 128 }; /* sums of a block: MT NT 128 */
-    /* Where sums are shared out, their parts are no more than the multiprocessors. */
-    return cuda->is_hopper ? 0 : (size_t)cuda->n_sms * LARGEST * sizeof(float);
+    /* Where sums are shared out, they are of three blocks a multiprocessor at most. */
+    return cuda->is_hopper ? 0 : (size_t)3 * cuda->n_sms * LARGEST * sizeof(float);
+}
+
+/* Row tiles together, so that x is read once for them; half the warps, so that their sums and loads
+ * find registers and a multiprocessor holds three blocks. */
+template <int NT>
+static void launch_grouped(struct cuda_device *cuda, float *h, const bf16 *x,
+                           const struct lora_args *args, int row_tiles)
+{
+    enum { FEW = NT == 2 }; /* leave room for loads of more steps */
+    if (row_tiles % 3 == 0)
+        launch_tiles<shrink_shape<4, 3, NT, FEW ? 3 : 2, 3>>(cuda, h, x, args, 3 * cuda->n_sms);
+    else if (row_tiles % 2 == 0)
+        launch_tiles<shrink_shape<4, 2, NT, FEW ? 4 : 2, 3>>(cuda, h, x, args, 3 * cuda->n_sms);
+    else
+        launch_tiles<shrink_shape<4, 1, NT, FEW ? 4 : 3, 3>>(cuda, h, x, args, 3 * cuda->n_sms);
 }
 
 /* The smallest tiles that are no more than the chip does at once, each a whole cluster; else as
- * large as the longest segment, and for long ones x is read once for several row tiles. */
+ * large as the longest segment, up to 32 tokens. */
 void lora_shrink_by_tile(struct cuda_device *cuda, float *h, const bf16 *x,
                          const struct lora_args *args)
 {
     const int row_tiles = args->n_slices * ceil_div(args->max_rank, 16);
     const int at_once = cuda->n_sms / PARTS_MAX / row_tiles;
+    const int tiles = lora_tiles(args, 16);
+    /* A block for each multiprocessor leaves room for the next kernel's to begin. */
+    const int blocks = is_small(args) ? cuda->n_sms * 3 / 4 : cuda->n_sms;
+
     if (args->max_segment <= 8 || lora_tiles(args, 8) <= at_once)
-        launch_tiles<1, 1, 4>(cuda, h, x, args);
-    else if (args->max_segment <= 16 || lora_tiles(args, 16) <= at_once)
-        launch_tiles<1, 2, 4>(cuda, h, x, args);
-    else if (args->max_segment < 256 || row_tiles == 1)
-        launch_tiles<1, 4, 2>(cuda, h, x, args);
-    else if (row_tiles % 3 == 0)
-        launch_tiles<3, 4, 1>(cuda, h, x, args);
+        launch_tiles<shrink_shape<8, 1, 1, 4, 2>>(cuda, h, x, args, blocks);
+    else if (args->max_segment > 16 && tiles > at_once)
+        launch_grouped<4>(cuda, h, x, args, row_tiles);
+    else if (args->max_rank > 32 && tiles * row_tiles > cuda->n_sms / 2)
+        launch_grouped<2>(cuda, h, x, args, row_tiles);
     else
-        launch_tiles<2, 4, 1>(cuda, h, x, args);
+        launch_tiles<shrink_shape<8, 1, 2, 4, 2>>(cuda, h, x, args, blocks);
 }
 
 void lora_shrink_by_row(struct cuda_device *cuda, float *h, const void *x,
