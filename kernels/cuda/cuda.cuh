@@ -552,6 +552,15 @@ static inline __device__ void mma_bf16(float c[4], const uint32_t a[4], uint32_t
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+/* The same of half the length: a [16, 8] b [8, 8], a[0] and a[1] as there. */
+static inline __device__ void mma_bf16_eight(float c[4], const uint32_t a[2], uint32_t b)
+{
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 "
+                 "{%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(b));
+}
+
 /* Let the next kernel begin, as far as it can before its own grid_wait(). */
 static inline __device__ void grid_release()
 {

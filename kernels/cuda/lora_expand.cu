@@ -1,7 +1,7 @@
 /* The second half of LoRA: the rank to y, added with one rounding. Bound by reading B once for
  * each adapter in use and by y, read and written (from L2 at decode); at few adapters by latency,
  * so B is on its way before h and y are waited for. */
-#include "kernels/cuda/lora_tile.cuh"
+#include "kernels/cuda/lora_add.cuh"
 
 /* ---- kernels ------------------------------------------------------------------------------ */
 
@@ -130,22 +130,22 @@ static __global__ void __launch_bounds__(ROW_BLOCK, 5)
 
 enum {
     TILE_BLOCK = 128,
-    TILE_WARPS = TILE_BLOCK / WARP,
     WARP_N = 64,
-    TILE_N = TILE_WARPS * WARP_N,
+    QUADS = WARP_N / QUAD,
+    TILE_N = TILE_BLOCK / WARP * WARP_N,
 };
 
 /* What a warp of the tile kernel works on. */
 struct expand_tile {
-    bf16 *y;              /* this lane's first output of token 0 of the step */
+    bf16 *y;              /* the warp's first output, of token 0 of the step */
     const float *h;       /* the slice of token 0 */
     const int32_t *order; /* of the tile's tokens */
     const void *b;
     float scale;
     int dtype, R;
-    int y_pitch, h_pitch;           /* of tokens */
-    int n_tokens, n, N;             /* this lane's eight outputs, of N in the slice */
-    bool whole_y, whole_h, whole_b; /* aligned */
+    int y_pitch, h_pitch;  /* of tokens */
+    int n_tokens, n, N;    /* the warp's outputs, of N in the slice */
+    bool whole_h, whole_b; /* aligned */
 };
 
 /* Of 32 tokens of the tile from i on, this lane's, or the last: asked for before the wait. */
@@ -154,150 +154,186 @@ static __device__ int token_of(const struct expand_tile &tile, int i)
     return tile.order[min_int(i + (int)threadIdx.x % WARP, tile.n_tokens - 1)];
 }
 
-/* y of this lane's eight outputs and token i + 2 (lane % 4) + c, or the last; `tokens` are those
- * from a multiple of 32 on. */
-static __device__ bf16 *y_of(const struct expand_tile &tile, int tokens, int i, int c)
+/* Where this lane's two tokens of the sixteen from i on begin in y and h; `tokens` are those from
+ * a multiple of 32 on. */
+struct token_rows {
+    bf16 *y[2];
+    const float *h[2];
+};
+
+static __device__ struct token_rows rows_of(const struct expand_tile &tile, int tokens, int i)
 {
-    const int token = __shfl_sync(~0u, tokens, i % WARP + threadIdx.x % 4 * 2 + c);
-    return tile.y + (size_t)token * tile.y_pitch;
+    struct token_rows rows;
+#pragma unroll
+    for (int t = 0; t < 2; t++) {
+        const size_t token =
+            __shfl_sync(~0u, tokens, i % WARP + threadIdx.x % WARP / 4 + t * GROUP);
+        rows.y[t] = tile.y + token * tile.y_pitch + threadIdx.x % 4 * GROUP;
+        rows.h[t] = tile.h + token * tile.h_pitch;
+    }
+    return rows;
 }
 
-static __device__ void load_y(uint4 (&old)[2], const struct expand_tile &tile, int tokens, int i)
+/* Of a quad, how many of this lane's eight outputs there are. */
+static __device__ int n_outputs(const struct expand_tile &tile, int quad)
+{
+    return tile.N - tile.n - quad * QUAD - (int)threadIdx.x % 4 * GROUP;
+}
+
+template <bool WHOLE>
+static __device__ void load_y(uint4 (&old)[QUADS][2], const struct expand_tile &tile,
+                              const struct token_rows &rows)
 {
 #pragma unroll
-    for (int c = 0; c < 2; c++) {
-        const bf16 *y = y_of(tile, tokens, i, c);
-        if (tile.whole_y) {
-            old[c] = *(const uint4 *)y;
+    for (int quad = 0; quad < QUADS; quad++)
+#pragma unroll
+        for (int t = 0; t < 2; t++) {
+            const bf16 *y = rows.y[t] + quad * QUAD;
+            const int n = n_outputs(tile, quad);
+            if (WHOLE) {
+                old[quad][t] = n > 0 ? *(const uint4 *)y : make_uint4(0, 0, 0, 0);
+                continue;
+            }
+            const auto pair = [&](int e) {
+                return pack_bf16(e < n ? widen(y[e]) : 0.0f, e + 1 < n ? widen(y[e + 1]) : 0.0f);
+            };
+            old[quad][t] = make_uint4(pair(0), pair(2), pair(4), pair(6));
+        }
+}
+
+/* y = round(c), of the tokens from i on that there are. */
+template <bool WHOLE>
+static __device__ void store_y(const struct expand_tile &tile, const struct token_rows &rows,
+                               const float (&c)[4][4], int quad, int i)
+{
+    uint4 bits[2];
+    round_quad(bits, c);
+#pragma unroll
+    for (int t = 0; t < 2; t++) {
+        bf16 *y = rows.y[t] + quad * QUAD;
+        const int n = n_outputs(tile, quad);
+        if (i + (int)threadIdx.x % WARP / 4 + t * GROUP >= tile.n_tokens || n <= 0) continue;
+        if (WHOLE) {
+            *(uint4 *)y = bits[t];
             continue;
         }
-        const int n = tile.N - tile.n;
-        const auto pair = [&](int e) {
-            return pack_bf16(e < n ? widen(y[e]) : 0.0f, e + 1 < n ? widen(y[e + 1]) : 0.0f);
-        };
-        old[c] = make_uint4(pair(0), pair(2), pair(4), pair(6));
-    }
-}
-
-/* sum[j][c] and sum[j][c + 2] are outputs n + 2 j and the next of token c. */
-static __device__ void add_to_y(const struct expand_tile &tile, const uint4 (&old)[2],
-                                const float (&sum)[4][4], int tokens, int i)
-{
+        bf16 each[GROUP];
+        memcpy(each, &bits[t], sizeof each);
 #pragma unroll
-    for (int c = 0; c < 2; c++) {
-        bf16 *y = y_of(tile, tokens, i, c);
-        if (i + (int)threadIdx.x % 4 * 2 + c >= tile.n_tokens || tile.n >= tile.N) continue;
-        const uint32_t pairs[4] = {old[c].x, old[c].y, old[c].z, old[c].w};
-        float value[GROUP];
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            value[2 * j] = bf16_low(pairs[j]) + tile.scale * sum[j][c];
-            value[2 * j + 1] = bf16_high(pairs[j]) + tile.scale * sum[j][c + 2];
-        }
-        store_some(y, value, tile.N - tile.n, tile.whole_y);
+        for (int e = 0; e < GROUP; e++)
+            if (e < n) y[e] = each[e];
     }
     __syncwarp(); /* products take the whole warp */
 }
 
-/* The row of h of token i + lane / 4, or of the last. */
-static __device__ const float *h_of(const struct expand_tile &tile, int tokens, int i)
-{
-    const int token = __shfl_sync(~0u, tokens, i % WARP + threadIdx.x % WARP / 4);
-    return tile.h + (size_t)token * tile.h_pitch;
-}
-
 /* B, of STEPS 16 of the rank at most, in registers: asked for before h and y are waited for. The
- * next eight tokens' h and y are on their way while these are worked on. */
+ * next tokens' y is on its way while these are worked on. */
 template <int STEPS> static __device__ void expand_kept(const struct expand_tile &tile)
 {
+    enum { AHEAD = STEPS < 4 }; /* beyond there are no registers for it */
     const int r0 = threadIdx.x % 4 * 4;
-    uint32_t b[STEPS][4][4];
-    uint4 old[2];
-    float4 h[STEPS];
+    uint2 b[STEPS][QUADS][4];
 #pragma unroll
     for (int s = 0; s < STEPS; s++)
-        load_b(b[s], (const bf16 *)tile.b, tile.n, tile.N, tile.R, s * 16 + r0);
-    int tokens = token_of(tile, 0);
-    grid_wait();
-    load_y(old, tile, tokens, 0);
-    const float *row = h_of(tile, tokens, 0);
 #pragma unroll
-    for (int s = 0; s < STEPS; s++) h[s] = load_h(row, s * 16 + r0, tile.R, tile.whole_h);
-    for (int i = 0; i < tile.n_tokens; i += 8) {
-        float sum[4][4] = {};
-        const uint4 y[2] = {old[0], old[1]};
+        for (int quad = 0; quad < QUADS; quad++)
+            load_quad(b[s][quad], (const bf16 *)tile.b, tile.n + quad * QUAD, tile.N, tile.R,
+                      s * 16 + r0);
+    int tokens = token_of(tile, 0);
+    struct token_rows rows;
+    uint4 old[QUADS][2];
+    float4 h[STEPS][2];
+    const auto load_step = [&](int s) {
+#pragma unroll
+        for (int t = 0; t < 2; t++) h[s][t] = load_h(rows.h[t], s * 16 + r0, tile.R, true);
+    };
+    const auto load = [&](int i) {
+        if (i > 0 && i % WARP == 0) tokens = token_of(tile, i);
+        rows = rows_of(tile, tokens, i);
+        load_y<true>(old, tile, rows);
+#pragma unroll
+        for (int s = 0; AHEAD && s < STEPS; s++) load_step(s);
+    };
+    grid_wait();
+    load(0);
+#pragma unroll 1
+    for (int i = 0; i < tile.n_tokens; i += SIXTEEN) {
+        float c[QUADS][4][4] = {};
 #pragma unroll
         for (int s = 0; s < STEPS; s++) {
-            uint32_t x[2][2];
-            split_h(x, h[s]);
-            multiply(sum, b[s], x);
-        }
-        const int here = tokens;
-        if (i + 8 < tile.n_tokens) {
-            if ((i + 8) % WARP == 0) tokens = token_of(tile, i + 8);
-            load_y(old, tile, tokens, i + 8);
-            row = h_of(tile, tokens, i + 8);
+            struct h_rows x;
+            if (!AHEAD) load_step(s);
+            split_rows(&x, h[s][0], h[s][1], tile.scale);
 #pragma unroll
-            for (int s = 0; s < STEPS; s++) h[s] = load_h(row, s * 16 + r0, tile.R, tile.whole_h);
+            for (int quad = 0; quad < QUADS; quad++) add_quad(c[quad], x, b[s][quad]);
         }
-        add_to_y(tile, y, sum, here, i);
+#pragma unroll
+        for (int quad = 0; quad < QUADS; quad++) add_old(c[quad], old[quad]);
+        const struct token_rows here = rows;
+        if (AHEAD && i + SIXTEEN < tile.n_tokens) load(i + SIXTEEN);
+#pragma unroll
+        for (int quad = 0; quad < QUADS; quad++) store_y<true>(tile, here, c[quad], quad, i);
+        if (!AHEAD && i + SIXTEEN < tile.n_tokens) load(i + SIXTEEN);
     }
 }
 
-/* Any rank and type: B is read again for each eight tokens. */
+/* Any rank and type: B is read again for each sixteen tokens. */
 static __device__ void expand_any(const struct expand_tile &tile)
 {
     const int r0 = threadIdx.x % 4 * 4;
     int tokens = token_of(tile, 0);
     grid_wait();
 #pragma unroll 1
-    for (int i = 0; i < tile.n_tokens; i += 8) {
+    for (int i = 0; i < tile.n_tokens; i += SIXTEEN) {
         if (i > 0 && i % WARP == 0) tokens = token_of(tile, i);
-        const float *h = h_of(tile, tokens, i);
-        float sum[4][4] = {};
+        const struct token_rows rows = rows_of(tile, tokens, i);
+        float c[QUADS][4][4] = {};
 #pragma unroll 1
         for (int r = r0; r - r0 < tile.R; r += 16) {
-            uint32_t x[2][2];
-            split_h(x, load_h(h, r, tile.R, tile.whole_h));
-            if (tile.whole_b && tile.dtype == DTYPE_BF16) {
-                uint32_t b[4][4];
-                load_b(b, (const bf16 *)tile.b, tile.n, tile.N, tile.R, r);
-                multiply(sum, b, x);
-                continue;
-            }
+            struct h_rows x;
+            split_rows(&x, load_h(rows.h[0], r, tile.R, tile.whole_h),
+                       load_h(rows.h[1], r, tile.R, tile.whole_h), tile.scale);
 #pragma unroll
-            for (int m = 0; m < 4; m++) {
-                uint32_t b[2][4];
-                load_b_any(b, tile.b, tile.dtype, tile.n + 2 * m, tile.N, tile.R, r, tile.whole_b);
-                mma_bf16(sum[m], b[0], x[0][0], x[0][1]);
-                mma_bf16(sum[m], b[0], x[1][0], x[1][1]);
-                mma_bf16(sum[m], b[1], x[0][0], x[0][1]);
+            for (int quad = 0; quad < QUADS; quad++) {
+                const int n = tile.n + quad * QUAD;
+                if (tile.whole_b && tile.dtype == DTYPE_BF16) {
+                    uint2 b[4];
+                    load_quad(b, (const bf16 *)tile.b, n, tile.N, tile.R, r);
+                    add_quad(c[quad], x, b);
+                } else {
+                    add_quad_any(c[quad], x, tile.b, tile.dtype, n, tile.N, tile.R, r,
+                                 tile.whole_b);
+                }
             }
         }
-        uint4 old[2];
-        load_y(old, tile, tokens, i);
-        add_to_y(tile, old, sum, tokens, i);
+        uint4 old[QUADS][2];
+        load_y<false>(old, tile, rows);
+#pragma unroll
+        for (int quad = 0; quad < QUADS; quad++) {
+            add_old(c[quad], old[quad]);
+            store_y<false>(tile, rows, c[quad], quad, i);
+        }
     }
 }
 
+enum { SIXTEENS_MAX = 8 }; /* of tokens in a tile */
+
 /* The same for segments of several tokens on tensor cores: a block does TILE_N outputs of a slice
- * for a tile of 8 `eights` tokens of one adapter, eight at a time. Rows of the products are
- * outputs, eight neighbours to a lane so that it reads and writes 16 bytes of y.
+ * for a tile of 16 `sixteens` tokens of one adapter, sixteen at a time.
  *
  *   y [T, N], in and out    h [T, n_slices, max_rank]
  *   grid (chunks, tiles)    block TILE_BLOCK, a warp for WARP_N outputs
  *   STEPS of 16 of the rank whose B stays in registers; 0: none */
 template <int STEPS>
-static __global__ void __launch_bounds__(TILE_BLOCK, STEPS == 4 ? 3 : 4)
+static __global__ void __launch_bounds__(TILE_BLOCK, STEPS == 2 || STEPS == 4 ? 3 : 4)
     lora_expand_tile_kernel(bf16 *y, const float *h, const __grid_constant__ struct lora_args args,
-                            int eights)
+                            int sixteens)
 {
     grid_release();
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     struct lora_chunk chunk = {};
     struct lora_tile tokens;
     struct lora_factors f = {};
-    const bool found = lora_find_tile(&tokens, blockIdx.y, args, 8 * eights);
+    const bool found = lora_find_tile(&tokens, blockIdx.y, args, SIXTEEN * sixteens);
     if (lora_find_chunk(&chunk, blockIdx.x, args, TILE_N) && found)
         f = *lora_factors_of(args, tokens.slot, chunk.slice);
     const int slice = chunk.slice, first = chunk.first;
@@ -307,7 +343,7 @@ static __global__ void __launch_bounds__(TILE_BLOCK, STEPS == 4 ? 3 : 4)
     }
 
     struct expand_tile tile;
-    tile.n = first + warp * WARP_N + lane / 4 * GROUP;
+    tile.n = first + threadIdx.x / WARP * WARP_N;
     tile.N = args.width[slice];
     tile.y = y + args.offset[slice] + tile.n;
     tile.h = h + (size_t)slice * args.h_slice;
@@ -321,9 +357,11 @@ static __global__ void __launch_bounds__(TILE_BLOCK, STEPS == 4 ? 3 : 4)
     tile.n_tokens = tokens.n;
     tile.whole_b = f.R % 4 == 0 && is_aligned_on_device(f.b);
     tile.whole_h = args.max_rank % 4 == 0 && f.R % 4 == 0;
-    tile.whole_y = args.N % GROUP == 0 && tile.n + GROUP <= tile.N && is_aligned_on_device(tile.y);
+    const bool whole_y =
+        args.N % GROUP == 0 && tile.N % GROUP == 0 && is_aligned_on_device(y + args.offset[slice]);
     if constexpr (STEPS > 0)
-        if (tile.whole_b && tile.dtype == DTYPE_BF16 && tile.R <= STEPS * 16) {
+        if (whole_y && tile.whole_b && tile.whole_h && tile.dtype == DTYPE_BF16 &&
+            tile.R <= STEPS * 16) {
             expand_kept<STEPS>(tile);
             return;
         }
@@ -354,16 +392,16 @@ void lora_expand_by_tile(struct cuda_device *cuda, bf16 *y, const float *h,
                          const struct lora_args *args)
 {
     const int chunks = lora_chunks(args, TILE_N);
-    int eights = min_int(16, ceil_div(args->max_segment, 8));
-    while (eights > 1 && lora_tiles(args, 8 * eights) * chunks < WAVE / 2 * cuda->n_sms)
-        eights /= 2;
-    const dim3 grid(chunks, lora_tiles(args, 8 * eights));
+    int sixteens = min_int(SIXTEENS_MAX, ceil_div(args->max_segment, SIXTEEN));
+    while (sixteens > 1 && lora_tiles(args, SIXTEEN * sixteens) * chunks < WAVE / 2 * cuda->n_sms)
+        sixteens /= 2;
+    const dim3 grid(chunks, lora_tiles(args, SIXTEEN * sixteens));
     assert(grid.y <= 65535);
     const auto kernel = args->max_rank <= 16   ? lora_expand_tile_kernel<1>
                         : args->max_rank <= 32 ? lora_expand_tile_kernel<2>
                         : args->max_rank <= 64 ? lora_expand_tile_kernel<4>
                                                : lora_expand_tile_kernel<0>;
-    cuda_launch(cuda, "lora_expand", kernel, grid, TILE_BLOCK, 0, 1, y, h, *args, eights);
+    cuda_launch(cuda, "lora_expand", kernel, grid, TILE_BLOCK, 0, 1, y, h, *args, sixteens);
 }
 
 void lora_expand_by_row(struct cuda_device *cuda, void *y, const float *h,
