@@ -285,6 +285,7 @@ Test(adapters, that_are_pinned_stay)
 /* A request that is asked again whenever it has ended. */
 struct flood {
     mlora_engine *engine;
+    char name[16]; /* its adapter */
     mlora_request request;
 };
 
@@ -321,8 +322,9 @@ Test(adapters, that_fill_the_device_make_room_for_another, .timeout = 60)
     mlora_engine *engine = open_engine(&options);
     random_adapters(engine, 20);
     for (int i = 0; i < HOT * EACH; i++) {
-        snprintf(name, sizeof name, "a%d", i % HOT);
-        floods[i] = (struct flood){engine, greedy(name, prompt_of(i), 20 + i, &extra[1])};
+        floods[i].engine = engine;
+        snprintf(floods[i].name, sizeof floods[i].name, "a%d", i % HOT);
+        floods[i].request = greedy(floods[i].name, prompt_of(i), 20 + i, &extra[1]);
         floods[i].request.on_event = ask_again;
         floods[i].request.user = &floods[i];
         floods[i].request.ignore_eos = 1;

@@ -298,3 +298,55 @@ Test(memory, serves_whichever_is_short_in_a_budget_that_would_not_do_for_both)
     mlora_close(engine);
     for (int i = 0; i < 2 * LONG + MANY; i++) expect_same_answer(&shared[i], &alone[i], "shared");
 }
+
+/* A request of the base that is asked again whenever it has ended. */
+static void ask_again(void *user, const mlora_event *event)
+{
+    mlora_request request = greedy(NULL, "There was once a", 60 + (int)(event->id % 7), &alone[0]);
+    request.on_event = ask_again;
+    request.user = user;
+    request.ignore_eos = 1;
+    if (event->finish != MLORA_RUNNING) submit(user, &request);
+}
+
+/* 16 requests of four to five blocks each want more than there are, always. An adapter of rank 64 needs
+ * 2.3 MiB, of which 1.3 are theirs: 21 blocks. */
+Test(memory, of_requests_that_take_all_of_it_makes_room_for_an_adapter, .timeout = 60)
+{
+    mlora_options options = options_for(LLAMA2);
+    const mlora_event ended = {.finish = MLORA_FINISH_STOP};
+    mlora_stats stats;
+    int n = 0;
+
+    options.dtype = MLORA_DTYPE_F32;
+    options.max_model_len = 256;
+    options.max_num_seqs = 16;
+    options.max_batch_tokens = 64;
+    options.kv_blocks = KV_BLOCKS;
+    options.adapter_memory = 1;
+    options.no_prefix_cache = 1;
+    mlora_engine *engine = open_engine(&options);
+    struct memory_plan plan = {KV_BLOCKS, 16, 1 << 20, 4 << 20};
+    memory_share(&engine->memory, &plan, engine->dev, &engine->kv_cache, &engine->kvcache,
+                 &engine->scheduler, &engine->registry.pool);
+    cr_assert_eq(mlora_adapter_random(engine, "a", 64, 1), MLORA_OK, "%s", mlora_error());
+    for (int i = 0; i < 24; i++) ask_again(engine, &ended);
+    for (int i = 0; i < 100; i++) cr_assert_eq(mlora_step(engine, NULL), MLORA_OK);
+    mlora_engine_stats(engine, &stats);
+    cr_expect_gt(stats.n_preemptions, 0, "they want more than there is");
+
+    for (int i = 0; i < 5; i++) {
+        struct answer *answer = &shared[i];
+        const mlora_request request = greedy("a", "Rosa laughed", FEW_TOKENS, answer);
+        *answer = (struct answer){0};
+        submit(engine, &request);
+        for (n = 0; answer->finish == MLORA_RUNNING && n < 1000; n++)
+            cr_assert_eq(mlora_step(engine, NULL), MLORA_OK, "%s", mlora_error());
+        cr_expect_leq(n, 60, "%d steps", n);
+        cr_expect_eq(answer->n, shared[0].n);
+        cr_expect_arr_eq(answer->ids, shared[0].ids, sizeof(int32_t) * (size_t)answer->n);
+    }
+    mlora_engine_stats(engine, &stats);
+    cr_expect_geq(stats.n_adapter_loads, 1);
+    mlora_close(engine);
+}

@@ -37,11 +37,11 @@ void write_tensor_data(const char *directory, const struct tensor_data *tensors,
 /* alloc and free count; the ops of a model are not there. */
 struct device *host_device(void);
 int host_device_allocations(void); /* that were not freed */
-void host_device_fail(bool fail);
+void host_device_fail(bool fail);  /* allocations fail from now on */
 
 /* Uploads beside wait for one another from now on until n of them are under way, or have waited for
  * too long; whether they met. */
 void host_device_meet(int n);
-bool host_device_met(void);  /* allocations fail from now on */
+bool host_device_met(void);
 
 #endif
