@@ -62,7 +62,7 @@ static __global__ void __launch_bounds__(ROW_BLOCK, 1)
 
     const struct row_part part = {row, V, whole, 0, 1};
     float max = -INFINITY, min = INFINITY;
-    for_fours(part, [&](int, const float(&four)[4]) {
+    for_fours<FAR_AHEAD>(part, [&](int, const float(&four)[4]) {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             max = fmaxf(max, four[i]);
@@ -81,7 +81,7 @@ static __global__ void __launch_bounds__(ROW_BLOCK, 1)
     }
 
     double sum = 0;
-    for_fours(part, [&](int v, const float(&four)[4]) {
+    for_fours<FAR_AHEAD>(part, [&](int v, const float(&four)[4]) {
         float part = 0.0f;
 #pragma unroll
         for (int i = 0; i < 4; i++)
@@ -104,8 +104,8 @@ static __global__ void __launch_bounds__(ROW_BLOCK, 1)
     if (n < V) {
         unsigned long long n_reached = 0;
         floor = smallest_kept(
-            &memory, part, floor, min, max, (unsigned)n, 0.0, &n_reached, [](int, float(&)[4]) {},
-            [](float) { return 1u; });
+            &memory, part, floor, min, max, 64.0f, (unsigned)n, 0.0, &n_reached,
+            [](int, float(&)[4]) {}, [](float) { return 1u; });
         /* Fewer than n are above -infinity: the rest is -infinity. */
         if (n_reached < (unsigned long long)n) floor = -INFINITY;
     }

@@ -1,6 +1,7 @@
 /* The next token of each row, as kernels/cpu/sample.c defines it. A cluster of blocks a row. Bound
- * by reading the logits (from L2) two to six times, and by the arithmetic of each pass: what
- * can be drawn is gathered in the second where there is room for it. */
+ * by reading the logits (from L2) two to four times, and by the arithmetic of each pass: for the
+ * largest, for how they are distributed over bins, and for the draw; what lies in the bin where
+ * top_k or top_p end is set aside and looked at last. */
 #include "kernels/cuda/select.cuh"
 
 #include <float.h>
@@ -43,7 +44,9 @@ struct wanted_row {
     const uint32_t *touched; /* [V] bits: tokens of the history; NULL: no penalties */
     const int32_t *counts;   /* [V] of the touched ones: how often they are in the output */
     const struct sampling *sampling;
-    float max, temperature;
+    float max, least; /* of those above -infinity */
+    float temperature;
+    int V;
 
     __device__ float penalized(int v, float logit) const
     {
@@ -70,6 +73,13 @@ struct wanted_row {
     __device__ float scaled(float penalized) const
     {
         return (penalized - max) / temperature;
+    }
+
+    /* exp(scaled) as a whole number, 2^31 for the largest. */
+    __device__ unsigned weight(float penalized) const
+    {
+        const float per_logit = fminf(1.44269504f / temperature, FLT_MAX);
+        return __float2uint_rn(fast_exp2(fmaf(penalized - max, per_logit, 31.0f)));
     }
 };
 
@@ -109,34 +119,96 @@ static __device__ struct candidate better(struct candidate a, struct candidate b
     return b.value > a.value || (b.value == a.value && b.id < a.id) ? b : a;
 }
 
-/* The largest value over the block with the lowest id of equals, in memory[WARP] and thread 0.
- * `memory` [WARP + 1]. */
-static __device__ struct candidate block_largest(struct candidate *memory, struct candidate best)
+static __device__ struct candidate warp_largest(struct candidate best)
 {
     for (int step = WARP / 2; step > 0; step /= 2) {
         const struct candidate other = {__shfl_xor_sync(~0u, best.value, step),
                                         __shfl_xor_sync(~0u, best.id, step)};
         best = better(best, other);
     }
-    if (threadIdx.x % WARP == 0) memory[threadIdx.x / WARP] = best;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        for (int i = 1; i < ROW_BLOCK / WARP; i++) best = better(best, memory[i]);
-        memory[WARP] = best;
-    }
     return best;
 }
 
-/* The same over the cluster, for every thread. */
+/* The largest value over the block with the lowest id of equals, in thread 0. `memory` [WARP]. */
+static __device__ struct candidate block_largest(struct candidate *memory, struct candidate best)
+{
+    best = warp_largest(best);
+    if (threadIdx.x % WARP == 0) memory[threadIdx.x / WARP] = best;
+    __syncthreads();
+    if (threadIdx.x < ROW_BLOCK / WARP) best = memory[threadIdx.x];
+    if (threadIdx.x < WARP) best = warp_largest(best); /* the others' are in it already */
+    return best;
+}
+
+enum { PARTS_MAX = 8 }; /* blocks of a row */
+static constexpr float FAR = 64.0f;
+
+/* The same over the cluster, in thread 0 of its first block. `memory` [WARP + PARTS_MAX]. */
 static __device__ struct candidate cluster_largest(struct candidate *memory, struct candidate best,
+                                                   const struct row_part &part)
+{
+    best = block_largest(memory, best);
+    if (threadIdx.x == 0) *cluster_block(&memory[WARP + part.part], 0) = best;
+    cluster_sync();
+    if (part.part == 0 && threadIdx.x == 0)
+        for (int p = 0; p < part.parts; p++) best = better(best, memory[WARP + p]);
+    return best;
+}
+
+/* What a first look at the row tells. */
+struct extremes {
+    struct candidate best;
+    float least;  /* of those above -infinity */
+    bool damaged; /* a logit is NaN or +infinity */
+};
+
+static __device__ struct extremes block_extremes(const struct row_part &part,
+                                                 const struct wanted_row row)
+{
+    struct extremes mine = {{-INFINITY, part.V}, INFINITY, false};
+    for_fours<FAR_AHEAD>(part, [&](int v, float(&four)[4]) {
+        row.penalize(v, four);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const float logit = four[i];
+            if (logit > mine.best.value) mine.best = {logit, v + i};
+            if (logit > -INFINITY) mine.least = fminf(mine.least, logit);
+            mine.damaged |= !(logit < INFINITY); /* NaN too */
+        }
+    });
+    return mine;
+}
+
+/* The cluster's, for every thread. `memory` [WARP + 1]; other blocks read it until the cluster's
+ * next barrier. */
+static __device__ struct extremes cluster_extremes(struct extremes *memory, struct extremes mine,
                                                    int parts)
 {
-    block_largest(memory, best);
+    const auto join = [](struct extremes *to, struct extremes other) {
+        to->best = better(to->best, other.best);
+        to->least = fminf(to->least, other.least);
+        to->damaged |= other.damaged;
+    };
+    const auto over_warp = [](struct extremes of) {
+        of.best = warp_largest(of.best);
+        for (int step = WARP / 2; step > 0; step /= 2)
+            of.least = fminf(of.least, __shfl_xor_sync(~0u, of.least, step));
+        of.damaged = __any_sync(~0u, of.damaged);
+        return of;
+    };
+
+    mine = over_warp(mine);
+    if (threadIdx.x % WARP == 0) memory[threadIdx.x / WARP] = mine;
+    __syncthreads();
+    if (threadIdx.x < WARP) {
+        if (threadIdx.x < ROW_BLOCK / WARP) mine = memory[threadIdx.x];
+        mine = over_warp(mine);
+        if (threadIdx.x == 0) memory[WARP] = mine;
+    }
     cluster_sync();
-    best = memory[WARP];
-    for (int p = 0; p < parts; p++) best = better(best, *cluster_block(&memory[WARP], p));
-    cluster_sync(); /* the memory may be used again, and the others may end */
-    return best;
+    mine = memory[WARP];
+    for (int p = 0; p < parts; p++) join(&mine, *cluster_block(&memory[WARP], p));
+    return mine;
 }
 
 /* The few that can be drawn, where they are few: of the cluster's first block. */
@@ -216,7 +288,7 @@ static __device__ struct candidate draw_few(struct few_memory *few, const struct
 
 /* Gather what top_k may keep in the first block's list. False where that is too much. */
 static __device__ bool gather_few(struct few_memory *few, const struct row_part &part,
-                                  const struct wanted_row &row, float least)
+                                  const struct wanted_row row, float least)
 {
     struct few_memory *shared = cluster_block(few, 0);
     const float least_z = row.scaled(least); /* -infinity: all */
@@ -240,7 +312,82 @@ static __device__ bool gather_few(struct few_memory *few, const struct row_part 
     return fits;
 }
 
-/* What top_p alone may keep of a block's part: each warp has `room` WARP places of its own, WARP
+/* Which logits can be drawn, by how far they lie below the largest, in widths of a bin. */
+struct cut {
+    float per_bin;
+    float sure;  /* nearer than that: they can */
+    float end;   /* not nearer: they cannot. Between: those of the last bin, some can */
+    float floor; /* logits below this cannot, either */
+
+    __device__ float place(float max, float logit) const
+    {
+        return (max - logit) * per_bin;
+    }
+};
+
+/* Bins for the truncation of a row: of its likely part. */
+static __device__ struct cut cut_of(const struct wanted_row &row, bool by_number)
+{
+    /* What is under half of an even share of 1 - top_p is not among the most likely that make up
+     * top_p, as in the CPU's: even where the largest is all there is. */
+    const struct sampling &sampling = *row.sampling;
+    const float depth =
+        by_number ? FAR * fmaxf(row.temperature, 1.0f)
+                  : row.temperature * (0.1f - logf(0.5f * (1.0f - sampling.top_p) / row.V));
+    const float bottom = fmaxf(row.least, row.max - depth);
+    return {bottom < row.max ? (BINS - 1) / (row.max - bottom) : 0.0f, INFINITY, INFINITY,
+            -INFINITY};
+}
+
+/* Bins of the row for top_k, where what lies below all bins is in the last, or top_p; and where
+ * the truncation ends in them, to *cut. */
+static __device__ void find_cut(struct select_memory *memory, struct cut *cut,
+                                const struct row_part &part, const struct wanted_row row,
+                                bool by_number)
+{
+    const struct cut bins = cut_of(row, by_number);
+
+    if (threadIdx.x == 0) {
+        memory->above = 0;
+        memory->wanted = by_number ? row.sampling->top_k : 1;
+    }
+    fill_bins(
+        memory, part, [&](int v, float(&four)[4]) { row.penalize(v, four); },
+        [&](float logit) {
+            const float place = bins.place(row.max, logit);
+            return by_number || place < BINS ? (int)fminf(place, BINS - 1) : (int)BINS;
+        },
+        [&](float logit) { return !by_number          ? row.weight(logit)
+                                  : logit > -INFINITY ? 1u
+                                                      : 0u; });
+    find_bin(memory, part.parts, by_number ? 0.0 : (double)row.sampling->top_p);
+    if (threadIdx.x == 0) {
+        const float sure = (float)memory->bin;
+        *cut = bins;
+        cut->sure = sure;
+        cut->end = by_number && memory->bin == BINS - 1 ? INFINITY : sure + 1.0f;
+    }
+    __syncthreads();
+}
+
+/* The smallest logit that top_k, and of these top_p, keep of the row, or of a list of its logits. */
+static __device__ float kept_from(struct select_memory *memory, const struct row_part &part,
+                                  const struct wanted_row row, bool by_number, bool by_weight)
+{
+    unsigned long long n_reached;
+    float floor = -INFINITY;
+
+#pragma unroll 1
+    for (int by = by_number ? 0 : 1; by <= (by_weight ? 1 : 0); by++)
+        floor = smallest_kept(
+            memory, part, floor, row.least, row.max, FAR * fmaxf(row.temperature, 1.0f),
+            by ? 1 : row.sampling->top_k, by ? (double)row.sampling->top_p : 0.0, &n_reached,
+            [&](int v, float(&four)[4]) { row.penalize(v, four); },
+            [&](float logit) { return by ? row.weight(logit) : 1u; });
+    return floor;
+}
+
+/* Logits that top_k may keep of a block's part: each warp has `room` WARP places of its own, WARP
  * in every ROW_BLOCK. */
 struct likely_list {
     float *values; /* [room, ROW_BLOCK] */
@@ -248,37 +395,28 @@ struct likely_list {
     int room;
 };
 
-/* The block's sums are added up here. */
-struct likely_memory {
-    unsigned long long all; /* weight of the block's part */
-    int most;               /* rows of ROW_BLOCK places that some warp needs */
-};
-
-/* Gather what is not below `least`; *row_all is the row's weight. -1 where some warp has no
- * room for it; else how many rows of ROW_BLOCK places are used, the rest of which is -infinity. */
-static __device__ int gather_likely(struct likely_memory *memory, const struct likely_list &list,
-                                    const struct row_part &part, const struct wanted_row &row,
-                                    float least, unsigned long long *row_all)
+/* Gather what is nearer than cut.end. `most` is the block's. -1 where some warp has no room for it;
+ * else how many rows of ROW_BLOCK places are used, the rest of which is -infinity. */
+static __device__ int gather_likely(int *most, const struct likely_list &list,
+                                    const struct row_part &part, const struct wanted_row row,
+                                    const struct cut cut)
 {
     const int lane = threadIdx.x % WARP, first = threadIdx.x - lane;
-    unsigned long long sum = 0;
     int n = 0; /* of the warp; lanes that have come to the row's end do not count any more */
 
-    if (threadIdx.x == 0) memory->all = 0, memory->most = 0;
+    if (threadIdx.x == 0) *most = 0;
     __syncthreads();
     for_fours(part, [&](int v, float(&four)[4]) {
         const int lanes = min_int(WARP, ceil_div(part.V - v + lane * 4, 4)); /* that are here */
         row.penalize(v, four);
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            const float z = row.scaled(four[i]);
-            const bool likely = z >= least && z > -INFINITY;
+            const bool likely = cut.place(row.max, four[i]) < cut.end && four[i] > -INFINITY;
             const unsigned all = __ballot_sync(~0u >> (WARP - lanes), likely);
             const int mine = n + __popc(all & ((1u << lane) - 1));
-            sum += likelihood(z);
             if (likely && mine < list.room * WARP) {
                 const int at = mine / WARP * ROW_BLOCK + first + mine % WARP;
-                list.values[at] = z;
+                list.values[at] = four[i];
                 list.ids[at] = v + i;
             }
             n += __popc(all);
@@ -286,25 +424,92 @@ static __device__ int gather_likely(struct likely_memory *memory, const struct l
     });
     __syncwarp();
     n = __shfl_sync(~0u, n, 0); /* the last lane to come to the end is the first */
-    for (int step = WARP / 2; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
-    if (lane == 0) {
-        atomicAdd(&memory->all, sum);
-        atomicMax(&memory->most, ceil_div(n, WARP));
-    }
+    if (lane == 0) atomicMax(most, ceil_div(n, WARP));
     cluster_sync();
     bool fits = true;
-    *row_all = 0;
-    for (int p = 0; p < part.parts; p++) {
-        const struct likely_memory *other = cluster_block(memory, p);
-        *row_all += other->all;
-        fits = fits && other->most <= list.room;
-    }
-    const int used = memory->most;
+    for (int p = 0; p < part.parts; p++) fits = fits && *cluster_block(most, p) <= list.room;
+    const int used = *most;
     if (fits)
         for (int i = n + lane; i < used * WARP; i += WARP)
             list.values[i / WARP * ROW_BLOCK + first + i % WARP] = -INFINITY;
     cluster_sync(); /* the memory may be used again */
     return fits ? used : -1;
+}
+
+/* The best of this block's part, with noise, of those that `cut` keeps for sure; those of the last
+ * bin are put in the first block's list. Noise is at most -log(1 - u): what cannot win by that, or
+ * could not have some time before, is left out before its noise is made, all of it in fast
+ * arithmetic with a margin. `bar_key`: sort key of the best value of this block so far. */
+static __device__ struct candidate draw_row(struct select_memory *memory, unsigned *bar_key,
+                                            const struct row_part &part,
+                                            const struct wanted_row row, const struct cut cut)
+{
+    struct select_memory *shared = cluster_block(memory, 0);
+    const struct sampling &sampling = *row.sampling;
+    const float margin = 0.02f, inverse = 1.0f / row.temperature;
+    struct candidate best = {-INFINITY, part.V};
+
+    if (threadIdx.x == 0) *bar_key = sort_key(GUMBEL_MIN); /* the largest, 0, will have that */
+    __syncthreads();
+    for_fours(part, [&](int v, float(&four)[4]) {
+        const float bar = from_sort_key(*(volatile unsigned *)bar_key) - margin;
+        const float least = bar - GUMBEL_MAX;
+        float about[4];
+        bool any = false, in_last = false;
+        row.penalize(v, four);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const float place = cut.place(row.max, four[i]);
+            const bool is_sure = place < cut.sure && four[i] >= cut.floor;
+            in_last |= place >= cut.sure && place < cut.end;
+            about[i] = is_sure ? (four[i] - row.max) * inverse : -INFINITY;
+            any |= about[i] >= least;
+        }
+        if (in_last) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const float place = cut.place(row.max, four[i]);
+                if (place < cut.sure || !(place < cut.end) || four[i] == -INFINITY) continue;
+                const unsigned at = atomicAdd(&shared->n_list, 1u);
+                if (at < LIST) shared->list[at] = four[i], shared->ids[at] = v + i;
+            }
+        }
+        if (!any) return;
+        uint32_t words[4];
+        philox4x32(words, (uint32_t)v / 4, sampling.draw, sampling.seed);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            /* 1 + word / 2^32, rounded down in its 23 bits */
+            const float u = __uint_as_float(0x3f800000u | words[i] >> 9);
+            if (u > 1.000001f + __expf(about[i] - bar)) continue;
+            const float z = row.scaled(four[i]);
+            if (about[i] == -INFINITY || z == -INFINITY) continue;
+            if (sampling.min_p > 0.0f && expf(z) < sampling.min_p) continue;
+            best = better(best, {z + gumbel(words[i]), v + i});
+            atomicMax(bar_key, sort_key(best.value));
+        }
+    });
+    return best;
+}
+
+/* A value that is kept, with its noise. */
+static __device__ struct candidate drawn(const struct wanted_row &row, float logit, int v)
+{
+    const struct sampling &sampling = *row.sampling;
+    const float z = row.scaled(logit);
+    if (z == -INFINITY || (sampling.min_p > 0.0f && expf(z) < sampling.min_p))
+        return {-INFINITY, INT32_MAX};
+    return {noisy(z, v, sampling), v};
+}
+
+/* The best of the list's logits from `floor` on, with noise. */
+static __device__ struct candidate draw_list(const struct likely_list &list, int used,
+                                             const struct wanted_row &row, float floor)
+{
+    struct candidate best = {-INFINITY, INT32_MAX};
+    for (int i = threadIdx.x; i < used * ROW_BLOCK; i += ROW_BLOCK)
+        if (list.values[i] >= floor) best = better(best, drawn(row, list.values[i], list.ids[i]));
+    return best;
 }
 
 /* ids[q] = the token drawn from logits[q, :]
@@ -320,160 +525,98 @@ static __global__ void __launch_bounds__(ROW_BLOCK, 1)
     __shared__ union {
         struct select_memory select;
         struct few_memory few;
-        struct likely_memory likely;
-        float sums[WARP];
     } memory;
-    __shared__ struct candidate candidates[WARP + 1];
-    __shared__ unsigned bar_key; /* of the best value of this block so far */
+    __shared__ struct extremes extremes[WARP + 1];
+    __shared__ struct candidate candidates[WARP + PARTS_MAX];
+    __shared__ struct wanted_row wanted; /* what the passes need of the row, and registers do not */
+    __shared__ struct cut cut;           /* hold from pass to pass                                */
+    __shared__ unsigned bar_key;
+    __shared__ int most;
     grid_begin();
     const int q = blockIdx.x;
     const struct row_part part = {logits + (size_t)q * V, V, whole, (int)blockIdx.z,
                                   (int)gridDim.z};
+    const struct sampling &sampling = view.sampling[q];
     const int n_history = view.history_start[q + 1] - view.history_start[q];
-    struct wanted_row wanted = {NULL, NULL, &view.sampling[q], 0.0f, view.sampling[q].temperature};
-    const struct sampling &sampling = *wanted.sampling;
 
-    if (n_history > 0) { /* the whole cluster */
-        wanted.touched = touched;
-        wanted.counts = counts + (size_t)q * V;
+    if (threadIdx.x == 0) {
+        wanted = {n_history > 0 ? touched : NULL,
+                  counts + (size_t)q * V,
+                  &view.sampling[q],
+                  0.0f,
+                  0.0f,
+                  sampling.temperature,
+                  V};
+        cut = {0.0f, INFINITY, INFINITY, -INFINITY};
+    }
+    __syncthreads();
+    if (n_history > 0) /* the whole cluster */
         count_history(touched, counts + (size_t)q * V, view.history + view.history_start[q],
                       n_history, view.n_prompt[q], V, part.part);
-    }
 
-    const bool by_number = sampling.top_k > 0 && sampling.top_k < V;
-    const bool by_weight = sampling.top_p < 1.0f && !by_number && sampling.temperature > 0.0f;
-    const float per_logit = 1.44269504f / sampling.temperature;
-    struct candidate best = {-INFINITY, V}, least = {-INFINITY, 0};
-    float about_max = -FLT_MAX, about_sum = 0.0f; /* of by_weight: exp2(per_logit (l - max)) */
-    for_fours(part, [&](int v, float(&four)[4]) {
-        wanted.penalize(v, four);
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const float logit = four[i];
-            if (logit > best.value) best = {logit, v + i};
-            if (logit > -INFINITY) least.value = fmaxf(least.value, -logit);
-            if (!(logit < INFINITY)) least.id = -1; /* NaN too */
-        }
-        if (by_weight) {
-            const float max = fmaxf(about_max, best.value);
-            about_sum *= fast_exp2((about_max - max) * per_logit);
-#pragma unroll
-            for (int i = 0; i < 4; i++) about_sum += fast_exp2((four[i] - max) * per_logit);
-            about_max = max;
-        }
-    });
-    const float mine = best.value;
-    best = cluster_largest(candidates, best, part.parts);
-    const bool damaged =
-        cluster_largest(candidates, {least.id < 0 ? 1.0f : 0.0f, 0}, part.parts).value > 0.0f;
-    if (damaged || best.value == -INFINITY || sampling.temperature <= 0.0f) {
+    struct extremes row = block_extremes(part, wanted);
+    const float mine = row.best.value;
+    row = cluster_extremes(extremes, row, part.parts);
+    if (row.damaged || row.best.value == -INFINITY || sampling.temperature <= 0.0f) {
         if (part.part == 0 && threadIdx.x == 0)
-            ids[q] = damaged || best.value == -INFINITY ? -1 : best.id;
-        return; /* the whole cluster */
+            ids[q] = row.damaged || row.best.value == -INFINITY ? -1 : row.best.id;
+        cluster_sync(); /* all have read the others' extremes */
+        return;         /* the whole cluster */
     }
 
-    wanted.max = best.value;
-    const auto scaled = [&](int v, float(&four)[4]) {
-        wanted.penalize(v, four);
-#pragma unroll
-        for (int i = 0; i < 4; i++) four[i] = wanted.scaled(four[i]);
-    };
-    float floor = -INFINITY;
-    float low = -INFINITY; /* nothing that counts is below */
-    unsigned long long row_all = 0, wanted_weight = 0;
+    if (threadIdx.x == 0) wanted.max = row.best.value, wanted.least = row.least;
+    __syncthreads();
+    const bool any_differs = row.least < row.best.value; /* else all equal the last one kept */
+    const bool by_number = any_differs && sampling.top_k > 0 && sampling.top_k < V;
+    const bool by_weight = any_differs && sampling.top_p < 1.0f;
+    struct candidate best;
     if (by_number && sampling.top_k <= FEW_WANTED) {
         const float reached = reached_by(&memory.few, mine, sampling.top_k, part);
         if (gather_few(&memory.few, part, wanted, reached)) {
             if (part.part > 0) return; /* the whole block */
-            best = draw_few(&memory.few, sampling);
-            best = block_largest(candidates, best);
+            best = block_largest(candidates, draw_few(&memory.few, sampling));
             if (threadIdx.x == 0) ids[q] = best.id;
             return;
         }
     }
-    if (by_weight) {
-        /* Those that are under half of an even share of 1 - top_p are not among the most likely
-         * that make up top_p, as in the CPU's: of the row, so of what is here of it, too. */
-        const float half_share = 0.5f * (1.0f - sampling.top_p) / (float)V;
-        const float sum =
-            block_sum(about_sum * fast_exp2(fmaxf(about_max - wanted.max, -FLT_MAX) * per_logit),
-                      memory.sums);
-        const struct likely_list list = {
-            (float *)(touched + ceil_div(V, 128) * 4),
-            (int32_t *)(touched + ceil_div(V, 128) * 4) + room * ROW_BLOCK, room};
-        __syncthreads(); /* all have read the sums */
-        const int used = gather_likely(&memory.likely, list, part, wanted,
-                                       logf(half_share * sum) - 0.01f, &row_all);
-        const unsigned long long share =
-            (unsigned long long)((double)sampling.top_p * (double)row_all);
-        unsigned long long n_reached;
-        floor = logf(half_share * (float)row_all * 0x1p-31f);
-        if (used >= 0) {
-            const struct row_part mine_only = {list.values, used * ROW_BLOCK, true,
-                                               part.part,   part.parts,       true};
-            floor = smallest_kept(
-                &memory.select, mine_only, floor, floor, 0.0f, share > 0 ? share : 1, 0.0,
-                &n_reached, [](int, float(&)[4]) {}, likelihood);
-            best = {-INFINITY, V};
-            for (int i = threadIdx.x; i < used * ROW_BLOCK; i += ROW_BLOCK) {
-                const float z = list.values[i];
-                if (!(z >= floor) || z == -INFINITY) continue;
-                if (sampling.min_p > 0.0f && expf(z) < sampling.min_p) continue;
-                best = better(best, {noisy(z, list.ids[i], sampling), list.ids[i]});
-            }
-            best = cluster_largest(candidates, best, part.parts);
-            if (part.part == 0 && threadIdx.x == 0) ids[q] = best.id;
-            return; /* the whole cluster */
-        }
-        low = floor;
-        wanted_weight = share > 0 ? share : 1;
-    } else if (by_number) {
-        unsigned long long n_reached;
-        least = cluster_largest(candidates, {least.value, 0}, part.parts);
-        low = (-least.value - wanted.max) / sampling.temperature;
-        floor = smallest_kept(&memory.select, part, floor, low, 0.0f, sampling.top_k, 0.0,
-                              &n_reached, scaled, [](float) { return 1u; });
-    }
-    if (sampling.top_p < 1.0f) {
-        unsigned long long n_reached;
-        floor =
-            smallest_kept(&memory.select, part, floor, low, 0.0f, wanted_weight,
-                          by_number ? (double)sampling.top_p : 0.0, &n_reached, scaled, likelihood);
-    }
 
-    /* Noise is at most -log(1 - u). What cannot win by that, or could not have some time before,
-     * is left out before its noise is made, all of it in fast arithmetic with a margin. */
-    const float margin = 0.02f, inverse = 1.0f / sampling.temperature;
-    best = {-INFINITY, V};
-    if (threadIdx.x == 0) bar_key = sort_key(GUMBEL_MIN); /* the largest, 0, will have that */
-    __syncthreads();
-    for_fours(part, [&](int v, float(&four)[4]) {
-        const float bar = from_sort_key(*(volatile unsigned *)&bar_key) - margin;
-        const float least = fmaxf(bar - GUMBEL_MAX, floor - margin);
-        float about[4];
-        bool any = false;
-        wanted.penalize(v, four);
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            about[i] = (four[i] - wanted.max) * inverse;
-            any |= about[i] >= least;
+    struct select_memory *select = &memory.select;
+    const struct likely_list list = {(float *)(touched + ceil_div(V, 128) * 4),
+                                     (int32_t *)(touched + ceil_div(V, 128) * 4) + room * ROW_BLOCK,
+                                     room};
+    int used = -1; /* of the list, where what can be drawn is there */
+    if (by_number || by_weight) find_cut(select, &cut, part, wanted, by_number);
+    if (by_number && by_weight) used = gather_likely(&most, list, part, wanted, cut);
+#pragma unroll 1
+    for (bool by_floor = by_number && by_weight;; by_floor = true) {
+        if (by_floor) {
+            struct row_part here = part;
+            struct wanted_row as_it_is = wanted;
+            if (used >= 0) {
+                here = {list.values, used * ROW_BLOCK, true, part.part, part.parts, true};
+                as_it_is.touched = NULL;
+            }
+            const float floor = kept_from(select, here, as_it_is, by_number, by_weight);
+            if (threadIdx.x == 0) cut = {0.0f, INFINITY, INFINITY, floor};
+            __syncthreads();
         }
-        if (!any) return;
-        uint32_t words[4];
-        philox4x32(words, (uint32_t)v / 4, sampling.draw, sampling.seed);
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            /* 1 + word / 2^32, rounded down in its 23 bits */
-            const float u = __uint_as_float(0x3f800000u | words[i] >> 9);
-            if (u > 1.000001f + __expf(about[i] - bar)) continue;
-            const float z = wanted.scaled(four[i]);
-            if (!(z >= floor) || z == -INFINITY) continue;
-            if (sampling.min_p > 0.0f && expf(z) < sampling.min_p) continue;
-            best = better(best, {z + gumbel(words[i]), v + i});
-            atomicMax(&bar_key, sort_key(best.value));
+        best = used < 0 ? draw_row(select, &bar_key, part, wanted, cut)
+                        : draw_list(list, used, wanted, cut.floor);
+        if (by_floor || !(by_number || by_weight)) break;
+
+        cluster_sync();
+        const unsigned n = cluster_block(select, 0)->n_list;
+        cluster_sync();         /* all have read it */
+        if (n > LIST) continue; /* too many are in the last bin */
+        if (part.part == 0) {
+            weigh_list(select, [&](float logit) { return by_number ? 1u : wanted.weight(logit); });
+            for (int i = threadIdx.x; i < (int)n; i += ROW_BLOCK)
+                if (list_keeps(select, i))
+                    best = better(best, drawn(wanted, select->list[i], select->ids[i]));
         }
-    });
-    best = cluster_largest(candidates, best, part.parts);
+        break;
+    }
+    best = cluster_largest(candidates, best, part);
     if (part.part == 0 && threadIdx.x == 0) ids[q] = best.id;
 }
 
@@ -501,7 +644,7 @@ void cuda_sample(struct device *dev, int32_t *ids, const float *logits,
     const int room = (most - (int)kernel.sharedSizeBytes - bits) / of_room;
     const size_t shared = (size_t)bits + (size_t)max_int(room, 0) * of_room;
     int parts = 1; /* as many blocks a row as there are multiprocessors for */
-    while (cuda->is_hopper && parts < 8 && 2 * parts * view->Q <= cuda->n_sms) parts *= 2;
+    while (cuda->is_hopper && parts < PARTS_MAX && 2 * parts * view->Q <= cuda->n_sms) parts *= 2;
     cuda_check(cuda,
                cudaFuncSetAttribute(sample_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     (int)shared),

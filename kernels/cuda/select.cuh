@@ -10,22 +10,27 @@
 #include <math.h>
 
 enum {
-    ROW_BLOCK = 1024,
-    AHEAD = 4,        /* groups of four numbers that a thread asks for at once */
-    SELECT_AHEAD = 2, /* the same where there are fewer registers left */
-    BINS = 2048,
-    LIST = 512, /* values of one bin that are compared with each other */
+    ROW_BLOCK = 512,
+    AHEAD = 4,     /* groups of four numbers that a thread asks for at once */
+    FAR_AHEAD = 8, /* the same where little is done with each */
+    BINS = 4 * ROW_BLOCK,
+    LIST = 1024, /* values of one bin that are compared with each other */
 };
 
-/* Of the cluster's first block, but for the bins, which each block has. */
+/* Each block of a cluster has its bins; the lists of the first block are all blocks'. */
 struct select_memory {
-    unsigned low[BINS], high[BINS]; /* 64-bit sums in two words, which shared memory can add */
-    float list[LIST];
+    alignas(16) unsigned low[BINS],
+        high[BINS];             /* 64-bit sums in two words, which shared memory can add */
+    unsigned long long outside; /* the sum of what is in no bin */
+    unsigned long long above, wanted;
+    unsigned long long of_warp[WARP];
+    int bin; /* where the running sum, from `above`, reaches `wanted` */
     unsigned n_list;
     unsigned smallest, largest; /* sort keys, of the values in the bin */
     unsigned kept;              /* sort key */
-    int bin;
-    unsigned long long above, wanted;
+    alignas(16) float list[LIST + 4];
+    alignas(16) unsigned weight[LIST];
+    int32_t ids[LIST];
 };
 
 /* Orders as the float does, as an unsigned number; both zeros are one. */
@@ -79,119 +84,152 @@ static inline __device__ void for_fours(const struct row_part &part, F &&f4)
     }
 }
 
-static inline __device__ unsigned long long bin_sum(const struct select_memory *memory, int bin)
-{
-    return (unsigned long long)memory->high[bin] << 32 | memory->low[bin];
-}
-
-/* Add the other blocks' bins to the first block's, which calls it. */
-static __device__ void bins_join(struct select_memory *memory, int parts)
-{
-    for (int i = threadIdx.x; i < BINS; i += ROW_BLOCK) {
-        unsigned long long sum = bin_sum(memory, i);
-        for (int p = 1; p < parts; p++) sum += bin_sum(cluster_block(memory, p), i);
-        memory->low[i] = (unsigned)sum;
-        memory->high[i] = (unsigned)(sum >> 32);
-    }
-}
-
-/* Where the running sum of the bins reaches memory->wanted: memory->bin, and memory->above, the
- * sum before it. Where it does not, the last bin that is not empty. Done by one warp. */
-static __device__ void find_bin(struct select_memory *memory)
-{
-    enum { EACH = BINS / WARP };
-    const int lane = threadIdx.x;
-    const unsigned long long before = memory->above, wanted = memory->wanted;
-    unsigned long long sum = 0;
-
-    for (int i = 0; i < EACH; i++) sum += bin_sum(memory, lane * EACH + i);
-    unsigned long long upto = sum;
-    for (int step = 1; step < WARP; step *= 2) {
-        const unsigned long long other = __shfl_up_sync(~0u, upto, step);
-        if (lane >= step) upto += other;
-    }
-    const unsigned reach = __ballot_sync(~0u, sum > 0 && before + upto >= wanted);
-    const unsigned filled = __ballot_sync(~0u, sum > 0);
-    const int found = reach ? __ffs(reach) - 1 : 31 - __clz(filled | 1);
-    __syncwarp(); /* all have read what the one found sets */
-    if (lane != found) return;
-
-    unsigned long long running = before + upto - sum, above = running;
-    int bin = lane * EACH;
-    for (int i = 0; i < EACH; i++) {
-        const unsigned long long here = bin_sum(memory, lane * EACH + i);
-        if (here == 0) continue;
-        bin = lane * EACH + i;
-        above = running;
-        running += here;
-        if (running >= wanted) break;
-    }
-    memory->bin = bin;
-    memory->above = above;
-}
-
-/* Half of the work of smallest_kept(): the bins, and the bin that is looked at alone. */
-template <typename Counts, typename BinOf, typename Values, typename Weight>
-static __device__ void select_bin(struct select_memory *memory, const struct row_part &part,
-                                  double share, Counts &&counts, BinOf &&bin_of, Values &&values,
-                                  Weight &&weight)
+static __device__ void clear_bins(struct select_memory *memory)
 {
     for (int i = threadIdx.x; i < BINS; i += ROW_BLOCK) memory->low[i] = memory->high[i] = 0;
-    if (threadIdx.x == 0) memory->n_list = 0, memory->smallest = ~0u, memory->largest = 0;
+    if (threadIdx.x == 0) {
+        memory->outside = 0;
+        memory->n_list = 0;
+        memory->smallest = ~0u;
+        memory->largest = 0;
+        memory->bin = 0;
+    }
     __syncthreads();
-    for_fours<SELECT_AHEAD>(part, [&](int v, float(&four)[4]) {
+}
+
+/* Add weight(value) of this block's values to its bins. What weighs 0 does not count; where bin_of()
+ * is BINS, it is added to `outside`. */
+template <typename Values, typename BinOf, typename Weight>
+static __device__ void fill_bins(struct select_memory *memory, const struct row_part &part,
+                                 Values &&values, BinOf &&bin_of, Weight &&weight)
+{
+    unsigned long long outside = 0;
+
+    clear_bins(memory);
+    for_fours(part, [&](int v, float(&four)[4]) {
         unsigned old[4], added[4]; /* four additions are under way before the first is looked at */
         int bin[4];
         values(v, four);
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            added[i] = 0;
-            if (!counts(four[i])) continue;
-            bin[i] = bin_of(four[i]);
             added[i] = weight(four[i]);
-            old[i] = atomicAdd(&memory->low[bin[i]], added[i]);
+            bin[i] = bin_of(four[i]);
+            if (added[i] && bin[i] < BINS)
+                old[i] = atomicAdd(&memory->low[bin[i]], added[i]);
+            else
+                outside += added[i], added[i] = 0;
         }
 #pragma unroll
         for (int i = 0; i < 4; i++)
             if (added[i] && old[i] + added[i] < old[i]) atomicAdd(&memory->high[bin[i]], 1u);
     });
+    for (int step = WARP / 2; step > 0; step /= 2) outside += __shfl_xor_sync(~0u, outside, step);
+    if (threadIdx.x % WARP == 0 && outside > 0) atomicAdd(&memory->outside, outside);
     cluster_sync();
-    if (part.part == 0) {
-        bins_join(memory, part.parts);
-        __syncthreads();
-        if (threadIdx.x < WARP) {
-            if (share > 0) {
-                unsigned long long all = 0;
-                for (int i = threadIdx.x; i < BINS; i += WARP) all += bin_sum(memory, i);
-                for (int step = WARP / 2; step > 0; step /= 2)
-                    all += __shfl_xor_sync(~0u, all, step);
-                const unsigned long long wanted = (unsigned long long)(share * (double)all);
-                if (threadIdx.x == 0) memory->wanted = wanted > 0 ? wanted : 1;
-                __syncwarp();
-            }
-            find_bin(memory);
-        }
+}
+
+static __device__ unsigned long long sum_through(unsigned long long own)
+{
+    const int lane = threadIdx.x % WARP;
+#pragma unroll
+    for (int step = 1; step < WARP; step *= 2) {
+        const unsigned long long before = __shfl_up_sync(~0u, own, step);
+        if (lane >= step) own += before;
     }
-    cluster_sync();
+    return own;
+}
+
+/* Where the running sum of all blocks' bins, from memory->above on, reaches memory->wanted, or
+ * `share` of everything where share > 0: memory->bin, and memory->above, the sum before it. Where
+ * it does not, the last bin that is not empty. Each block finds the same for itself. */
+static __device__ void find_bin(struct select_memory *memory, int parts, double share)
+{
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    const unsigned long long start = memory->above;
+    unsigned long long wanted = memory->wanted, own[4] = {}, outside = 0;
+
+    for (int p = 0; p < parts; p++) {
+        const struct select_memory *other = cluster_block(memory, p);
+        const uint4 low = ((const uint4 *)other->low)[threadIdx.x];
+        const uint4 high = ((const uint4 *)other->high)[threadIdx.x];
+        own[0] += (unsigned long long)high.x << 32 | low.x;
+        own[1] += (unsigned long long)high.y << 32 | low.y;
+        own[2] += (unsigned long long)high.z << 32 | low.z;
+        own[3] += (unsigned long long)high.w << 32 | low.w;
+        outside += other->outside;
+    }
+    const unsigned long long through = sum_through(own[0] + own[1] + own[2] + own[3]);
+    if (lane == WARP - 1) memory->of_warp[warp] = through;
+    __syncthreads();
+    const unsigned long long warps =
+        sum_through(lane < ROW_BLOCK / WARP ? memory->of_warp[lane] : 0);
+    const unsigned long long all = __shfl_sync(~0u, warps, WARP - 1);
+    const unsigned long long before_warp = __shfl_sync(~0u, warps, warp == 0 ? 0 : warp - 1);
+    if (share > 0) {
+        wanted = (unsigned long long)(share * (double)(all + outside));
+        wanted = wanted > 0 ? wanted : 1;
+    }
+    const unsigned long long reached = start + all < wanted ? start + all : wanted;
+    const unsigned long long end = start + (warp == 0 ? 0 : before_warp) + through;
+    unsigned long long above = end - own[0] - own[1] - own[2] - own[3];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        if (above < reached && reached <= above + own[i]) /* of all bins one */
+            memory->bin = 4 * threadIdx.x + i, memory->above = above;
+        above += own[i];
+    }
+    if (threadIdx.x == 0) memory->wanted = wanted;
+    __syncthreads();
+}
+
+/* Prepare the first block's list for list_keeps(). All threads of that block call it. */
+template <typename Weight>
+static __device__ void weigh_list(struct select_memory *memory, Weight &&weight)
+{
+    const int n = (int)memory->n_list;
+
+    for (int i = threadIdx.x; i < n; i += ROW_BLOCK) memory->weight[i] = weight(memory->list[i]);
+    if (threadIdx.x < 4) memory->list[n + threadIdx.x] = -INFINITY; /* read with the last four */
+    __syncthreads();
+}
+
+/* Whether value i of the list is among the largest: those that are kept have less than
+ * memory->wanted before them. */
+static __device__ bool list_keeps(const struct select_memory *memory, int i)
+{
+    const float mine = memory->list[i];
+    unsigned long long before = memory->above;
+
+#pragma unroll 2
+    for (int j = 0; j < (int)memory->n_list; j += 4) {
+        const float4 value = *(const float4 *)&memory->list[j];
+        const uint4 weight = *(const uint4 *)&memory->weight[j];
+        if (value.x > mine) before += weight.x;
+        if (value.y > mine) before += weight.y;
+        if (value.z > mine) before += weight.z;
+        if (value.w > mine) before += weight.w;
+    }
+    return before < memory->wanted;
 }
 
 /* The smallest value of the shortest list of largest values (and equals of its last) whose
  * weights reach `wanted`, or `share` of all weights where share > 0. Values below `floor` and
- * -infinity do not count; `low` and `high` are the least and the greatest of the rest, or wider.
- * values(v, four), which makes the values of row[v] to row[v + 3] in place, and weight(value) are
- * the caller's. All threads of the cluster call it and get
- * the same answer; *n_reached is how many values there are down to it, or more. */
+ * -infinity do not count; `low` and `high` are the least and the greatest of the rest, or wider,
+ * and what is `far` below `high` is looked at last. values(v, four), which makes the values of
+ * row[v] to row[v + 3] in place, and weight(value) are the caller's. All threads of the cluster
+ * call it and get the same answer; *n_reached is how many values there are down to it, or more. */
 template <typename Values, typename Weight>
-static __device__ float smallest_kept(struct select_memory *memory, const struct row_part &part,
-                                      float floor, float low, float high, unsigned long long wanted,
-                                      double share, unsigned long long *n_reached, Values &&values,
-                                      Weight &&weight)
+static __device__ float
+smallest_kept(struct select_memory *memory, const struct row_part &part, float floor, float low,
+              float high, float far, unsigned long long wanted, double share,
+              unsigned long long *n_reached, Values &&values, Weight &&weight)
 {
     struct select_memory *shared = cluster_block(memory, 0);
     if (threadIdx.x == 0) memory->above = 0, memory->wanted = wanted, memory->kept = ~0u;
+#pragma unroll 1
     for (bool first = true;; first = false) {
         /* Bin 0 holds the greatest. What lies far below shares the last bin at first. */
-        const float bottom = first ? fmaxf(low, high - 64.0f) : low;
+        const float bottom = first ? fmaxf(low, high - far) : low;
         const float per_bin = (BINS - 1) / (high - bottom);
         const auto bin_of = [&](float z) {
             return high > bottom ? (int)fminf((high - z) * per_bin, BINS - 1) : 0;
@@ -199,10 +237,12 @@ static __device__ float smallest_kept(struct select_memory *memory, const struct
         const auto counts = [&](float z) {
             return z >= floor && z > -INFINITY && z <= high && (first || z >= low);
         };
-        select_bin(memory, part, first ? share : 0.0, counts, bin_of, values, weight);
+        fill_bins(memory, part, values, bin_of,
+                  [&](float z) { return counts(z) ? weight(z) : 0u; });
+        find_bin(memory, part.parts, first ? share : 0.0);
 
-        const int bin = shared->bin;
-        for_fours<SELECT_AHEAD>(part, [&](int v, float(&four)[4]) {
+        const int bin = memory->bin;
+        for_fours(part, [&](int v, float(&four)[4]) {
             values(v, four);
 #pragma unroll
             for (int i = 0; i < 4; i++) {
@@ -216,7 +256,7 @@ static __device__ float smallest_kept(struct select_memory *memory, const struct
         });
         cluster_sync();
         const unsigned n = shared->n_list, smallest = shared->smallest, largest = shared->largest;
-        *n_reached = shared->above + n;
+        *n_reached = memory->above + n;
         cluster_sync();           /* all have read what the next turn, or the next call, sets */
         if (n == 0) return floor; /* no value counts */
         if (smallest == largest) return from_sort_key(smallest);
@@ -225,13 +265,10 @@ static __device__ float smallest_kept(struct select_memory *memory, const struct
         high = from_sort_key(largest);
     }
 
-    /* Those that are kept have less than what is wanted before them. */
-    if (part.part == 0 && threadIdx.x < memory->n_list) {
-        const float z = memory->list[threadIdx.x];
-        unsigned long long before = memory->above;
-        for (unsigned i = 0; i < memory->n_list; i++)
-            if (memory->list[i] > z) before += weight(memory->list[i]);
-        if (before < memory->wanted) atomicMin(&memory->kept, sort_key(z));
+    if (part.part == 0) {
+        weigh_list(memory, weight);
+        for (int i = threadIdx.x; i < (int)memory->n_list; i += ROW_BLOCK)
+            if (list_keeps(memory, i)) atomicMin(&memory->kept, sort_key(memory->list[i]));
     }
     cluster_sync();
     const float kept = from_sort_key(shared->kept);
