@@ -27,10 +27,37 @@ static void *memory_alloc(size_t bytes)
     return memory;
 }
 
+/* A block of at least MAPPED bytes: of a budget of memory, most of which may never be touched. So it
+ * is not taken from malloc, and no swap is set aside for it. */
+struct mapping {
+    void *at;
+    size_t bytes;
+    struct mapping *next;
+};
+
+enum { MAPPED = 1 << 30 };
+
+static void *map(struct cpu_device *cpu, size_t bytes)
+{
+    struct mapping *mapping = malloc(sizeof *mapping);
+    if (!mapping) return NULL;
+    void *at = mmap(NULL, bytes, PROT_READ | PROT_WRITE,
+                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (at == MAP_FAILED) {
+        free(mapping);
+        return NULL;
+    }
+#ifdef MADV_HUGEPAGE
+    madvise(at, bytes, MADV_HUGEPAGE);
+#endif
+    *mapping = (struct mapping){at, bytes, cpu->mapped};
+    cpu->mapped = mapping;
+    return at;
+}
+
 static mlora_status cpu_alloc(struct device *dev, size_t bytes, void **out)
 {
-    (void)dev;
-    *out = memory_alloc(bytes);
+    *out = bytes < (size_t)MAPPED ? memory_alloc(bytes) : map(cpu_device(dev), bytes);
     if (!*out)
         return error_set(MLORA_ENOMEM,
                          "out of memory: %zu bytes on the CPU: use a smaller model "
@@ -41,7 +68,14 @@ static mlora_status cpu_alloc(struct device *dev, size_t bytes, void **out)
 
 static void cpu_free(struct device *dev, void *memory)
 {
-    (void)dev;
+    for (struct mapping **link = &cpu_device(dev)->mapped; *link; link = &(*link)->next) {
+        struct mapping *mapping = *link;
+        if (mapping->at != memory) continue;
+        munmap(mapping->at, mapping->bytes);
+        *link = mapping->next;
+        free(mapping);
+        return;
+    }
     free(memory);
 }
 

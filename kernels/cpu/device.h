@@ -25,7 +25,8 @@ struct cpu_device {
     size_t scratch_bytes[SCRATCH_USES];
     const char *failed_op; /* the first that ran out of memory: all later ones do nothing */
     size_t failed_bytes;
-    double *marks; /* [MARKS] seconds; NULL before the first mark */
+    double *marks;          /* [MARKS] seconds; NULL before the first mark */
+    struct mapping *mapped; /* its largest blocks of memory */
 };
 
 static inline struct cpu_device *cpu_device(struct device *device)
