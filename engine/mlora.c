@@ -268,6 +268,8 @@ mlora_status mlora_adapter_pin(mlora_engine *engine, const char *name, int pin)
 {
     if (!engine) return null_argument("mlora_adapter_pin", "engine");
     if (!name) return null_argument("mlora_adapter_pin", "name");
+    /* It is brought, to where a step on its way may still write; what fails there the step tells. */
+    if (pin) engine->dev->ops->sync(engine->dev);
     return registry_pin(&engine->registry, name, pin != 0);
 }
 

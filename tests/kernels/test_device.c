@@ -109,7 +109,7 @@ static void *copy_beside(void *context)
 {
     struct beside *copy = context;
     for (int i = 0; i < 3 && copy->status == MLORA_OK; i++)
-        copy->status = dev->ops->upload_beside(dev, copy->to, copy->from, copy->bytes);
+        copy->status = dev->ops->upload_beside(dev, 0, copy->to, copy->from, copy->bytes);
     return NULL;
 }
 

@@ -90,7 +90,7 @@ static mlora_status run_case(json_t *report, const struct bench *bench, mlora_en
 {
     struct demand demand = {0};
     struct stream_times times = {0};
-    mlora_stats before, after;
+    mlora_stats before = {0}, after;
     struct stream_load load = {
         .work = {.batch = bench->batch + bench->waiting,
                  .prompt_tokens = bench->prompt_tokens,
