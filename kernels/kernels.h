@@ -121,7 +121,7 @@ struct kernels {
     /* y[t, offset[i] + n] = round(y + scale * dot(B[n, :], h[t, i, :])) for the same t and i; with
      * g, b_bias and bias_delta as struct lora_factors says.
      *   y [T, N] dtype, in and out    h as lora_shrink wrote it
-     * In a recording, what is added may reach the op that reads y next and not y itself. */
+     * The next op may add it as it reads y; what y holds after that is not defined. */
     void (*lora_expand)(struct device *dev, void *y, const float *h, const struct lora_view *lora,
                         const struct lora_site *site, int layer, enum dtype dtype);
 

@@ -73,8 +73,7 @@ struct addend {
 struct deferred {
     struct addend addend;
     const float *h;
-    void *y;
-    enum dtype dtype; /* of y */
+    bf16 *y;
     int linear, layer, T, N;
 };
 
@@ -172,8 +171,6 @@ static inline void cuda_launch(struct cuda_device *cuda, const char *op,
                op);
     cuda->overlaps = true;
 }
-
-bool cuda_is_recording(const struct cuda_device *cuda);
 
 /* In a recording on Hopper, launches between fork and fork_end run beside those from there to the
  * join, after which the next cuda_launch() waits for both. Elsewhere the three do nothing, nor where

@@ -31,16 +31,9 @@ static void for_parts(const struct lora_view *lora, const struct lora_args *args
  *   64/64    16              62.8    92.7    73.5   929.4   677.8
  *   64/7     64             123.6    50.1    56.5   160.9    2281
  *   64/64    64             195.7   212.7   219.1    1137    2351
- *   256/7    16             131.8    55.2    51.8   152.4    2662
- *   512/7    16                 -    81.6    74.6   170.3       -
- *   4096/7   16                 -   357.2   294.4   564.3       -
- *
- * What they add to whole layers, whose base products run beside shrink:
- *   64/7     16                      22.4    23.4
- *   128/7    16                      32.6    34.8
- *   192/7    16                      44.4    43.4
- *   256/7    16                      59.9    59.0
- *   512/7    16                      92.9    96.8 */
+ *   256/7    16             131.8    49.7    45.4   152.4    2662
+ *   512/7    16                 -    61.7    54.1   170.3       -
+ *   4096/7   16                 -   304.1   202.1   564.3       - */
 
 /* From how many tokens on tiles are faster than tokens one by one, of that many adapters: measured
  * at every count to 16 and at 20, 24, 32, 48 and 64, of 1 to 64 adapters of rank 16 and 64. One by
@@ -66,7 +59,7 @@ bool lora_is_fused(const struct lora_view *lora)
     if (lora->n_tokens == 0 || lora->max_rank == 0 || lora->expands_more) return false;
     if (lora->mode == MLORA_LORA_FUSED) return true;
     return lora->mode == MLORA_LORA_AUTO && wants_tiles(lora) && lora->n_tokens > 128 &&
-           lora->n_tokens < 512 && lora->max_rank <= 32;
+           lora->max_rank <= 32;
 }
 
 static void check_sizes(const struct lora_view *lora, const struct lora_site *site)
@@ -90,7 +83,7 @@ void cuda_lora_shrink(struct device *dev, float *h, const void *x, const struct 
         return;
     }
     const bool tiles = wants_tiles(lora) && lora_shrink_has_tiles(x, &args, dtype);
-    const bool has_delta = lora_begins_delta(cuda, h, lora, site, layer);
+    const bool has_delta = lora_begins_delta(cuda, h, lora, site, layer, dtype);
     cuda_fork(cuda); /* the base product reads the same x and writes another y */
     for_parts(lora, &args, [&](const struct lora_args *part) {
         if (tiles)
@@ -107,7 +100,7 @@ void cuda_lora_expand(struct device *dev, void *y, const float *h, const struct 
 {
     struct cuda_device *cuda = cuda_begin(dev);
     if (!cuda || lora->n_segments == 0 || lora->n_tokens == 0) return;
-    if (lora_defers(cuda, y, h, site, layer, dtype)) return;
+    if (lora_defers(cuda, y, h, site, layer)) return;
     cuda_join(cuda);
     if (lora->expands_more) {
         cuda_lora_expand_more(dev, y, h, lora, site, layer, dtype);

@@ -86,10 +86,10 @@ static inline int lora_chunks(const struct lora_args *args, int size)
 /* Whether what adapters add is computed beside the product: then shrink is followed at once by
  * lora_delta(), and expand has nothing left to do but to say which y it is for: lora_defers(). */
 bool lora_begins_delta(struct cuda_device *cuda, const float *h, const struct lora_view *lora,
-                       const struct lora_site *site, int layer);
+                       const struct lora_site *site, int layer, enum dtype dtype);
 void lora_delta(struct cuda_device *cuda, const struct lora_args *args);
 bool lora_defers(struct cuda_device *cuda, void *y, const float *h, const struct lora_site *site,
-                 int layer, enum dtype dtype);
+                 int layer);
 
 /* Whether expand is made inside the op that reads its result. */
 bool lora_is_fused(const struct lora_view *lora);

@@ -1,7 +1,9 @@
 /* LoRA beside the base product: at few tokens what adapters add to y is computed while the product
- * of the same x runs, into z, and the op that reads y next adds it. Shrink and expand cost almost
- * no time then, and y is not read and written once more. Only in recordings, where kernels can run
- * beside each other; bound by B and z, both small next to the weights that the product reads. */
+ * of the same x runs, into z, and the op that reads y next adds it. In a recording, where kernels can
+ * run beside each other, shrink and expand cost almost no time then, and y is not read and written
+ * once more; elsewhere it is done the same way, so that both give the same bits. Only in bf16: f32 is
+ * not rounded to what tensor cores take. Bound by B and z, both small next to the weights that the
+ * product reads. */
 #include "kernels/cuda/lora_tile.cuh"
 
 /* ---- kernels ------------------------------------------------------------------------------ */
@@ -103,10 +105,9 @@ enum { ADD_BLOCK = 256 };
 
 /* y[t, n] = round(y + z[t, n]) for tokens with an adapter, eight elements a thread
  *
- *   y [T, N] X, in and out    z [T, N]
+ *   y [T, N], in and out    z [T, N]
  *   grid (N / (GROUP ADD_BLOCK), T)    block ADD_BLOCK */
-template <typename X>
-static __global__ void lora_add_kernel(X *y, struct addend addend, int N, bool aligned)
+static __global__ void lora_add_kernel(bf16 *y, struct addend addend, int N, bool aligned)
 {
     grid_begin();
     const int n = (blockIdx.x * ADD_BLOCK + threadIdx.x) * GROUP;
@@ -114,7 +115,7 @@ static __global__ void lora_add_kernel(X *y, struct addend addend, int N, bool a
     if (n >= N || !is_added(addend, t)) return;
     float value[GROUP];
     load_some(value, y + t * N + n, N - n, aligned);
-    add_some<X>(value, addend, t * N + n, N - n, aligned);
+    add_some<bf16>(value, addend, t * N + n, N - n, aligned);
     store_some(y + t * N + n, value, N - n, aligned);
 }
 
@@ -133,7 +134,7 @@ static void launch_delta(struct cuda_device *cuda, float *z, const float *h,
 }
 
 bool lora_begins_delta(struct cuda_device *cuda, const float *h, const struct lora_view *lora,
-                       const struct lora_site *site, int layer)
+                       const struct lora_site *site, int layer, enum dtype dtype)
 {
     struct deferred *deferred = &cuda->deferred;
     const bool picks = lora->mode == MLORA_LORA_AUTO || lora->mode == MLORA_LORA_FUSED;
@@ -141,11 +142,11 @@ bool lora_begins_delta(struct cuda_device *cuda, const float *h, const struct lo
 
     memset(deferred, 0, sizeof *deferred);
     if (!cuda->is_hopper || cuda->is_lent || !picks || !is_in_layer || lora->expands_more ||
-        lora->n_rows < 1 || lora->n_rows > DELTA_TOKENS)
+        lora->n_rows < 1 || lora->n_rows > DELTA_TOKENS || dtype != DTYPE_BF16)
         return false;
     const size_t bytes = (size_t)DELTA_TOKENS * site->N * sizeof(float);
     float *z = (float *)cuda_grow(cuda, &cuda->deltas, bytes, "lora_shrink");
-    if (!z || !cuda_is_recording(cuda)) return false;
+    if (!z) return false;
     deferred->addend.z = z;
     deferred->addend.slot = lora->slot;
     deferred->h = h;
@@ -162,15 +163,14 @@ void lora_delta(struct cuda_device *cuda, const struct lora_args *args)
 }
 
 bool lora_defers(struct cuda_device *cuda, void *y, const float *h, const struct lora_site *site,
-                 int layer, enum dtype dtype)
+                 int layer)
 {
     struct deferred *deferred = &cuda->deferred;
 
     if (!deferred->addend.z || deferred->h != h || deferred->linear != site->linear ||
         deferred->layer != layer)
         return false;
-    deferred->y = y;
-    deferred->dtype = dtype;
+    deferred->y = (bf16 *)y;
     return true;
 }
 
@@ -195,9 +195,6 @@ void cuda_add_deferred(struct cuda_device *cuda)
 
     memset(&cuda->deferred, 0, sizeof cuda->deferred);
     cuda_join(cuda);
-    with_activation(deferred.dtype, [&](auto type) {
-        using X = decltype(type);
-        cuda_launch(cuda, "lora_expand", lora_add_kernel<X>, grid, ADD_BLOCK, 0, 1, (X *)deferred.y,
-                    deferred.addend, deferred.N, aligned);
-    });
+    cuda_launch(cuda, "lora_expand", lora_add_kernel, grid, ADD_BLOCK, 0, 1, deferred.y,
+                deferred.addend, deferred.N, aligned);
 }

@@ -69,11 +69,6 @@ static void set_edges(struct cuda_device *cuda, struct edges *edges)
                "recording a step");
 }
 
-bool cuda_is_recording(const struct cuda_device *cuda)
-{
-    return cuda->recordings->open;
-}
-
 void cuda_fork(struct cuda_device *cuda)
 {
     cuda->before.n = cuda->beside.n = 0;
