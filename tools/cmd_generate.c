@@ -165,6 +165,12 @@ static mlora_status check_flags(const struct generate *generate, const struct jo
                          generate->compare ? "compare"
                          : generate->json  ? "json"
                                            : "output");
+    if (generate->n_sources > 0 && /* the same text, not an equal one */
+        generate->adapter != generate->sources[generate->n_sources - 1].adapter)
+        return error_set(MLORA_EINVAL,
+                         "--adapter %s: no prompt comes after it, and it is for those: put it "
+                         "before its --prompt",
+                         generate->adapter);
     if (generate->n_sources > 0 && jobs->n == 0)
         return error_set(MLORA_EINVAL, "--input: holds no requests");
     if (generate->compare && jobs->n != 1)

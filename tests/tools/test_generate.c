@@ -371,6 +371,9 @@ Test(generate, says_how_to_give_a_prompt)
     expect_refusal(&outcome, "unexpected \"hello\"; a prompt is given as --prompt TEXT");
     outcome = run(NULL, "generate -m " LLAMA2 " --compare -p x -p y");
     expect_refusal(&outcome, "--compare takes one prompt, there are 2");
+    outcome = run(NULL, "generate -m " LLAMA2 " --adapter sql -p x --adapter sql");
+    expect_refusal(&outcome, "--adapter sql: no prompt comes after it, and it is for those: put it "
+                             "before its --prompt");
 }
 
 Test(generate, names_the_nearest_adapter)
