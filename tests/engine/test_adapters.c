@@ -309,7 +309,7 @@ static int steps_until_served(mlora_engine *engine, const char *name)
 }
 
 /* Three adapters fill a pool of 2 MiB; each has always requests that run. */
-Test(adapters, that_fill_the_device_make_room_for_another, .timeout = 60)
+Test(adapters, that_fill_the_device_make_room_for_another)
 {
     enum { HOT = 3, EACH = 4 };
     static struct flood floods[HOT * EACH];

@@ -311,7 +311,7 @@ static void ask_again(void *user, const mlora_event *event)
 
 /* 16 requests of four to five blocks each want more than there are, always. An adapter of rank 64 needs
  * 2.3 MiB, of which 1.3 are theirs: 21 blocks. */
-Test(memory, of_requests_that_take_all_of_it_makes_room_for_an_adapter, .timeout = 60)
+Test(memory, of_requests_that_take_all_of_it_makes_room_for_an_adapter)
 {
     mlora_options options = options_for(LLAMA2);
     const mlora_event ended = {.finish = MLORA_FINISH_STOP};
