@@ -58,7 +58,7 @@ else
 CUDA_CODE  := $(foreach a,$(patsubst 90,90a,$(CUDA_ARCH)),-gencode=arch=compute_$(a),code=sm_$(a))
 endif
 NVCC_FLAGS := -std=c++17 -O3 -lineinfo -I. $(CUDA_CODE) -DMLORA_CUDA_LIB='"$(CUDA_HOME)/lib64"' \
-              -Xcompiler -fPIC,-fvisibility=hidden,-fno-exceptions,-fno-threadsafe-statics,-Wall,-Wextra
+              -Xcompiler -fPIC,-fvisibility=hidden,-fno-exceptions,-fno-threadsafe-statics,-fno-gnu-unique,-Wall,-Wextra
 LIBS += -L$(CUDA_HOME)/lib64 -lcudart_static -ldl -lrt
 else
 LIB_C += $(wildcard kernels/cuda/none.c)
