@@ -121,18 +121,6 @@ static __global__ void lora_add_kernel(bf16 *y, struct addend addend, int N, boo
 
 /* ---- launchers ---------------------------------------------------------------------------- */
 
-static void launch_delta(struct cuda_device *cuda, float *z, const float *h,
-                         const struct lora_args *args)
-{
-    const int chunks = lora_chunks(args, BLOCK_N);
-    const int eights = ceil_div(min_int(args->max_segment, DELTA_TOKENS), EIGHT);
-    const dim3 grid(chunks, lora_tiles(args, EIGHT * eights));
-    const auto kernel = args->max_rank <= 16   ? lora_delta_kernel<1>
-                        : args->max_rank <= 32 ? lora_delta_kernel<2>
-                                               : lora_delta_kernel<0>;
-    cuda_launch(cuda, "lora_delta", kernel, grid, DELTA_BLOCK, 0, 1, z, h, *args, eights);
-}
-
 bool lora_begins_delta(struct cuda_device *cuda, const float *h, const struct lora_view *lora,
                        const struct lora_site *site, int layer, enum dtype dtype)
 {
@@ -159,7 +147,14 @@ bool lora_begins_delta(struct cuda_device *cuda, const float *h, const struct lo
 
 void lora_delta(struct cuda_device *cuda, const struct lora_args *args)
 {
-    launch_delta(cuda, (float *)cuda->deferred.addend.z, cuda->deferred.h, args);
+    const int chunks = lora_chunks(args, BLOCK_N);
+    const int eights = ceil_div(min_int(args->max_segment, DELTA_TOKENS), EIGHT);
+    const dim3 grid(chunks, lora_tiles(args, EIGHT * eights));
+    const auto kernel = args->max_rank <= 16   ? lora_delta_kernel<1>
+                        : args->max_rank <= 32 ? lora_delta_kernel<2>
+                                               : lora_delta_kernel<0>;
+    cuda_launch(cuda, "lora_delta", kernel, grid, DELTA_BLOCK, 0, 1,
+                (float *)cuda->deferred.addend.z, cuda->deferred.h, *args, eights);
 }
 
 bool lora_defers(struct cuda_device *cuda, void *y, const float *h, const struct lora_site *site,

@@ -1,6 +1,6 @@
-/* Products of rows of B with h on tensor cores, as expand and what is fused with it make them: a
- * warp does 64 outputs of eight tokens, eight neighbouring outputs to a lane, so that it reads and
- * writes 16 bytes of y. Rows of the small products are outputs; h goes in as two parts of bf16. */
+/* Products of rows of B with h on tensor cores for few tokens, as lora_delta.cu makes them: a warp
+ * does 64 outputs of eight tokens, eight neighbouring outputs to a lane. Rows of the small products
+ * are outputs; h goes in as two parts of bf16. lora_add.cuh has sixteen tokens, and adds y. */
 #ifndef MLORA_KERNELS_CUDA_LORA_TILE_CUH
 #define MLORA_KERNELS_CUDA_LORA_TILE_CUH
 
