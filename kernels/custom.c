@@ -1,5 +1,6 @@
 #include "kernels/custom.h"
 
+#include <assert.h>
 #include <dlfcn.h>
 #include <errno.h>
 #include <limits.h>
@@ -73,17 +74,20 @@ static void run_item(struct device *dev, enum custom_kind kind, const void *argu
     if (custom->failed_code != 0) custom->failed = item;
 }
 
-static void custom_silu_mul(struct device *dev, void *y, const void *gate_up, int T, int F,
-                            enum dtype dtype)
+static void custom_silu_mul(struct device *dev, void *y, const void *gate_up,
+                            enum dtype gate_up_dtype, int T, int F, enum dtype dtype)
 {
     const mlora_op_silu_mul op = {y, gate_up, T, F, (int32_t)dtype};
+    assert(gate_up_dtype == dtype);
     if (T > 0) run_item(dev, CUSTOM_SILU_MUL, &op);
 }
 
 static void custom_add_rms_norm(struct device *dev, void *y, float *x, const void *delta,
-                                const float *weight, int T, int D, float eps, enum dtype dtype)
+                                enum dtype delta_dtype, const float *weight, int T, int D,
+                                float eps, enum dtype dtype)
 {
     const mlora_op_add_rms_norm op = {y, x, delta, weight, T, D, eps, (int32_t)dtype};
+    assert(!delta || delta_dtype == dtype);
     if (T > 0) run_item(dev, CUSTOM_ADD_RMS_NORM, &op);
 }
 
@@ -187,13 +191,14 @@ static void custom_lora_expand(struct device *dev, void *y, const float *h,
 }
 
 /* Where one of the two is replaced, both are called. */
-static void custom_lora_expand_silu_mul(struct device *dev, void *y, void *gate_up, const float *h,
+static void custom_lora_expand_silu_mul(struct device *dev, void *y, void *gate_up,
+                                        enum dtype gate_up_dtype, const float *h,
                                         const struct lora_view *lora, const struct lora_site *site,
                                         int layer, int T, enum dtype dtype)
 {
     const struct kernels *table = &dev->custom->table;
-    table->lora_expand(dev, gate_up, h, lora, site, layer, dtype);
-    table->silu_mul(dev, y, gate_up, T, site->width[0], dtype);
+    table->lora_expand(dev, gate_up, h, lora, site, layer, gate_up_dtype);
+    table->silu_mul(dev, y, gate_up, gate_up_dtype, T, site->width[0], dtype);
 }
 
 /* ---- the device ----------------------------------------------------------------------------- */
@@ -427,6 +432,7 @@ mlora_status custom_open(struct device *dev, const mlora_op_source *sources, int
     fill_table(custom, dev->ops);
     dev->custom = custom;
     dev->ops = &custom->table;
+    dev->exact_tokens = 0; /* an op from a file knows one type of activations */
     return MLORA_OK;
 }
 

@@ -7,8 +7,10 @@
  *
  * Activations are f32 or bf16 (`dtype` arguments), weights f32, f16 or bf16; all arithmetic is f32.
  * Where activations are bf16, each op rounds its result once, when it writes it. The residual
- * stream x is f32 whatever the activations are: it sums up all layers. So bf16 is nearer to the
- * reference (transformers) in f32 than the reference in bf16, which rounds more often.
+ * stream x is f32 whatever the activations are: it sums up all layers; and so are, in steps of few
+ * tokens, the products: what an op that reads one takes its type for (product_dtype() below). Then
+ * only what goes into a product, into the cache or into attention is rounded. So bf16 is nearer to
+ * the reference (transformers) in f32 than the reference in bf16, which rounds more often.
  *
  * On the CPU the value of an output row does not depend on which other rows are in the call, nor
  * on the number of threads, bit for bit: a request's tokens are the same in any batch. */
@@ -70,9 +72,10 @@ struct kernels {
 
     /* x[t, :] += delta[t, :] (left out where delta is NULL)
      * y[t, :] = weight[:] * x[t, :] / sqrt(mean(x[t, :]^2) + eps)
-     *   y, delta [T, D] dtype    x [T, D] f32    weight [D] f32 */
+     *   y [T, D] dtype    delta [T, D] delta_dtype    x [T, D] f32    weight [D] f32 */
     void (*add_rms_norm)(struct device *dev, void *y, float *x, const void *delta,
-                         const float *weight, int T, int D, float eps, enum dtype dtype);
+                         enum dtype delta_dtype, const float *weight, int T, int D, float eps,
+                         enum dtype dtype);
 
     /* y[t, n] = dot(w[n, :], x[t, :]) + bias[n]
      *   y [T, N] y_dtype    x [T, K] dtype    bias [N] f32 or NULL */
@@ -96,15 +99,17 @@ struct kernels {
     /* Causal attention of the step's tokens over their rows' cache, in which the step's own keys
      * and values are already written:
      *   y[t, h, :] = sum_p softmax_p(scale * q[t, h, :] . K[p, g, :]) V[p, g, :],
-     * g = h / (H / G), p from max(0, position[t] - window + 1) to position[t].
-     *   y [T, H, d] dtype    qkv [T, H + 2 G, d] dtype */
-    void (*attention)(struct device *dev, void *y, const void *qkv, const struct kv_view *kv,
-                      const struct batch_view *batch, const struct heads *heads, enum dtype dtype);
+     * g = h / (H / G), p from max(0, position[t] - window + 1) to position[t]; q is rounded to
+     * dtype where qkv is wider.
+     *   y [T, H, d] dtype    qkv [T, H + 2 G, d] qkv_dtype */
+    void (*attention)(struct device *dev, void *y, const void *qkv, enum dtype qkv_dtype,
+                      const struct kv_view *kv, const struct batch_view *batch,
+                      const struct heads *heads, enum dtype dtype);
 
     /* y[t, f] = silu(gate[f]) * up[f], the rows of gate_up being gate [F], up [F].
-     *   y [T, F] dtype    gate_up [T, 2 F] dtype */
-    void (*silu_mul)(struct device *dev, void *y, const void *gate_up, int T, int F,
-                     enum dtype dtype);
+     *   y [T, F] dtype    gate_up [T, 2 F] gate_up_dtype */
+    void (*silu_mul)(struct device *dev, void *y, const void *gate_up, enum dtype gate_up_dtype,
+                     int T, int F, enum dtype dtype);
 
     /* y[q, :] = x[rows[q], :]       y [Q, D], x [T, D] dtype    rows [Q] */
     void (*gather_rows)(struct device *dev, void *y, const void *x, const int32_t *rows, int Q,
@@ -179,8 +184,9 @@ struct kernels {
     /* add_rms_norm and head_norm in which a token's weights are those of its own adapter, where it
      * has some: own[slot].norms[layer][norm]. */
     void (*lora_add_rms_norm)(struct device *dev, void *y, float *x, const void *delta,
-                              const float *weight, const struct lora_view *lora, int layer,
-                              enum lora_norm norm, int T, int D, float eps, enum dtype dtype);
+                              enum dtype delta_dtype, const float *weight,
+                              const struct lora_view *lora, int layer, enum lora_norm norm, int T,
+                              int D, float eps, enum dtype dtype);
     void (*lora_head_norm)(struct device *dev, void *qkv, const float *q_weight,
                            const float *k_weight, const struct lora_view *lora, int layer,
                            const struct heads *heads, int T, float eps, enum dtype dtype);
@@ -203,7 +209,8 @@ struct kernels {
     /* ---- lora_expand and the op that reads its result, in one ------------------------------- */
 
     /* lora_expand(gate_up), silu_mul; what gate_up holds after that is undefined. */
-    void (*lora_expand_silu_mul)(struct device *dev, void *y, void *gate_up, const float *h,
+    void (*lora_expand_silu_mul)(struct device *dev, void *y, void *gate_up,
+                                 enum dtype gate_up_dtype, const float *h,
                                  const struct lora_view *lora, const struct lora_site *site,
                                  int layer, int T, enum dtype dtype);
 
@@ -245,7 +252,17 @@ struct device {
     char description[96];    /* such as "avx512, 8 threads" */
     struct profile *profile; /* NULL, or what times its ops: kernels/profile.h */
     struct custom *custom;   /* NULL, or its ops from shared objects: kernels/custom.h */
+    int exact_tokens;        /* up to which a step's products are f32: product_dtype() */
 };
+
+/* What the results of a step's products (of qkv, o, gate_up and down) are kept in until the op
+ * after them has read them, `dtype` being that of the activations: f32 as long as the bytes cost
+ * next to nothing, which is how the device says; on the CPU always, so that a token's result does
+ * not depend on T. */
+static inline enum dtype product_dtype(const struct device *dev, int T, enum dtype dtype)
+{
+    return T <= dev->exact_tokens ? DTYPE_F32 : dtype;
+}
 
 /* n_threads 0: one per core. Returns OK or ENOMEM. */
 mlora_status cpu_device_open(struct device **out, int n_threads);

@@ -140,8 +140,8 @@ typedef struct mlora_kernels_factors {
 
 enum { MLORA_KERNELS_LINEARS = 7, MLORA_KERNELS_SLICES = 3 };
 
-/* The ways to make the products: how, never what. Activations of f32 go as bgmv where sgmv is
- * said; the CPU has one way. */
+/* The ways to make the products: how, never what. Activations of f32 are shrunk as in bgmv where
+ * sgmv is said; the CPU has one way. */
 typedef enum mlora_kernels_mode {
     MLORA_KERNELS_AUTO = 0,
     MLORA_KERNELS_LOOP = 1,

@@ -16,8 +16,9 @@
  *
  * Letters: T tokens of the step, D model width, F MLP width, N and K output and input width of a
  * matrix, H query heads, G key/value heads, d head width, R rank. Activations are f32 or bf16, which
- * `dtype` says; arithmetic is to be f32, rounded once when a result is written. A token's result
- * must not depend on the other tokens of the call. */
+ * `dtype` says: in an engine with an op from a file all are of one type, the results of products,
+ * too, but for the residual stream and the logits. Arithmetic is to be f32, rounded once when a
+ * result is written. A token's result must not depend on the other tokens of the call. */
 #ifndef MLORA_OP_H
 #define MLORA_OP_H
 

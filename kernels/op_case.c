@@ -348,11 +348,11 @@ void op_case_run(const struct op_case *c, const struct kernels *ops)
 
     switch (c->kind) {
     case CUSTOM_SILU_MUL:
-        ops->silu_mul(dev, tensors[0].data, tensors[1].data, T, c->sizes.F, c->dtype);
+        ops->silu_mul(dev, tensors[0].data, tensors[1].data, c->dtype, T, c->sizes.F, c->dtype);
         break;
     case CUSTOM_ADD_RMS_NORM:
-        ops->add_rms_norm(dev, tensors[0].data, tensors[1].data, tensors[2].data, c->vector, T,
-                          c->sizes.D, 1e-5f, c->dtype);
+        ops->add_rms_norm(dev, tensors[0].data, tensors[1].data, tensors[2].data, c->dtype,
+                          c->vector, T, c->sizes.D, 1e-5f, c->dtype);
         break;
     case CUSTOM_MATMUL:
         ops->matmul(dev, tensors[0].data, c->dtype, tensors[1].data, &c->w, c->vector, T, c->dtype);

@@ -260,17 +260,18 @@ static void timed_embed(struct device *dev, void *y, const struct matrix *table,
     end(dev, note, "%d x %d", T, table->K);
 }
 
-static double norm_bytes(int T, int D, bool adds, enum dtype dtype)
+static double norm_bytes(int T, int D, const void *delta, enum dtype delta_dtype, enum dtype dtype)
 {
-    const double element = (double)dtype_bytes(dtype); /* of y and delta; x is f32 */
-    return (double)T * D * (adds ? 2 * (sizeof(float) + element) : sizeof(float) + element);
+    const double added = delta ? (double)(dtype_bytes(delta_dtype) + sizeof(float)) : 0;
+    return (double)T * D * ((double)(sizeof(float) + dtype_bytes(dtype)) + added); /* x is f32 */
 }
 
 static void timed_add_rms_norm(struct device *dev, void *y, float *x, const void *delta,
-                               const float *weight, int T, int D, float eps, enum dtype dtype)
+                               enum dtype delta_dtype, const float *weight, int T, int D, float eps,
+                               enum dtype dtype)
 {
-    struct note *note = begin(dev, "add_rms_norm", norm_bytes(T, D, delta != NULL, dtype), 0);
-    dev->profile->ops->add_rms_norm(dev, y, x, delta, weight, T, D, eps, dtype);
+    struct note *note = begin(dev, "add_rms_norm", norm_bytes(T, D, delta, delta_dtype, dtype), 0);
+    dev->profile->ops->add_rms_norm(dev, y, x, delta, delta_dtype, weight, T, D, eps, dtype);
     end(dev, note, "%d x %d", T, D);
 }
 
@@ -303,19 +304,21 @@ static void timed_rope(struct device *dev, void *qkv, const struct rope_view *ro
                        const struct kv_view *kv, const struct batch_view *batch,
                        const struct heads *heads, enum dtype dtype)
 {
-    const int n = 2 * heads->H + 5 * heads->G; /* q in and out; k in, out, kept; v in, kept */
-    struct note *note = begin(dev, "rope", n * head_bytes(heads, batch->T, dtype), 0);
+    const double n = 2 * heads->H + 3 * heads->G; /* q in and out; k in, out; v in */
+    const double kept = 2.0 * heads->G * head_bytes(heads, batch->T, kv->dtype);
+    struct note *note = begin(dev, "rope", n * head_bytes(heads, batch->T, dtype) + kept, 0);
     dev->profile->ops->rope(dev, qkv, rope, kv, batch, heads, dtype);
     end(dev, note, "%d x %d heads", batch->T, heads->H + 2 * heads->G);
 }
 
-static void timed_attention(struct device *dev, void *y, const void *qkv, const struct kv_view *kv,
-                            const struct batch_view *batch, const struct heads *heads,
-                            enum dtype dtype)
+static void timed_attention(struct device *dev, void *y, const void *qkv, enum dtype qkv_dtype,
+                            const struct kv_view *kv, const struct batch_view *batch,
+                            const struct heads *heads, enum dtype dtype)
 {
-    struct note *note =
-        begin(dev, "attention", 2.0 * heads->H * head_bytes(heads, batch->T, dtype), 0);
-    dev->profile->ops->attention(dev, y, qkv, kv, batch, heads, dtype);
+    const double in = heads->H * head_bytes(heads, batch->T, qkv_dtype);
+    const double out = heads->H * head_bytes(heads, batch->T, dtype);
+    struct note *note = begin(dev, "attention", in + out, 0);
+    dev->profile->ops->attention(dev, y, qkv, qkv_dtype, kv, batch, heads, dtype);
     if (note) {
         note->kind = NOTE_ATTENTION;
         note->batch = *batch;
@@ -325,11 +328,16 @@ static void timed_attention(struct device *dev, void *y, const void *qkv, const 
     end(dev, note, "%d tokens, %d rows", batch->T, batch->Q);
 }
 
-static void timed_silu_mul(struct device *dev, void *y, const void *gate_up, int T, int F,
-                           enum dtype dtype)
+static double silu_bytes(int T, int F, enum dtype gate_up_dtype, enum dtype dtype)
 {
-    struct note *note = begin(dev, "silu_mul", 3.0 * T * F * (double)dtype_bytes(dtype), 0);
-    dev->profile->ops->silu_mul(dev, y, gate_up, T, F, dtype);
+    return (double)T * F * (double)(2 * dtype_bytes(gate_up_dtype) + dtype_bytes(dtype));
+}
+
+static void timed_silu_mul(struct device *dev, void *y, const void *gate_up,
+                           enum dtype gate_up_dtype, int T, int F, enum dtype dtype)
+{
+    struct note *note = begin(dev, "silu_mul", silu_bytes(T, F, gate_up_dtype, dtype), 0);
+    dev->profile->ops->silu_mul(dev, y, gate_up, gate_up_dtype, T, F, dtype);
     end(dev, note, "%d x %d", T, F);
 }
 
@@ -375,14 +383,16 @@ static void timed_lora_expand(struct device *dev, void *y, const float *h,
     end(dev, note, "%d slices to %d", site->n_slices, site->N);
 }
 
-static void timed_lora_expand_silu_mul(struct device *dev, void *y, void *gate_up, const float *h,
+static void timed_lora_expand_silu_mul(struct device *dev, void *y, void *gate_up,
+                                       enum dtype gate_up_dtype, const float *h,
                                        const struct lora_view *lora, const struct lora_site *site,
                                        int layer, int T, enum dtype dtype)
 {
     struct note *note =
         begin_lora(dev, "lora_expand_silu_mul", NOTE_EXPAND, 0, lora, site, layer, dtype);
-    if (note) note->bytes = T * 1.5 * site->N * (double)dtype_bytes(dtype);
-    dev->profile->ops->lora_expand_silu_mul(dev, y, gate_up, h, lora, site, layer, T, dtype);
+    if (note) note->bytes = silu_bytes(T, site->width[0], gate_up_dtype, dtype);
+    dev->profile->ops->lora_expand_silu_mul(dev, y, gate_up, gate_up_dtype, h, lora, site, layer, T,
+                                            dtype);
     end(dev, note, "%d slices to %d", site->n_slices, site->N);
 }
 
@@ -422,12 +432,14 @@ static void timed_lora_head(struct device *dev, float *logits, const void *x,
 }
 
 static void timed_lora_add_rms_norm(struct device *dev, void *y, float *x, const void *delta,
-                                    const float *weight, const struct lora_view *lora, int layer,
-                                    enum lora_norm norm, int T, int D, float eps, enum dtype dtype)
+                                    enum dtype delta_dtype, const float *weight,
+                                    const struct lora_view *lora, int layer, enum lora_norm norm,
+                                    int T, int D, float eps, enum dtype dtype)
 {
-    struct note *note = begin(dev, "lora_add_rms_norm", norm_bytes(T, D, delta != NULL, dtype), 0);
-    dev->profile->ops->lora_add_rms_norm(dev, y, x, delta, weight, lora, layer, norm, T, D, eps,
-                                         dtype);
+    struct note *note =
+        begin(dev, "lora_add_rms_norm", norm_bytes(T, D, delta, delta_dtype, dtype), 0);
+    dev->profile->ops->lora_add_rms_norm(dev, y, x, delta, delta_dtype, weight, lora, layer, norm,
+                                         T, D, eps, dtype);
     end(dev, note, "%d x %d", T, D);
 }
 

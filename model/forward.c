@@ -49,19 +49,20 @@ static void shrink(const struct model *model, const struct workspace *ws, const 
     model->dev->ops->lora_shrink(model->dev, ws->shrunk, x, lora, site, layer, model->dtype);
 }
 
-/* y = W x + bias, and what each row's own adapter adds. */
+/* y = W x + bias, and what each row's own adapter adds; of product_dtype(). */
 static void project(const struct model *model, const struct workspace *ws, void *y, const void *x,
                     const struct matrix *w, const float *bias, int T, const struct lora_view *lora,
                     const struct lora_site *site, int layer)
 {
     const struct kernels *op = model->dev->ops;
+    const enum dtype y_dtype = product_dtype(model->dev, T, model->dtype);
     struct lora_site here = *site;
 
     here.bias = bias;
     if (lora->n_segments > 0) shrink(model, ws, x, lora, &here, layer);
-    op->matmul(model->dev, y, model->dtype, x, w, bias, T, model->dtype);
+    op->matmul(model->dev, y, y_dtype, x, w, bias, T, model->dtype);
     if (lora->n_segments > 0)
-        op->lora_expand(model->dev, y, ws->shrunk, lora, &here, layer, model->dtype);
+        op->lora_expand(model->dev, y, ws->shrunk, lora, &here, layer, y_dtype);
 }
 
 /* ws->mlp = silu(gate) up of ws->norm. */
@@ -71,17 +72,17 @@ static void project_gate(const struct model *model, const struct workspace *ws,
 {
     const struct kernels *op = model->dev->ops;
     struct device *dev = model->dev;
+    const enum dtype dtype = model->dtype, between = product_dtype(dev, T, dtype);
     struct lora_site here = *site;
 
     here.bias = w->gate_up_bias;
     if (lora->n_segments > 0) shrink(model, ws, ws->norm, lora, &here, layer);
-    op->matmul(dev, ws->gate_up, model->dtype, ws->norm, &w->gate_up, w->gate_up_bias, T,
-               model->dtype);
+    op->matmul(dev, ws->gate_up, between, ws->norm, &w->gate_up, w->gate_up_bias, T, dtype);
     if (lora->n_segments > 0)
-        op->lora_expand_silu_mul(dev, ws->mlp, ws->gate_up, ws->shrunk, lora, &here, layer, T,
-                                 model->dtype);
+        op->lora_expand_silu_mul(dev, ws->mlp, ws->gate_up, between, ws->shrunk, lora, &here, layer,
+                                 T, dtype);
     else
-        op->silu_mul(dev, ws->mlp, ws->gate_up, T, model->config->mlp_size, model->dtype);
+        op->silu_mul(dev, ws->mlp, ws->gate_up, between, T, model->config->mlp_size, dtype);
 }
 
 /* ws->x = the embedding of each token, as its own adapter has it. */
@@ -106,12 +107,13 @@ static void add_norm(const struct model *model, const struct workspace *ws, cons
     const int D = model->config->hidden_size;
     const float eps = (float)model->config->rms_norm_eps;
     struct device *dev = model->dev;
+    const enum dtype dtype = model->dtype, delta_dtype = product_dtype(dev, T, dtype);
 
     if (lora->changes_norms)
-        dev->ops->lora_add_rms_norm(dev, ws->norm, ws->x, delta, weight, lora, layer, which, T, D,
-                                    eps, model->dtype);
+        dev->ops->lora_add_rms_norm(dev, ws->norm, ws->x, delta, delta_dtype, weight, lora, layer,
+                                    which, T, D, eps, dtype);
     else
-        dev->ops->add_rms_norm(dev, ws->norm, ws->x, delta, weight, T, D, eps, model->dtype);
+        dev->ops->add_rms_norm(dev, ws->norm, ws->x, delta, delta_dtype, weight, T, D, eps, dtype);
 }
 
 /* The same for the heads of queries and keys (Qwen3). */
@@ -121,12 +123,13 @@ static void head_norm(const struct model *model, const struct workspace *ws,
 {
     const float eps = (float)model->config->rms_norm_eps;
     struct device *dev = model->dev;
+    const enum dtype qkv_dtype = product_dtype(dev, T, model->dtype);
 
     if (lora->changes_norms)
         dev->ops->lora_head_norm(dev, ws->qkv, w->q_norm, w->k_norm, lora, layer, heads, T, eps,
-                                 model->dtype);
+                                 qkv_dtype);
     else
-        dev->ops->head_norm(dev, ws->qkv, w->q_norm, w->k_norm, heads, T, eps, model->dtype);
+        dev->ops->head_norm(dev, ws->qkv, w->q_norm, w->k_norm, heads, T, eps, qkv_dtype);
 }
 
 /* Everything by which two passes of one engine may differ. */
@@ -162,9 +165,9 @@ void forward(const struct model *model, const struct workspace *ws, const struct
     const struct weights *weights = model->weights;
     const struct sites sites = sites_of(config);
     const struct rope_view rope = {weights->rope_frequency, (float)config->rope.attention_factor};
-    const enum dtype dtype = model->dtype;
     const int T = batch->T, L = config->n_layers;
     struct device *dev = model->dev;
+    const enum dtype dtype = model->dtype, qkv_dtype = product_dtype(dev, T, dtype);
     const struct kernels *op = dev->ops;
     const void *delta = NULL; /* what the block before adds to x */
 
@@ -189,8 +192,8 @@ void forward(const struct model *model, const struct workspace *ws, const struct
         add_norm(model, ws, delta, w->attention_norm, T, lora, l, NORM_ATTENTION);
         project(model, ws, ws->qkv, ws->norm, &w->qkv, w->qkv_bias, T, lora, &sites.qkv, l);
         if (config->qk_norm) head_norm(model, ws, w, &heads, T, lora, l);
-        op->rope(dev, ws->qkv, &rope, &kv, batch, &heads, dtype);
-        op->attention(dev, ws->heads, ws->qkv, &kv, batch, &heads, dtype);
+        op->rope(dev, ws->qkv, &rope, &kv, batch, &heads, qkv_dtype);
+        op->attention(dev, ws->heads, ws->qkv, qkv_dtype, &kv, batch, &heads, dtype);
         project(model, ws, ws->delta, ws->heads, &w->o, w->o_bias, T, lora, &sites.o, l);
 
         add_norm(model, ws, ws->delta, w->mlp_norm, T, lora, l, NORM_MLP);
@@ -223,6 +226,16 @@ void forward_head(const struct model *model, const struct workspace *ws, float *
 
 /* ---- memory --------------------------------------------------------------------------------- */
 
+/* That one element of a product's result takes for up to max_tokens tokens. */
+static size_t bytes_of_products(const struct model *model, int max_tokens)
+{
+    const int n_exact =
+        max_tokens < model->dev->exact_tokens ? max_tokens : model->dev->exact_tokens;
+    const size_t exact = (size_t)n_exact * sizeof(float);
+    const size_t all = (size_t)max_tokens * dtype_bytes(model->dtype);
+    return exact > all ? exact : all;
+}
+
 mlora_status workspace_open(struct workspace *out, const struct model *model, int max_tokens)
 {
     const struct model_config *c = model->config;
@@ -232,22 +245,23 @@ mlora_status workspace_open(struct workspace *out, const struct model *model, in
     const size_t q_width = (size_t)c->n_heads * (size_t)c->head_dim;
     const size_t kv_width = (size_t)c->n_kv_heads * (size_t)c->head_dim;
     void *x = NULL;
+    const size_t n = (size_t)max_tokens, product_bytes = bytes_of_products(model, max_tokens);
     const struct {
         void **at;
-        size_t bytes; /* of a token */
+        size_t width, bytes; /* of all tokens, for each of `width` */
     } parts[] = {
-        {&x, D * sizeof *ws.x},
-        {&ws.norm, D * element},
-        {&ws.qkv, (q_width + 2 * kv_width) * element},
-        {&ws.heads, q_width * element},
-        {&ws.gate_up, 2 * F * element},
-        {&ws.mlp, F * element},
-        {&ws.delta, D * element},
+        {&x, D, n * sizeof *ws.x},
+        {&ws.norm, D, n * element},
+        {&ws.qkv, q_width + 2 * kv_width, product_bytes},
+        {&ws.heads, q_width, n * element},
+        {&ws.gate_up, 2 * F, product_bytes},
+        {&ws.mlp, F, n * element},
+        {&ws.delta, D, product_bytes},
     };
     mlora_status status = MLORA_OK;
 
     for (size_t i = 0; i < sizeof parts / sizeof parts[0] && status == MLORA_OK; i++) {
-        const size_t bytes = (size_t)max_tokens * parts[i].bytes;
+        const size_t bytes = parts[i].width * parts[i].bytes;
         status = model->dev->ops->alloc(model->dev, bytes, parts[i].at);
         ws.bytes += (int64_t)bytes;
     }

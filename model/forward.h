@@ -18,11 +18,11 @@ struct model {
 struct workspace {
     float *x;      /* [T, D] f32, the residual stream        */
     void *norm;    /* [T, D]                                 */
-    void *qkv;     /* [T, (H + 2 G) d]                       */
+    void *qkv;     /* [T, (H + 2 G) d] product_dtype()       */
     void *heads;   /* [T, H d] attention's output            */
-    void *gate_up; /* [T, 2 F]                               */
+    void *gate_up; /* [T, 2 F] product_dtype()               */
     void *mlp;     /* [T, F]                                 */
-    void *delta;   /* [T, D] what a block adds to x          */
+    void *delta;   /* [T, D] product_dtype(), is added to x  */
     float *shrunk; /* [T, LORA_SLICES_MAX, rank] f32         */
     int max_tokens;
     int max_rank; /* that `shrunk` has room for */

@@ -46,6 +46,13 @@ float *next_floats(struct numbers *numbers, size_t n, enum dtype dtype);
 /* `value` rounded to `dtype`. */
 float round_to(enum dtype dtype, float value);
 
+/* The types of a product's result and of the activations that an op makes of it: a step's, on
+ * either side of product_dtype(). */
+static const struct {
+    enum dtype product, dtype;
+} product_types[] = {{DTYPE_F32, DTYPE_F32}, {DTYPE_BF16, DTYPE_BF16}, {DTYPE_F32, DTYPE_BF16}};
+enum { PRODUCT_TYPES = 3 };
+
 /* n zeros, or end the test. */
 void *zeros(size_t n, size_t bytes);
 

@@ -390,8 +390,9 @@ int mlora_kernels_lora_expand_silu_mul(mlora_kernels *kernels, void *y, void *ga
                          op);
     status = begin(&loan, kernels, run, op, call.scratch_bytes, 0);
     if (status != MLORA_OK) return status;
-    kernels->dev->ops->lora_expand_silu_mul(kernels->dev, y, gate_up, h, &call.view, &call.site,
-                                            lora->layer, lora->T, (enum dtype)lora->dtype);
+    const enum dtype dtype = (enum dtype)lora->dtype;
+    kernels->dev->ops->lora_expand_silu_mul(kernels->dev, y, gate_up, dtype, h, &call.view,
+                                            &call.site, lora->layer, lora->T, dtype);
     return end(kernels, &loan);
 }
 
@@ -517,8 +518,9 @@ int mlora_kernels_attention(mlora_kernels *kernels, void *y, const void *qkv,
         return MLORA_EINVAL;
     status = begin(&loan, kernels, run, op, call.scratch_bytes, 0);
     if (status != MLORA_OK) return status;
-    kernels->dev->ops->attention(kernels->dev, y, qkv, &call.kv, &call.batch, &call.heads,
-                                 (enum dtype)paged->dtype);
+    const enum dtype dtype = (enum dtype)paged->dtype;
+    kernels->dev->ops->attention(kernels->dev, y, qkv, dtype, &call.kv, &call.batch, &call.heads,
+                                 dtype);
     return end(kernels, &loan);
 }
 

@@ -14,11 +14,11 @@ enum { ATTENTION_T = 8 };
 struct attention {
     const struct simd *simd;
     void *y;         /* [T, H, d] dtype */
-    const void *qkv; /* [T, H + 2 G, d] dtype */
+    const void *qkv; /* [T, H + 2 G, d] qkv_dtype */
     const struct kv_view *kv;
     const struct batch_view *batch;
     const struct heads *heads;
-    enum dtype dtype;
+    enum dtype qkv_dtype, dtype;
     float *scratch; /* [threads, scratch_floats] */
     size_t scratch_floats;
     int n_x;   /* queries at a time: DOTS_T at most */
@@ -126,8 +126,11 @@ static void attend(const struct attention *op, struct unit *unit)
     for (int x = 0; x < n_x; x++) {
         const size_t head =
             (size_t)(unit->t0 + x / n_h) * (size_t)(H + 2 * G) + (size_t)(unit->h0 + x % n_h);
-        op->simd->widen(unit->q + (size_t)x * d, element(op->qkv, op->dtype, head * d), op->dtype,
-                        d);
+        float *q = unit->q + (size_t)x * d;
+        op->simd->widen(q, element(op->qkv, op->qkv_dtype, head * d), op->qkv_dtype, d);
+        if (op->dtype == op->qkv_dtype) continue;
+        op->simd->narrow(unit->y, op->dtype, q, d); /* there is nothing in y yet */
+        op->simd->widen(q, unit->y, op->dtype, d);
     }
     score(op, unit, n_x, op->batch->position[last] + 1);
 
@@ -189,8 +192,9 @@ static void attend_items(void *context, int begin, int end, int thread)
     }
 }
 
-void cpu_attention(struct device *dev, void *y, const void *qkv, const struct kv_view *kv,
-                   const struct batch_view *batch, const struct heads *heads, enum dtype dtype)
+void cpu_attention(struct device *dev, void *y, const void *qkv, enum dtype qkv_dtype,
+                   const struct kv_view *kv, const struct batch_view *batch,
+                   const struct heads *heads, enum dtype dtype)
 {
     assert(heads->G > 0 && heads->H % heads->G == 0 && heads->d > 0);
     struct cpu_device *cpu = cpu_device(dev);
@@ -201,6 +205,7 @@ void cpu_attention(struct device *dev, void *y, const void *qkv, const struct kv
         .kv = kv,
         .batch = batch,
         .heads = heads,
+        .qkv_dtype = qkv_dtype,
         .dtype = dtype,
         .pitch = ceil_div(batch->max_kv, KV_BLOCK) * KV_BLOCK,
     };

@@ -2,6 +2,7 @@
  * sync has nothing to wait for. */
 #include "kernels/cpu/device.h"
 
+#include <limits.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/mman.h>
@@ -316,6 +317,7 @@ mlora_status cpu_device_open(struct device **out, int n_threads)
     cpu->simd = simd_best();
     cpu->base.ops = &cpu_kernels;
     cpu->base.backend = "cpu";
+    cpu->base.exact_tokens = INT_MAX;
     snprintf(cpu->base.description, sizeof cpu->base.description, "%s, %d thread%s",
              cpu->simd->name, n_threads, n_threads == 1 ? "" : "s");
     *out = &cpu->base;

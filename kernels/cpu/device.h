@@ -108,13 +108,15 @@ void cpu_lora_embed(struct device *dev, void *y, float *h, const int32_t *ids,
                     const struct lora_view *lora, int D, enum dtype dtype);
 
 /* norm.c */
-void cpu_add_rms_norm(struct device *dev, void *y, float *x, const void *delta, const float *weight,
-                      int T, int D, float eps, enum dtype dtype);
+void cpu_add_rms_norm(struct device *dev, void *y, float *x, const void *delta,
+                      enum dtype delta_dtype, const float *weight, int T, int D, float eps,
+                      enum dtype dtype);
 void cpu_head_norm(struct device *dev, void *qkv, const float *q_weight, const float *k_weight,
                    const struct heads *heads, int T, float eps, enum dtype dtype);
 void cpu_lora_add_rms_norm(struct device *dev, void *y, float *x, const void *delta,
-                           const float *weight, const struct lora_view *lora, int layer,
-                           enum lora_norm norm, int T, int D, float eps, enum dtype dtype);
+                           enum dtype delta_dtype, const float *weight,
+                           const struct lora_view *lora, int layer, enum lora_norm norm, int T,
+                           int D, float eps, enum dtype dtype);
 void cpu_lora_head_norm(struct device *dev, void *qkv, const float *q_weight, const float *k_weight,
                         const struct lora_view *lora, int layer, const struct heads *heads, int T,
                         float eps, enum dtype dtype);
@@ -128,11 +130,13 @@ void cpu_rope(struct device *dev, void *qkv, const struct rope_view *rope, const
               const struct batch_view *batch, const struct heads *heads, enum dtype dtype);
 
 /* attention.c */
-void cpu_attention(struct device *dev, void *y, const void *qkv, const struct kv_view *kv,
-                   const struct batch_view *batch, const struct heads *heads, enum dtype dtype);
+void cpu_attention(struct device *dev, void *y, const void *qkv, enum dtype qkv_dtype,
+                   const struct kv_view *kv, const struct batch_view *batch,
+                   const struct heads *heads, enum dtype dtype);
 
 /* activation.c */
-void cpu_silu_mul(struct device *dev, void *y, const void *gate_up, int T, int F, enum dtype dtype);
+void cpu_silu_mul(struct device *dev, void *y, const void *gate_up, enum dtype gate_up_dtype, int T,
+                  int F, enum dtype dtype);
 
 /* lora.c */
 void cpu_lora_shrink(struct device *dev, float *h, const void *x, const struct lora_view *lora,
@@ -141,9 +145,9 @@ void cpu_lora_expand(struct device *dev, void *y, const float *h, const struct l
                      const struct lora_site *site, int layer, enum dtype dtype);
 void cpu_lora_head(struct device *dev, float *logits, const void *x, const struct lora_view *lora,
                    int V, int D, enum dtype dtype);
-void cpu_lora_expand_silu_mul(struct device *dev, void *y, void *gate_up, const float *h,
-                              const struct lora_view *lora, const struct lora_site *site, int layer,
-                              int T, enum dtype dtype);
+void cpu_lora_expand_silu_mul(struct device *dev, void *y, void *gate_up, enum dtype gate_up_dtype,
+                              const float *h, const struct lora_view *lora,
+                              const struct lora_site *site, int layer, int T, enum dtype dtype);
 
 /* dora.c */
 void cpu_lora_row_norms(struct device *dev, float *norm, const struct matrix *w, const float *a,

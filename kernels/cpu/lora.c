@@ -252,10 +252,10 @@ void cpu_lora_head(struct device *dev, float *logits, const void *x, const struc
     }
 }
 
-void cpu_lora_expand_silu_mul(struct device *dev, void *y, void *gate_up, const float *h,
-                              const struct lora_view *lora, const struct lora_site *site, int layer,
-                              int T, enum dtype dtype)
+void cpu_lora_expand_silu_mul(struct device *dev, void *y, void *gate_up, enum dtype gate_up_dtype,
+                              const float *h, const struct lora_view *lora,
+                              const struct lora_site *site, int layer, int T, enum dtype dtype)
 {
-    cpu_lora_expand(dev, gate_up, h, lora, site, layer, dtype);
-    cpu_silu_mul(dev, y, gate_up, T, site->width[0], dtype);
+    cpu_lora_expand(dev, gate_up, h, lora, site, layer, gate_up_dtype);
+    cpu_silu_mul(dev, y, gate_up, gate_up_dtype, T, site->width[0], dtype);
 }

@@ -45,12 +45,12 @@ struct add_rms_norm {
     const struct simd *simd;
     void *y;             /* [T, D] dtype */
     float *x;            /* [T, D] */
-    const void *delta;   /* [T, D] dtype or NULL */
+    const void *delta;   /* [T, D] delta_dtype or NULL */
     const float *weight; /* [D] */
     float *scratch;      /* [threads, D] */
     int D;
     float eps;
-    enum dtype dtype;
+    enum dtype delta_dtype, dtype;
     struct own_norms own;
     enum lora_norm norm;
 };
@@ -66,7 +66,7 @@ static void norm_rows(void *context, int begin, int end, int thread)
         float *x = op->x + first;
 
         if (op->delta) {
-            op->simd->widen(y, element(op->delta, op->dtype, first), op->dtype, D);
+            op->simd->widen(y, element(op->delta, op->delta_dtype, first), op->delta_dtype, D);
             for (size_t i = 0; i < D; i++) x[i] += y[i];
         }
         rms_norm_row(y, x, weight_of(&op->own, t, op->norm, op->weight), op->D, op->eps);
@@ -75,23 +75,26 @@ static void norm_rows(void *context, int begin, int end, int thread)
 }
 
 void cpu_lora_add_rms_norm(struct device *dev, void *y, float *x, const void *delta,
-                           const float *weight, const struct lora_view *lora, int layer,
-                           enum lora_norm norm, int T, int D, float eps, enum dtype dtype)
+                           enum dtype delta_dtype, const float *weight,
+                           const struct lora_view *lora, int layer, enum lora_norm norm, int T,
+                           int D, float eps, enum dtype dtype)
 {
     struct cpu_device *cpu = cpu_device(dev);
     const size_t n_floats = (size_t)threads_count(cpu->threads) * (size_t)D;
     float *scratch = cpu_scratch(dev, SCRATCH_OP, n_floats * sizeof *scratch, "add_rms_norm");
     if (!scratch) return;
 
-    struct add_rms_norm op = {cpu->simd, y,   x,     delta,         weight, scratch,
-                              D,         eps, dtype, {lora, layer}, norm};
+    struct add_rms_norm op = {cpu->simd, y,   x,           delta, weight,        scratch,
+                              D,         eps, delta_dtype, dtype, {lora, layer}, norm};
     cpu_parallel(dev, T, 4, norm_rows, &op);
 }
 
-void cpu_add_rms_norm(struct device *dev, void *y, float *x, const void *delta, const float *weight,
-                      int T, int D, float eps, enum dtype dtype)
+void cpu_add_rms_norm(struct device *dev, void *y, float *x, const void *delta,
+                      enum dtype delta_dtype, const float *weight, int T, int D, float eps,
+                      enum dtype dtype)
 {
-    cpu_lora_add_rms_norm(dev, y, x, delta, weight, NULL, 0, NORM_ATTENTION, T, D, eps, dtype);
+    cpu_lora_add_rms_norm(dev, y, x, delta, delta_dtype, weight, NULL, 0, NORM_ATTENTION, T, D, eps,
+                          dtype);
 }
 
 struct head_norm {

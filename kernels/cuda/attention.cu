@@ -11,11 +11,11 @@ enum { ANY_BLOCK = 128, ANY_WARPS = ANY_BLOCK / WARP };
 /* y[t, h, :] = sum_p softmax_p(scale q . K[p, g, :]) V[p, g, :], one position at a time by each
  * of four warps. For f32 and odd widths; bound by its serial loop.
  *
- *   y [T, H, d] X    qkv [T, H + 2 G, d] X    k, v [., G, KV_BLOCK, d] C
+ *   y [T, H, d] X    qkv [T, H + 2 G, d] X or f32    k, v [., G, KV_BLOCK, d] C
  *   grid (H, T)    block ANY_BLOCK    shared (ANY_WARPS d + 2 ANY_WARPS) floats
  *   ELEMENTS of a head in each lane: d <= 32 ELEMENTS */
 template <typename X, typename C, int ELEMENTS>
-static __global__ void attention_kernel(X *y, const X *qkv, const C *k, const C *v,
+static __global__ void attention_kernel(X *y, const void *qkv, const C *k, const C *v,
                                         const int32_t *position_of, const int32_t *row_of,
                                         const struct attention_args args)
 {
@@ -27,12 +27,17 @@ static __global__ void attention_kernel(X *y, const X *qkv, const C *k, const C 
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     const int position = position_of[t];
     const int32_t *table = args.block_table + (size_t)row_of[t] * args.max_blocks;
-    const X *query = qkv + ((size_t)t * (H + 2 * G) + h) * d;
+    const size_t query = ((size_t)t * (H + 2 * G) + h) * d;
 
     float q[ELEMENTS], sum[ELEMENTS] = {};
 #pragma unroll
-    for (int j = 0; j < ELEMENTS; j++)
-        q[j] = lane + j * WARP < d ? widen(query[lane + j * WARP]) * args.scale : 0.0f;
+    for (int j = 0; j < ELEMENTS; j++) {
+        const size_t i = query + lane + j * WARP;
+        q[j] = 0.0f;
+        if (lane + j * WARP < d)
+            q[j] = args.scale * (args.has_f32_queries ? rounded<X>(((const float *)qkv)[i])
+                                                      : widen(((const X *)qkv)[i]));
+    }
 
     float max = -INFINITY, total = 0.0f;
     for (int p = first_seen(args, position) + warp; p <= position; p += ANY_WARPS) {
@@ -82,8 +87,8 @@ static void attention_any(struct cuda_device *cuda, void *y, const void *qkv,
     const dim3 grid(args->H, batch->T);
     const size_t bytes = (size_t)ANY_WARPS * (args->d + 2) * sizeof(float);
     cuda_launch(cuda, "attention", attention_kernel<X, C, ELEMENTS>, grid, ANY_BLOCK, bytes, 1,
-                (X *)y, (const X *)qkv, (const C *)kv->k, (const C *)kv->v, batch->position,
-                batch->row, *args);
+                (X *)y, qkv, (const C *)kv->k, (const C *)kv->v, batch->position, batch->row,
+                *args);
 }
 
 static bool has_kernel(int d)
@@ -91,29 +96,32 @@ static bool has_kernel(int d)
     return d == 64 || d == 80 || d == 96 || d == 128 || d == 256;
 }
 
-void cuda_attention(struct device *dev, void *y, const void *qkv, const struct kv_view *kv,
-                    const struct batch_view *batch, const struct heads *heads, enum dtype dtype)
+void cuda_attention(struct device *dev, void *y, const void *qkv, enum dtype qkv_dtype,
+                    const struct kv_view *kv, const struct batch_view *batch,
+                    const struct heads *heads, enum dtype dtype)
 {
     struct cuda_device *cuda = cuda_begin(dev);
     if (!cuda || batch->T == 0) return;
     assert(heads->G > 0 && heads->H % heads->G == 0 && heads->d > 0 && heads->d <= 512);
     assert(batch->T <= 65535 && batch->Q <= 65535);
+    assert(qkv_dtype == DTYPE_F32 || qkv_dtype == dtype);
 
     const struct attention_args args = {
-        batch->row_start, batch->kv_len,
-        kv->block_table,  kv->max_blocks,
-        batch->Q,         heads->H,
-        heads->G,         heads->d,
-        heads->window,    heads->scale * 1.44269504088896f,
+        batch->row_start,   batch->kv_len,
+        kv->block_table,    kv->max_blocks,
+        batch->Q,           heads->H,
+        heads->G,           heads->d,
+        heads->window,      heads->scale * 1.44269504088896f,
+        qkv_dtype != dtype,
     };
     if (dtype == DTYPE_BF16 && kv->dtype == DTYPE_BF16 && has_kernel(heads->d) && is_aligned(qkv) &&
         is_aligned(kv->k) && is_aligned(kv->v)) {
-        const bf16 *x = (const bf16 *)qkv, *k = (const bf16 *)kv->k, *v = (const bf16 *)kv->v;
+        const bf16 *k = (const bf16 *)kv->k, *v = (const bf16 *)kv->v;
         const bool all_long = (long long)batch->Q * batch->max_row == batch->T;
         if (batch->max_row == 1 || !all_long)
-            attention_decode(cuda, (bf16 *)y, x, k, v, &args, batch->max_kv);
+            attention_decode(cuda, (bf16 *)y, qkv, k, v, &args, batch->max_kv);
         if (batch->max_row > 1)
-            attention_prefill(cuda, (bf16 *)y, x, k, v, &args, batch->T, batch->max_kv);
+            attention_prefill(cuda, (bf16 *)y, qkv, k, v, &args, batch->T, batch->max_kv);
     } else {
         with_activation(dtype, [&](auto x_type) {
             with_activation(kv->dtype, [&](auto c_type) {

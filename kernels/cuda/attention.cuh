@@ -10,7 +10,8 @@ struct attention_args {
     const int32_t *block_table; /* [Q, max_blocks] */
     int max_blocks, Q, H, G, d;
     int window;
-    float scale; /* times log2(e), for exp2 */
+    float scale;          /* times log2(e), for exp2 */
+    bool has_f32_queries; /* qkv is f32, y is not: queries are rounded as they are read */
 };
 
 /* First position that the token at `position` sees. */
@@ -60,17 +61,36 @@ static inline int prefill_tiles(const struct attention_args *args, int T, int si
     return (int)tiles;
 }
 
-/* bf16 activations and cache, d one of 64, 80, 96, 128, 256. Rows of one token are the decode
- * kernel's, longer ones the prefill kernel's. */
-void attention_decode(struct cuda_device *cuda, bf16 *y, const bf16 *qkv, const bf16 *k,
+/* Two, and eight, neighbouring elements of qkv from i on, as bf16. */
+static inline __device__ uint32_t query_pair(const struct attention_args &args, const void *qkv,
+                                             size_t i)
+{
+    if (!args.has_f32_queries) return *(const uint32_t *)((const bf16 *)qkv + i);
+    const float2 two = *(const float2 *)((const float *)qkv + i);
+    return pack_bf16(two.x, two.y);
+}
+
+static inline __device__ uint4 query_group(const struct attention_args &args, const void *qkv,
+                                           size_t i)
+{
+    if (!args.has_f32_queries) return *(const uint4 *)((const bf16 *)qkv + i);
+    float x[GROUP];
+    load_group(x, (const float *)qkv + i);
+    return make_uint4(pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]), pack_bf16(x[4], x[5]),
+                      pack_bf16(x[6], x[7]));
+}
+
+/* bf16 activations and cache, qkv of bf16 or f32, d one of 64, 80, 96, 128, 256. Rows of one token
+ * are the decode kernel's, longer ones the prefill kernel's. */
+void attention_decode(struct cuda_device *cuda, bf16 *y, const void *qkv, const bf16 *k,
                       const bf16 *v, const struct attention_args *args, int max_kv);
 /* Scratch that attention_decode() takes. */
 size_t attention_decode_bytes(const struct cuda_device *cuda, int Q, int H, int G, int d,
                               int max_kv);
-void attention_prefill(struct cuda_device *cuda, bf16 *y, const bf16 *qkv, const bf16 *k,
+void attention_prefill(struct cuda_device *cuda, bf16 *y, const void *qkv, const bf16 *k,
                        const bf16 *v, const struct attention_args *args, int T, int max_kv);
 /* Of the latter, what wgmma can do; false: nothing, by what the device and the heads are. */
-bool attention_prefill_sm90(struct cuda_device *cuda, bf16 *y, const bf16 *qkv, const bf16 *k,
+bool attention_prefill_sm90(struct cuda_device *cuda, bf16 *y, const void *qkv, const bf16 *k,
                             const bf16 *v, const struct attention_args *args, int T);
 
 #endif

@@ -147,11 +147,11 @@ static __device__ void combine(bf16 *y, const struct decode_parts &parts, size_t
 /* Of a row of one token, up to eight heads of a group, one split of its positions.
  * Scores of 16 tokens: S [16 tokens, 8 heads] = K Q^T; then O [D, 8 heads] += V^T P.
  *
- *   y [T, H, D]    qkv [T, H + 2 G, D]    k, v [., G, KV_BLOCK, D]
+ *   y [T, H, D]    qkv [T, H + 2 G, D], or f32    k, v [., G, KV_BLOCK, D]
  *   grid (splits, G * heads / 8, Q)    block: some warps    shared decode_shared(D, warps) */
 template <int D>
 static __global__ void __launch_bounds__(max_warps(D) * WARP)
-    attention_decode_kernel(bf16 *y, const bf16 *qkv, const bf16 *k, const bf16 *v,
+    attention_decode_kernel(bf16 *y, const void *qkv, const bf16 *k, const bf16 *v,
                             const struct attention_args args, const struct decode_parts parts,
                             int *counters)
 {
@@ -192,12 +192,12 @@ static __global__ void __launch_bounds__(max_warps(D) * WARP)
 
     /* Q^T: column lane / 4 is head h0 + lane / 4. */
     uint32_t q[D / 16][2];
-    const bf16 *query =
-        qkv + ((size_t)t * (H + 2 * G) + h0 + min_int(lane / 4, n_heads - 1)) * D + lane % 4 * 2;
+    const size_t query =
+        ((size_t)t * (H + 2 * G) + h0 + min_int(lane / 4, n_heads - 1)) * D + lane % 4 * 2;
 #pragma unroll
     for (int s = 0; s < D / 16; s++) {
-        q[s][0] = *(const uint32_t *)(query + s * 16);
-        q[s][1] = *(const uint32_t *)(query + s * 16 + 8);
+        q[s][0] = query_pair(args, qkv, query + s * 16);
+        q[s][1] = query_pair(args, qkv, query + s * 16 + 8);
     }
 
     float out[D / 16][4] = {};
@@ -347,7 +347,7 @@ size_t attention_decode_bytes(const struct cuda_device *cuda, int Q, int H, int 
 }
 
 template <int D>
-static void launch(struct cuda_device *cuda, bf16 *y, const bf16 *qkv, const bf16 *k, const bf16 *v,
+static void launch(struct cuda_device *cuda, bf16 *y, const void *qkv, const bf16 *k, const bf16 *v,
                    const struct attention_args *args, int max_kv)
 {
     const int head_parts = ceil_div(args->H / args->G, DECODE_HEADS);
@@ -368,7 +368,7 @@ static void launch(struct cuda_device *cuda, bf16 *y, const bf16 *qkv, const bf1
                 y, qkv, k, v, *args, parts, cuda->counters);
 }
 
-void attention_decode(struct cuda_device *cuda, bf16 *y, const bf16 *qkv, const bf16 *k,
+void attention_decode(struct cuda_device *cuda, bf16 *y, const void *qkv, const bf16 *k,
                       const bf16 *v, const struct attention_args *args, int max_kv)
 {
     switch (args->d) {

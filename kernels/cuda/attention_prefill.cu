@@ -63,12 +63,12 @@ static __device__ void copy_positions(uint32_t to, const bf16 *from, const int32
 /* For the packed queries m = (token j of the row, head r of group g), m in a tile of 64 MT:
  *   y[t, h, :] = sum_p softmax_p(scale q . K[p, g, :]) V[p, g, :]
  *
- *   y [T, H, D]    qkv [T, H + 2 G, D]    k, v [., G, KV_BLOCK, D]
+ *   y [T, H, D]    qkv [T, H + 2 G, D], or f32    k, v [., G, KV_BLOCK, D]
  *   grid (G, tiles)    block PREFILL_BLOCK, a warp for 16 MT queries
  *   shared prefill_shared<D, MT>(): queries, a tile of keys, a tile of values */
 template <int D, int MT>
 static __global__ void __launch_bounds__(PREFILL_BLOCK)
-    attention_prefill_kernel(bf16 *y, const bf16 *qkv, const bf16 *k, const bf16 *v,
+    attention_prefill_kernel(bf16 *y, const void *qkv, const bf16 *k, const bf16 *v,
                              const struct attention_args args)
 {
     extern __shared__ __align__(16) unsigned char shared[];
@@ -96,9 +96,12 @@ static __global__ void __launch_bounds__(PREFILL_BLOCK)
     for (int part = threadIdx.x; part < queries<MT>() * D / 8; part += PREFILL_BLOCK) {
         const int m = m0 + part / (D / 8), column = part % (D / 8) * 8;
         const int j = min_int(m / group, n - 1);
-        copy_async(queries_tile + (part / (D / 8) * pitch<D>() + column) * 2,
-                   qkv + ((size_t)(t0 + j) * (H + 2 * G) + g * group + m % group) * D + column,
-                   m / group < n);
+        const int to = (part / (D / 8) * pitch<D>() + column) * 2;
+        const size_t from = ((size_t)(t0 + j) * (H + 2 * G) + g * group + m % group) * D + column;
+        if (args.has_f32_queries) /* past the row's end: the last token's, for nobody */
+            *(uint4 *)(shared + to) = query_group(args, qkv, from);
+        else
+            copy_async(queries_tile + to, (const bf16 *)qkv + from, m / group < n);
     }
     copy_positions<D>(keys, k_head, table, block_stride, begin, end);
     copy_commit();
@@ -237,7 +240,7 @@ static __global__ void __launch_bounds__(PREFILL_BLOCK)
 /* ---- launchers ---------------------------------------------------------------------------- */
 
 template <int D, int MT>
-static void launch(struct cuda_device *cuda, bf16 *y, const bf16 *qkv, const bf16 *k, const bf16 *v,
+static void launch(struct cuda_device *cuda, bf16 *y, const void *qkv, const bf16 *k, const bf16 *v,
                    const struct attention_args *args, int T)
 {
     const dim3 grid(args->G, prefill_tiles(args, T, queries<MT>()));
@@ -246,7 +249,7 @@ static void launch(struct cuda_device *cuda, bf16 *y, const bf16 *qkv, const bf1
                 prefill_shared<D, MT>(), 1, y, qkv, k, v, *args);
 }
 
-void attention_prefill(struct cuda_device *cuda, bf16 *y, const bf16 *qkv, const bf16 *k,
+void attention_prefill(struct cuda_device *cuda, bf16 *y, const void *qkv, const bf16 *k,
                        const bf16 *v, const struct attention_args *args, int T, int max_kv)
 {
     /* Short rows are over before the larger blocks have begun: three of these are on a

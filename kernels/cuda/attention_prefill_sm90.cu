@@ -200,13 +200,13 @@ static __device__ void begin_sums(struct running<D> &run,
 /* For the packed queries m = (token j of the row, head r of group g), m in a tile of queries<D>():
  *   y[t, h, :] = sum_p softmax_p(scale q . K[p, g, :]) V[p, g, :]
  *
- *   y [T, H, D]    qkv [T, H + 2 G, D]    v [., G, KV_BLOCK, D]
+ *   y [T, H, D]    qkv [T, H + 2 G, D], or f32    v [., G, KV_BLOCK, D]
  *   maps of keys and values [. G KV_BLOCK, D] in boxes of [KV_BLOCK, PANEL]
  *   grid (G, tiles)    block block_threads<D>(): the warpgroups, then one whose first warp copies
  *   shared places<D>::BYTES */
 template <int D>
 static __global__ void __launch_bounds__(block_threads<D>(), 1)
-    attention_prefill_sm90_kernel(bf16 *y, const bf16 *qkv, const bf16 *v,
+    attention_prefill_sm90_kernel(bf16 *y, const void *qkv, const bf16 *v,
                                   const __grid_constant__ CUtensorMap keys_map,
                                   const __grid_constant__ CUtensorMap values_map,
                                   const struct attention_args args)
@@ -257,11 +257,9 @@ static __global__ void __launch_bounds__(block_threads<D>(), 1)
         const int i = part / (D / 8), unit = part % (D / 8), m = m_group + i, j = m / group;
         uint4 bits = make_uint4(0, 0, 0, 0);
         if (j < work.n)
-            bits = *(
-                const uint4 *)(qkv +
-                               ((size_t)(work.t0 + j) * (H + 2 * G) + work.g * group + m % group) *
-                                   D +
-                               unit * 8);
+            bits = query_group(
+                args, qkv,
+                ((size_t)(work.t0 + j) * (H + 2 * G) + work.g * group + m % group) * D + unit * 8);
         store_shared(shared + places<D>::QUERIES + unit / 8 * (queries<D>() * PANEL_ROW) +
                          panel_at(wg * GROUP_ROWS + i, unit % 8),
                      bits);
@@ -355,7 +353,7 @@ static CUtensorMap map_cache(struct cuda_device *cuda, const bf16 *cache, int d)
 }
 
 template <int D>
-static void launch(struct cuda_device *cuda, bf16 *y, const bf16 *qkv, const bf16 *k, const bf16 *v,
+static void launch(struct cuda_device *cuda, bf16 *y, const void *qkv, const bf16 *k, const bf16 *v,
                    const struct attention_args *args, int T)
 {
     const dim3 grid(args->G, prefill_tiles(args, T, queries<D>()));
@@ -365,7 +363,7 @@ static void launch(struct cuda_device *cuda, bf16 *y, const bf16 *qkv, const bf1
                 places<D>::BYTES, 1, y, qkv, v, keys_map, values_map, *args);
 }
 
-bool attention_prefill_sm90(struct cuda_device *cuda, bf16 *y, const bf16 *qkv, const bf16 *k,
+bool attention_prefill_sm90(struct cuda_device *cuda, bf16 *y, const void *qkv, const bf16 *k,
                             const bf16 *v, const struct attention_args *args, int T)
 {
     if (!cuda->encode_tensor_map || args->window > 0 || (args->d != 64 && args->d != 128))

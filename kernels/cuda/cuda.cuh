@@ -73,7 +73,8 @@ struct addend {
 struct deferred {
     struct addend addend;
     const float *h;
-    bf16 *y;
+    void *y; /* [T, N] y_dtype */
+    enum dtype y_dtype;
     int linear, layer, T, N;
 };
 
@@ -203,6 +204,19 @@ template <typename F> static inline void with_activation(enum dtype dtype, F &&f
         f(bf16());
 }
 
+/* The same for an op that reads a product's result, which is of its own type or f32: f is called
+ * with values of the product's type and of the op's. */
+template <typename F> static inline void with_product(enum dtype product, enum dtype dtype, F &&f)
+{
+    assert(product == DTYPE_F32 || product == dtype);
+    with_activation(dtype, [&](auto type) {
+        if (product == dtype)
+            f(type, type);
+        else
+            f(float(), bf16());
+    });
+}
+
 static inline __host__ __device__ bool is_aligned(const void *pointer)
 {
     return ((uintptr_t)pointer & 15) == 0;
@@ -229,7 +243,8 @@ void cuda_extend_metadata(struct device *dev, const struct extend_view *extend);
 void cuda_embed(struct device *dev, void *y, const struct matrix *table, const int32_t *ids, int T,
                 enum dtype dtype);
 void cuda_add_rms_norm(struct device *dev, void *y, float *x, const void *delta,
-                       const float *weight, int T, int D, float eps, enum dtype dtype);
+                       enum dtype delta_dtype, const float *weight, int T, int D, float eps,
+                       enum dtype dtype);
 void cuda_matmul(struct device *dev, void *y, enum dtype y_dtype, const void *x,
                  const struct matrix *w, const float *bias, int T, enum dtype dtype);
 void cuda_head_norm(struct device *dev, void *qkv, const float *q_weight, const float *k_weight,
@@ -237,10 +252,11 @@ void cuda_head_norm(struct device *dev, void *qkv, const float *q_weight, const 
 void cuda_rope(struct device *dev, void *qkv, const struct rope_view *rope,
                const struct kv_view *kv, const struct batch_view *batch, const struct heads *heads,
                enum dtype dtype);
-void cuda_attention(struct device *dev, void *y, const void *qkv, const struct kv_view *kv,
-                    const struct batch_view *batch, const struct heads *heads, enum dtype dtype);
-void cuda_silu_mul(struct device *dev, void *y, const void *gate_up, int T, int F,
-                   enum dtype dtype);
+void cuda_attention(struct device *dev, void *y, const void *qkv, enum dtype qkv_dtype,
+                    const struct kv_view *kv, const struct batch_view *batch,
+                    const struct heads *heads, enum dtype dtype);
+void cuda_silu_mul(struct device *dev, void *y, const void *gate_up, enum dtype gate_up_dtype,
+                   int T, int F, enum dtype dtype);
 void cuda_gather_rows(struct device *dev, void *y, const void *x, const int32_t *rows, int Q, int D,
                       enum dtype dtype);
 void cuda_lora_shrink(struct device *dev, float *h, const void *x, const struct lora_view *lora,
@@ -255,16 +271,17 @@ void cuda_lora_embed(struct device *dev, void *y, float *h, const int32_t *ids,
 void cuda_lora_head(struct device *dev, float *logits, const void *x, const struct lora_view *lora,
                     int V, int D, enum dtype dtype);
 void cuda_lora_add_rms_norm(struct device *dev, void *y, float *x, const void *delta,
-                            const float *weight, const struct lora_view *lora, int layer,
-                            enum lora_norm norm, int T, int D, float eps, enum dtype dtype);
+                            enum dtype delta_dtype, const float *weight,
+                            const struct lora_view *lora, int layer, enum lora_norm norm, int T,
+                            int D, float eps, enum dtype dtype);
 void cuda_lora_head_norm(struct device *dev, void *qkv, const float *q_weight,
                          const float *k_weight, const struct lora_view *lora, int layer,
                          const struct heads *heads, int T, float eps, enum dtype dtype);
 void cuda_lora_row_norms(struct device *dev, float *norm, const struct matrix *w, const float *a,
                          const float *b, int R, float scale);
-void cuda_lora_expand_silu_mul(struct device *dev, void *y, void *gate_up, const float *h,
-                               const struct lora_view *lora, const struct lora_site *site,
-                               int layer, int T, enum dtype dtype);
+void cuda_lora_expand_silu_mul(struct device *dev, void *y, void *gate_up, enum dtype gate_up_dtype,
+                               const float *h, const struct lora_view *lora,
+                               const struct lora_site *site, int layer, int T, enum dtype dtype);
 void cuda_sample(struct device *dev, int32_t *ids, const float *logits,
                  const struct sample_view *view, int V);
 void cuda_logprobs(struct device *dev, float *logprob, int32_t *top_ids, float *top_logprobs,

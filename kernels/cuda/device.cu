@@ -7,6 +7,10 @@
 
 enum { STAGING_HALF = 1 << 20, STAGING_ALIGNMENT = 256 };
 
+/* Products of so many tokens read far more of weights than they write, in f32, too: each result has
+ * 2 bytes more to be written to the L2 cache and read there. */
+enum { EXACT_TOKENS = 64 };
+
 /* ---- failures ----------------------------------------------------------------------------- */
 
 void cuda_fail(struct cuda_device *cuda, const char *op, const char *what)
@@ -297,6 +301,7 @@ extern "C" mlora_status cuda_device_open(struct device **out, int ordinal, const
     if (!cuda) return error_set(MLORA_ENOMEM, "out of memory for the CUDA device");
     cuda->base.ops = &cuda_kernels;
     cuda->base.backend = "cuda";
+    cuda->base.exact_tokens = EXACT_TOKENS;
     snprintf(cuda->base.description, sizeof cuda->base.description, "%.64s, %.0f GiB",
              properties.name, (double)properties.totalGlobalMem / (1 << 30));
     cuda->ordinal = ordinal;

@@ -100,7 +100,7 @@ void cuda_lora_expand(struct device *dev, void *y, const float *h, const struct 
 {
     struct cuda_device *cuda = cuda_begin(dev);
     if (!cuda || lora->n_segments == 0 || lora->n_tokens == 0) return;
-    if (lora_defers(cuda, y, h, site, layer)) return;
+    if (lora_defers(cuda, y, h, site, layer, dtype)) return;
     cuda_join(cuda);
     if (lora->expands_more) {
         cuda_lora_expand_more(dev, y, h, lora, site, layer, dtype);
@@ -114,10 +114,10 @@ void cuda_lora_expand(struct device *dev, void *y, const float *h, const struct 
         lora_expand_gathered(cuda, y, h, &args, dtype);
         return;
     }
-    const bool tiles = wants_tiles(lora) && dtype == DTYPE_BF16;
+    const bool tiles = wants_tiles(lora);
     for_parts(lora, &args, [&](const struct lora_args *part) {
         if (tiles)
-            lora_expand_by_tile(cuda, (bf16 *)y, h, part);
+            lora_expand_by_tile(cuda, y, h, part, dtype);
         else
             lora_expand_by_row(cuda, y, h, part, dtype);
     });

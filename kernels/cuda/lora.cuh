@@ -89,7 +89,7 @@ bool lora_begins_delta(struct cuda_device *cuda, const float *h, const struct lo
                        const struct lora_site *site, int layer, enum dtype dtype);
 void lora_delta(struct cuda_device *cuda, const struct lora_args *args);
 bool lora_defers(struct cuda_device *cuda, void *y, const float *h, const struct lora_site *site,
-                 int layer);
+                 int layer, enum dtype y_dtype);
 
 /* Whether expand is made inside the op that reads its result. */
 bool lora_is_fused(const struct lora_view *lora);
@@ -103,8 +103,8 @@ void lora_expand_by_row(struct cuda_device *cuda, void *y, const float *h,
 bool lora_shrink_has_tiles(const void *x, const struct lora_args *args, enum dtype dtype);
 void lora_shrink_by_tile(struct cuda_device *cuda, float *h, const bf16 *x,
                          const struct lora_args *args);
-void lora_expand_by_tile(struct cuda_device *cuda, bf16 *y, const float *h,
-                         const struct lora_args *args);
+void lora_expand_by_tile(struct cuda_device *cuda, void *y, const float *h,
+                         const struct lora_args *args, enum dtype dtype);
 void lora_shrink_gathered(struct cuda_device *cuda, float *h, const void *x,
                           const struct lora_args *args, enum dtype dtype);
 void lora_expand_gathered(struct cuda_device *cuda, void *y, const float *h,

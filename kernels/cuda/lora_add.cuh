@@ -1,8 +1,8 @@
 /* y plus products of rows of B with h, for sixteen tokens at a time, as expand and silu_mul after
- * it make them. Instructions bound it before memory does, so the tensor cores add y, too: a product
- * of y and the identity takes the place of what would unpack and add each number. The rows of a
- * product are tokens, and its columns are dealt so that a lane gets eight neighbouring outputs of
- * two tokens: 16 bytes of y each. */
+ * it make them. Instructions bound it before memory does, so the tensor cores add y of bf16, too: a
+ * product of y and the identity takes the place of what would unpack and add each number. The rows
+ * of a product are tokens, and its columns are dealt so that a lane gets eight neighbouring outputs
+ * of two tokens: 16 bytes of y each, or 32 of f32. There h keeps all its bits. */
 #ifndef MLORA_KERNELS_CUDA_LORA_ADD_CUH
 #define MLORA_KERNELS_CUDA_LORA_ADD_CUH
 
@@ -16,22 +16,26 @@
  *   row g / 2 * 8 + g % 2 + 2 j of B for product j, the same elements */
 enum { SIXTEEN = 16, QUAD = 32 };
 
-struct h_rows {
-    uint32_t part[2][4]; /* their sum is scale * h */
+template <typename Y> constexpr int PARTS = 2; /* of bf16, 8 bits each */
+template <> constexpr int PARTS<float> = 3;
+
+template <int PARTS> struct h_rows {
+    uint32_t part[PARTS][4]; /* their sum is scale * h */
 };
 
-static inline __device__ void split_rows(struct h_rows *rows, const float4 &a, const float4 &b,
-                                         float scale)
+template <int PARTS>
+static inline __device__ void split_rows(struct h_rows<PARTS> *rows, const float4 &a,
+                                         const float4 &b, float scale)
 {
     const float x[2][4] = {{a.x, a.y, a.z, a.w}, {b.x, b.y, b.z, b.w}};
 #pragma unroll
     for (int t = 0; t < 2; t++)
 #pragma unroll
         for (int pair = 0; pair < 2; pair++) {
-            uint32_t part[2];
-            split_pair<2>(part, scale * x[t][2 * pair], scale * x[t][2 * pair + 1]);
-            rows->part[0][t + 2 * pair] = part[0];
-            rows->part[1][t + 2 * pair] = part[1];
+            uint32_t part[PARTS];
+            split_pair<PARTS>(part, scale * x[t][2 * pair], scale * x[t][2 * pair + 1]);
+#pragma unroll
+            for (int i = 0; i < PARTS; i++) rows->part[i][t + 2 * pair] = part[i];
         }
 }
 
@@ -53,54 +57,111 @@ static inline __device__ void load_quad(uint2 (&b)[4], const bf16 *from, int n, 
 }
 
 /* c[j] += h times B */
-static inline __device__ void add_quad(float (&c)[4][4], const struct h_rows &h,
+template <int PARTS>
+static inline __device__ void add_quad(float (&c)[4][4], const struct h_rows<PARTS> &h,
                                        const uint2 (&b)[4])
 {
 #pragma unroll
-    for (int j = 0; j < 4; j++) {
-        mma_bf16(c[j], h.part[0], b[j].x, b[j].y);
-        mma_bf16(c[j], h.part[1], b[j].x, b[j].y);
-    }
+    for (int j = 0; j < 4; j++)
+#pragma unroll
+        for (int i = 0; i < PARTS; i++) mma_bf16(c[j], h.part[i], b[j].x, b[j].y);
 }
 
 /* The same for B of any type and rank. */
-static inline __device__ void add_quad_any(float (&c)[4][4], const struct h_rows &h,
+template <int PARTS>
+static inline __device__ void add_quad_any(float (&c)[4][4], const struct h_rows<PARTS> &h,
                                            const void *from, int dtype, int n, int N, int R, int r,
                                            bool whole)
 {
 #pragma unroll
     for (int j = 0; j < 4; j++) {
         const size_t at = (size_t)min_int(n + quad_row(j), N - 1) * R + r;
-        uint32_t low[2], high[2];
+        uint32_t low[PARTS], high[PARTS];
         float w[4];
         load_factor(w, from, dtype, at, R - r, whole && r < R);
-        split_pair<2>(low, w[0], w[1]);
-        split_pair<2>(high, w[2], w[3]);
-        mma_bf16(c[j], h.part[0], low[0], high[0]);
-        mma_bf16(c[j], h.part[1], low[0], high[0]);
-        mma_bf16(c[j], h.part[0], low[1], high[1]);
+        split_pair<PARTS>(low, w[0], w[1]);
+        split_pair<PARTS>(high, w[2], w[3]);
+#pragma unroll
+        for (int k = 0; k < PARTS; k++)
+#pragma unroll
+            for (int i = 0; i < PARTS - k; i++) mma_bf16(c[j], h.part[i], low[k], high[k]);
     }
 }
 
-/* c += y of this lane's outputs and two tokens */
-static inline __device__ void add_old(float (&c)[4][4], const uint4 (&old)[2])
+/* This lane's eight outputs of a token, as y has them. */
+template <typename Y> struct eight;
+template <> struct eight<bf16> {
+    uint4 bits;
+};
+template <> struct eight<float> {
+    float value[GROUP];
+};
+
+/* The first n of them, then zeros; `whole`: none, or all and aligned. */
+static inline __device__ void load_eight(struct eight<bf16> *to, const bf16 *y, int n, bool whole)
+{
+    if (whole) {
+        to->bits = n > 0 ? *(const uint4 *)y : make_uint4(0, 0, 0, 0);
+        return;
+    }
+    const auto pair = [&](int e) {
+        return pack_bf16(e < n ? widen(y[e]) : 0.0f, e + 1 < n ? widen(y[e + 1]) : 0.0f);
+    };
+    to->bits = make_uint4(pair(0), pair(2), pair(4), pair(6));
+}
+
+static inline __device__ void load_eight(struct eight<float> *to, const float *y, int n, bool whole)
+{
+    load_some(to->value, y, n, whole && n > 0);
+}
+
+/* c = y of this lane's outputs and two tokens */
+static inline __device__ void set_quad(float (&c)[4][4], const struct eight<bf16> (&old)[2])
 {
     const int lane = threadIdx.x % WARP;
     const uint32_t one = lane / 8 != lane % 4 ? 0 : lane / 4 % 2 ? 0x3f800000u : 0x3f80u;
-    const uint32_t y[4][2] = {
-        {old[0].x, old[1].x}, {old[0].y, old[1].y}, {old[0].z, old[1].z}, {old[0].w, old[1].w}};
+    const uint4 a = old[0].bits, b = old[1].bits;
+    const uint32_t y[4][2] = {{a.x, b.x}, {a.y, b.y}, {a.z, b.z}, {a.w, b.w}};
 #pragma unroll
-    for (int j = 0; j < 4; j++) mma_bf16_eight(c[j], y[j], one);
+    for (int j = 0; j < 4; j++) {
+        c[j][0] = c[j][1] = c[j][2] = c[j][3] = 0.0f;
+        mma_bf16_eight(c[j], y[j], one);
+    }
 }
 
-/* c as it is stored */
-static inline __device__ void round_quad(uint4 (&y)[2], const float (&c)[4][4])
+static inline __device__ void set_quad(float (&c)[4][4], const struct eight<float> (&old)[2])
 {
 #pragma unroll
-    for (int t = 0; t < 2; t++)
-        y[t] = make_uint4(
-            pack_bf16(c[0][2 * t], c[0][2 * t + 1]), pack_bf16(c[1][2 * t], c[1][2 * t + 1]),
-            pack_bf16(c[2][2 * t], c[2][2 * t + 1]), pack_bf16(c[3][2 * t], c[3][2 * t + 1]));
+    for (int j = 0; j < 4; j++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) c[j][e] = old[e / 2].value[2 * j + e % 2];
+}
+
+/* Of c, token t's outputs: the first n, or as load_eight(). */
+static inline __device__ void store_eight(bf16 *y, const float (&c)[4][4], int t, int n, bool whole)
+{
+    const uint4 bits = make_uint4(
+        pack_bf16(c[0][2 * t], c[0][2 * t + 1]), pack_bf16(c[1][2 * t], c[1][2 * t + 1]),
+        pack_bf16(c[2][2 * t], c[2][2 * t + 1]), pack_bf16(c[3][2 * t], c[3][2 * t + 1]));
+    if (whole) {
+        if (n > 0) *(uint4 *)y = bits;
+        return;
+    }
+    bf16 each[GROUP];
+    memcpy(each, &bits, sizeof each);
+#pragma unroll
+    for (int e = 0; e < GROUP; e++)
+        if (e < n) y[e] = each[e];
+}
+
+static inline __device__ void store_eight(float *y, const float (&c)[4][4], int t, int n,
+                                          bool whole)
+{
+    if (whole && n <= 0) return;
+    float value[GROUP];
+#pragma unroll
+    for (int e = 0; e < GROUP; e++) value[e] = c[e / 2][2 * t + e % 2];
+    store_some(y, value, n, whole);
 }
 
 #endif

@@ -1,9 +1,9 @@
 /* LoRA beside the base product: at few tokens what adapters add to y is computed while the product
  * of the same x runs, into z, and the op that reads y next adds it. In a recording, where kernels can
  * run beside each other, shrink and expand cost almost no time then, and y is not read and written
- * once more; elsewhere it is done the same way, so that both give the same bits. Only in bf16: f32 is
- * not rounded to what tensor cores take. Bound by B and z, both small next to the weights that the
- * product reads. */
+ * once more; elsewhere it is done the same way, so that both give the same bits. Only where x is
+ * bf16: f32 is not rounded to what tensor cores take. Bound by B and z, both small next to the
+ * weights that the product reads. */
 #include "kernels/cuda/lora_tile.cuh"
 
 /* ---- kernels ------------------------------------------------------------------------------ */
@@ -105,9 +105,10 @@ enum { ADD_BLOCK = 256 };
 
 /* y[t, n] = round(y + z[t, n]) for tokens with an adapter, eight elements a thread
  *
- *   y [T, N], in and out    z [T, N]
+ *   y [T, N] Y, in and out    z [T, N]
  *   grid (N / (GROUP ADD_BLOCK), T)    block ADD_BLOCK */
-static __global__ void lora_add_kernel(bf16 *y, struct addend addend, int N, bool aligned)
+template <typename Y>
+static __global__ void lora_add_kernel(Y *y, struct addend addend, int N, bool aligned)
 {
     grid_begin();
     const int n = (blockIdx.x * ADD_BLOCK + threadIdx.x) * GROUP;
@@ -115,7 +116,7 @@ static __global__ void lora_add_kernel(bf16 *y, struct addend addend, int N, boo
     if (n >= N || !is_added(addend, t)) return;
     float value[GROUP];
     load_some(value, y + t * N + n, N - n, aligned);
-    add_some<bf16>(value, addend, t * N + n, N - n, aligned);
+    add_some<Y>(value, addend, t * N + n, N - n, aligned);
     store_some(y + t * N + n, value, N - n, aligned);
 }
 
@@ -158,14 +159,15 @@ void lora_delta(struct cuda_device *cuda, const struct lora_args *args)
 }
 
 bool lora_defers(struct cuda_device *cuda, void *y, const float *h, const struct lora_site *site,
-                 int layer)
+                 int layer, enum dtype y_dtype)
 {
     struct deferred *deferred = &cuda->deferred;
 
     if (!deferred->addend.z || deferred->h != h || deferred->linear != site->linear ||
         deferred->layer != layer)
         return false;
-    deferred->y = (bf16 *)y;
+    deferred->y = y;
+    deferred->y_dtype = y_dtype;
     return true;
 }
 
@@ -190,6 +192,9 @@ void cuda_add_deferred(struct cuda_device *cuda)
 
     memset(&cuda->deferred, 0, sizeof cuda->deferred);
     cuda_join(cuda);
-    cuda_launch(cuda, "lora_expand", lora_add_kernel, grid, ADD_BLOCK, 0, 1, deferred.y,
-                deferred.addend, deferred.N, aligned);
+    with_activation(deferred.y_dtype, [&](auto type) {
+        using Y = decltype(type);
+        cuda_launch(cuda, "lora_expand", lora_add_kernel<Y>, grid, ADD_BLOCK, 0, 1, (Y *)deferred.y,
+                    deferred.addend, deferred.N, aligned);
+    });
 }

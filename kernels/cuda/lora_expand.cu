@@ -136,8 +136,8 @@ enum {
 };
 
 /* What a warp of the tile kernel works on. */
-struct expand_tile {
-    bf16 *y;              /* the warp's first output, of token 0 of the step */
+template <typename Y> struct expand_tile {
+    Y *y;                 /* the warp's first output, of token 0 of the step */
     const float *h;       /* the slice of token 0 */
     const int32_t *order; /* of the tile's tokens */
     const void *b;
@@ -149,21 +149,22 @@ struct expand_tile {
 };
 
 /* Of 32 tokens of the tile from i on, this lane's, or the last: asked for before the wait. */
-static __device__ int token_of(const struct expand_tile &tile, int i)
+template <typename Y> static __device__ int token_of(const struct expand_tile<Y> &tile, int i)
 {
     return tile.order[min_int(i + (int)threadIdx.x % WARP, tile.n_tokens - 1)];
 }
 
 /* Where this lane's two tokens of the sixteen from i on begin in y and h; `tokens` are those from
  * a multiple of 32 on. */
-struct token_rows {
-    bf16 *y[2];
+template <typename Y> struct token_rows {
+    Y *y[2];
     const float *h[2];
 };
 
-static __device__ struct token_rows rows_of(const struct expand_tile &tile, int tokens, int i)
-{
-    struct token_rows rows;
+template <typename Y>
+static __device__ struct token_rows<Y> rows_of(const struct expand_tile<Y> &tile, int tokens,
+                                               int i) {
+    struct token_rows<Y> rows;
 #pragma unroll
     for (int t = 0; t < 2; t++) {
         const size_t token =
@@ -175,62 +176,41 @@ static __device__ struct token_rows rows_of(const struct expand_tile &tile, int 
 }
 
 /* Of a quad, how many of this lane's eight outputs there are. */
-static __device__ int n_outputs(const struct expand_tile &tile, int quad)
+template <typename Y>
+static __device__ int n_outputs(const struct expand_tile<Y> &tile, int quad)
 {
     return tile.N - tile.n - quad * QUAD - (int)threadIdx.x % 4 * GROUP;
 }
 
-template <bool WHOLE>
-static __device__ void load_y(uint4 (&old)[QUADS][2], const struct expand_tile &tile,
-                              const struct token_rows &rows)
+template <typename Y>
+static __device__ void load_y(struct eight<Y> (&old)[QUADS][2], const struct expand_tile<Y> &tile,
+                              const struct token_rows<Y> &rows, bool whole)
 {
 #pragma unroll
     for (int quad = 0; quad < QUADS; quad++)
 #pragma unroll
-        for (int t = 0; t < 2; t++) {
-            const bf16 *y = rows.y[t] + quad * QUAD;
-            const int n = n_outputs(tile, quad);
-            if (WHOLE) {
-                old[quad][t] = n > 0 ? *(const uint4 *)y : make_uint4(0, 0, 0, 0);
-                continue;
-            }
-            const auto pair = [&](int e) {
-                return pack_bf16(e < n ? widen(y[e]) : 0.0f, e + 1 < n ? widen(y[e + 1]) : 0.0f);
-            };
-            old[quad][t] = make_uint4(pair(0), pair(2), pair(4), pair(6));
-        }
+        for (int t = 0; t < 2; t++)
+            load_eight(&old[quad][t], rows.y[t] + quad * QUAD, n_outputs(tile, quad), whole);
 }
 
 /* y = round(c), of the tokens from i on that there are. */
-template <bool WHOLE>
-static __device__ void store_y(const struct expand_tile &tile, const struct token_rows &rows,
-                               const float (&c)[4][4], int quad, int i)
+template <typename Y>
+static __device__ void store_y(const struct expand_tile<Y> &tile, const struct token_rows<Y> &rows,
+                               const float (&c)[4][4], int quad, int i, bool whole)
 {
-    uint4 bits[2];
-    round_quad(bits, c);
 #pragma unroll
-    for (int t = 0; t < 2; t++) {
-        bf16 *y = rows.y[t] + quad * QUAD;
-        const int n = n_outputs(tile, quad);
-        if (i + (int)threadIdx.x % WARP / 4 + t * GROUP >= tile.n_tokens || n <= 0) continue;
-        if (WHOLE) {
-            *(uint4 *)y = bits[t];
-            continue;
-        }
-        bf16 each[GROUP];
-        memcpy(each, &bits[t], sizeof each);
-#pragma unroll
-        for (int e = 0; e < GROUP; e++)
-            if (e < n) y[e] = each[e];
-    }
+    for (int t = 0; t < 2; t++)
+        if (i + (int)threadIdx.x % WARP / 4 + t * GROUP < tile.n_tokens)
+            store_eight(rows.y[t] + quad * QUAD, c, t, n_outputs(tile, quad), whole);
     __syncwarp(); /* products take the whole warp */
 }
 
 /* B, of STEPS 16 of the rank at most, in registers: asked for before h and y are waited for. The
  * next tokens' y is on its way while these are worked on. */
-template <int STEPS> static __device__ void expand_kept(const struct expand_tile &tile)
+template <typename Y, int STEPS>
+static __device__ void expand_kept(const struct expand_tile<Y> &tile)
 {
-    enum { AHEAD = STEPS < 4 }; /* beyond there are no registers for it */
+    enum { AHEAD = STEPS < 4 && sizeof(Y) == 2 }; /* beyond there are no registers for it */
     const int r0 = threadIdx.x % 4 * 4;
     uint2 b[STEPS][QUADS][4];
 #pragma unroll
@@ -240,8 +220,8 @@ template <int STEPS> static __device__ void expand_kept(const struct expand_tile
             load_quad(b[s][quad], (const bf16 *)tile.b, tile.n + quad * QUAD, tile.N, tile.R,
                       s * 16 + r0);
     int tokens = token_of(tile, 0);
-    struct token_rows rows;
-    uint4 old[QUADS][2];
+    struct token_rows<Y> rows;
+    struct eight<Y> old[QUADS][2];
     float4 h[STEPS][2];
     const auto load_step = [&](int s) {
 #pragma unroll
@@ -250,7 +230,7 @@ template <int STEPS> static __device__ void expand_kept(const struct expand_tile
     const auto load = [&](int i) {
         if (i > 0 && i % WARP == 0) tokens = token_of(tile, i);
         rows = rows_of(tile, tokens, i);
-        load_y<true>(old, tile, rows);
+        load_y(old, tile, rows, true);
 #pragma unroll
         for (int s = 0; AHEAD && s < STEPS; s++) load_step(s);
     };
@@ -258,27 +238,27 @@ template <int STEPS> static __device__ void expand_kept(const struct expand_tile
     load(0);
 #pragma unroll 1
     for (int i = 0; i < tile.n_tokens; i += SIXTEEN) {
-        float c[QUADS][4][4] = {};
+        float c[QUADS][4][4];
+#pragma unroll
+        for (int quad = 0; quad < QUADS; quad++) set_quad(c[quad], old[quad]);
 #pragma unroll
         for (int s = 0; s < STEPS; s++) {
-            struct h_rows x;
+            struct h_rows<PARTS<Y>> x;
             if (!AHEAD) load_step(s);
             split_rows(&x, h[s][0], h[s][1], tile.scale);
 #pragma unroll
             for (int quad = 0; quad < QUADS; quad++) add_quad(c[quad], x, b[s][quad]);
         }
-#pragma unroll
-        for (int quad = 0; quad < QUADS; quad++) add_old(c[quad], old[quad]);
-        const struct token_rows here = rows;
+        const struct token_rows<Y> here = rows;
         if (AHEAD && i + SIXTEEN < tile.n_tokens) load(i + SIXTEEN);
 #pragma unroll
-        for (int quad = 0; quad < QUADS; quad++) store_y<true>(tile, here, c[quad], quad, i);
+        for (int quad = 0; quad < QUADS; quad++) store_y(tile, here, c[quad], quad, i, true);
         if (!AHEAD && i + SIXTEEN < tile.n_tokens) load(i + SIXTEEN);
     }
 }
 
 /* Any rank and type: B is read again for each sixteen tokens. */
-static __device__ void expand_any(const struct expand_tile &tile)
+template <typename Y> static __device__ void expand_any(const struct expand_tile<Y> &tile)
 {
     const int r0 = threadIdx.x % 4 * 4;
     int tokens = token_of(tile, 0);
@@ -286,11 +266,15 @@ static __device__ void expand_any(const struct expand_tile &tile)
 #pragma unroll 1
     for (int i = 0; i < tile.n_tokens; i += SIXTEEN) {
         if (i > 0 && i % WARP == 0) tokens = token_of(tile, i);
-        const struct token_rows rows = rows_of(tile, tokens, i);
-        float c[QUADS][4][4] = {};
+        const struct token_rows<Y> rows = rows_of(tile, tokens, i);
+        struct eight<Y> old[QUADS][2];
+        float c[QUADS][4][4];
+        load_y(old, tile, rows, false);
+#pragma unroll
+        for (int quad = 0; quad < QUADS; quad++) set_quad(c[quad], old[quad]);
 #pragma unroll 1
         for (int r = r0; r - r0 < tile.R; r += 16) {
-            struct h_rows x;
+            struct h_rows<PARTS<Y>> x;
             split_rows(&x, load_h(rows.h[0], r, tile.R, tile.whole_h),
                        load_h(rows.h[1], r, tile.R, tile.whole_h), tile.scale);
 #pragma unroll
@@ -306,13 +290,8 @@ static __device__ void expand_any(const struct expand_tile &tile)
                 }
             }
         }
-        uint4 old[QUADS][2];
-        load_y<false>(old, tile, rows);
 #pragma unroll
-        for (int quad = 0; quad < QUADS; quad++) {
-            add_old(c[quad], old[quad]);
-            store_y<false>(tile, rows, c[quad], quad, i);
-        }
+        for (int quad = 0; quad < QUADS; quad++) store_y(tile, rows, c[quad], quad, i, false);
     }
 }
 
@@ -321,12 +300,14 @@ enum { SIXTEENS_MAX = 8 }; /* of tokens in a tile */
 /* The same for segments of several tokens on tensor cores: a block does TILE_N outputs of a slice
  * for a tile of 16 `sixteens` tokens of one adapter, sixteen at a time.
  *
- *   y [T, N], in and out    h [T, n_slices, max_rank]
+ *   y [T, N] Y, in and out    h [T, n_slices, max_rank]
  *   grid (chunks, tiles)    block TILE_BLOCK, a warp for WARP_N outputs
  *   STEPS of 16 of the rank whose B stays in registers; 0: none */
-template <int STEPS>
-static __global__ void __launch_bounds__(TILE_BLOCK, STEPS == 2 || STEPS == 4 ? 3 : 4)
-    lora_expand_tile_kernel(bf16 *y, const float *h, const __grid_constant__ struct lora_args args,
+template <typename Y, int STEPS>
+static __global__ void __launch_bounds__(TILE_BLOCK, STEPS < 2                ? 4
+                                                     : STEPS * sizeof(Y) < 16 ? 3
+                                                                              : 2)
+    lora_expand_tile_kernel(Y *y, const float *h, const __grid_constant__ struct lora_args args,
                             int sixteens)
 {
     grid_release();
@@ -342,7 +323,7 @@ static __global__ void __launch_bounds__(TILE_BLOCK, STEPS == 2 || STEPS == 4 ? 
         return;
     }
 
-    struct expand_tile tile;
+    struct expand_tile<Y> tile;
     tile.n = first + threadIdx.x / WARP * WARP_N;
     tile.N = args.width[slice];
     tile.y = y + args.offset[slice] + tile.n;
@@ -362,7 +343,7 @@ static __global__ void __launch_bounds__(TILE_BLOCK, STEPS == 2 || STEPS == 4 ? 
     if constexpr (STEPS > 0)
         if (whole_y && tile.whole_b && tile.whole_h && tile.dtype == DTYPE_BF16 &&
             tile.R <= STEPS * 16) {
-            expand_kept<STEPS>(tile);
+            expand_kept<Y, STEPS>(tile);
             return;
         }
     expand_any(tile);
@@ -388,8 +369,9 @@ static void expand_by_row(struct cuda_device *cuda, X *y, const float *h,
 }
 
 /* Tiles of as many tokens as leave a wave of blocks: B is read once for each. */
-void lora_expand_by_tile(struct cuda_device *cuda, bf16 *y, const float *h,
-                         const struct lora_args *args)
+template <typename Y>
+static void expand_by_tile(struct cuda_device *cuda, Y *y, const float *h,
+                           const struct lora_args *args)
 {
     const int chunks = lora_chunks(args, TILE_N);
     int sixteens = min_int(SIXTEENS_MAX, ceil_div(args->max_segment, SIXTEEN));
@@ -397,10 +379,10 @@ void lora_expand_by_tile(struct cuda_device *cuda, bf16 *y, const float *h,
         sixteens /= 2;
     const dim3 grid(chunks, lora_tiles(args, SIXTEEN * sixteens));
     assert(grid.y <= 65535);
-    const auto kernel = args->max_rank <= 16   ? lora_expand_tile_kernel<1>
-                        : args->max_rank <= 32 ? lora_expand_tile_kernel<2>
-                        : args->max_rank <= 64 ? lora_expand_tile_kernel<4>
-                                               : lora_expand_tile_kernel<0>;
+    const auto kernel = args->max_rank <= 16   ? lora_expand_tile_kernel<Y, 1>
+                        : args->max_rank <= 32 ? lora_expand_tile_kernel<Y, 2>
+                        : args->max_rank <= 64 ? lora_expand_tile_kernel<Y, 4>
+                                               : lora_expand_tile_kernel<Y, 0>;
     cuda_launch(cuda, "lora_expand", kernel, grid, TILE_BLOCK, 0, 1, y, h, *args, sixteens);
 }
 
@@ -410,5 +392,14 @@ void lora_expand_by_row(struct cuda_device *cuda, void *y, const float *h,
     with_activation(dtype, [&](auto type) {
         using X = decltype(type);
         expand_by_row(cuda, (X *)y, h, args);
+    });
+}
+
+void lora_expand_by_tile(struct cuda_device *cuda, void *y, const float *h,
+                         const struct lora_args *args, enum dtype dtype)
+{
+    with_activation(dtype, [&](auto type) {
+        using Y = decltype(type);
+        expand_by_tile(cuda, (Y *)y, h, args);
     });
 }

@@ -40,19 +40,30 @@ static __device__ struct side side_of(const struct lora_args &args, int slice, i
     return side;
 }
 
-/* Two of silu(gate) * up, each of two rounded numbers. */
-static __device__ uint32_t silu_pair(uint32_t gate, uint32_t up)
+/* Two numbers as they come back from Y. */
+template <typename Y> static __device__ float2 rounded_pair(float a, float b)
 {
-    return pack_bf16(silu<bf16>(bf16_low(gate)) * bf16_low(up),
-                     silu<bf16>(bf16_high(gate)) * bf16_high(up));
+    return make_float2(a, b);
+}
+template <> __device__ float2 rounded_pair<bf16>(float a, float b)
+{
+    const uint32_t bits = pack_bf16(a, b);
+    return make_float2(bf16_low(bits), bf16_high(bits));
+}
+
+/* Two of silu(gate) * up, each of numbers rounded to Y. */
+template <typename Y> static __device__ uint32_t silu_pair(const float *gate, const float *up)
+{
+    const float2 g = rounded_pair<Y>(gate[0], gate[1]), u = rounded_pair<Y>(up[0], up[1]);
+    return pack_bf16(silu<bf16>(g.x) * u.x, silu<bf16>(g.y) * u.y);
 }
 
 /* What a warp works on: a quad of f from n on. */
-struct silu_tile {
+template <typename Y> struct silu_tile {
     struct silu_tokens tokens;
     struct side sides[2];
-    bf16 *y;             /* [T, F] */
-    const bf16 *gate_up; /* [T, 2 F] */
+    bf16 *y;          /* [T, F] */
+    const Y *gate_up; /* [T, 2 F] */
     const float *h;
     int n;
 };
@@ -65,42 +76,42 @@ static __device__ void two_tokens(int (&t)[2], int some, int i)
         t[k] = __shfl_sync(~0u, some, i % WARP + threadIdx.x % WARP / 4 + k * GROUP);
 }
 
-static __device__ void load_old(uint4 (&old)[2][2], const struct silu_tile &tile,
+template <typename Y>
+static __device__ void load_old(struct eight<Y> (&old)[2][2], const struct silu_tile<Y> &tile,
                                 const struct lora_args &args, const int (&t)[2])
 {
     const int f = tile.n + threadIdx.x % 4 * GROUP;
 #pragma unroll
     for (int k = 0; k < 2; k++) {
-        const bf16 *from = tile.gate_up + (size_t)max_int(t[k], 0) * args.N + f;
-        const bool valid = t[k] >= 0 && f < args.width[0];
+        const Y *from = tile.gate_up + (size_t)max_int(t[k], 0) * args.N + f;
+        const int n = t[k] < 0 ? 0 : args.width[0] - f;
 #pragma unroll
-        for (int i = 0; i < 2; i++)
-            old[i][k] = valid ? *(const uint4 *)(from + args.offset[i]) : make_uint4(0, 0, 0, 0);
+        for (int i = 0; i < 2; i++) load_eight(&old[i][k], from + args.offset[i], n, true);
     }
 }
 
 /* y of the two tokens, from gate_up and what is added to it. */
-static __device__ void write_silu(const struct silu_tile &tile, int F, const float (&c)[2][4][4],
+template <typename Y>
+static __device__ void write_silu(const struct silu_tile<Y> &tile, int F, const float (&c)[2][4][4],
                                   const int (&t)[2])
 {
     const int f = tile.n + threadIdx.x % 4 * GROUP;
-    uint4 gate[2], up[2];
-    round_quad(gate, c[0]);
-    round_quad(up, c[1]);
 #pragma unroll
-    for (int k = 0; k < 2; k++)
+    for (int k = 0; k < 2; k++) {
+        const auto pair = [&](int j) { return silu_pair<Y>(c[0][j] + 2 * k, c[1][j] + 2 * k); };
         if (t[k] >= 0 && f < F)
             *(uint4 *)(tile.y + (size_t)t[k] * F + f) =
-                make_uint4(silu_pair(gate[k].x, up[k].x), silu_pair(gate[k].y, up[k].y),
-                           silu_pair(gate[k].z, up[k].z), silu_pair(gate[k].w, up[k].w));
+                make_uint4(pair(0), pair(1), pair(2), pair(3));
+    }
     __syncwarp(); /* products take the whole warp */
 }
 
 /* B, of STEPS 16 of the rank at most, in registers: asked for before h and gate_up are waited for.
  * The next tokens' are on their way while these are worked on. */
-template <int STEPS>
-static __device__ void silu_kept(const struct silu_tile &tile, const struct lora_args &args)
+template <typename Y, int STEPS>
+static __device__ void silu_kept(const struct silu_tile<Y> &tile, const struct lora_args &args)
 {
+    enum { AHEAD = sizeof(Y) == 2 }; /* for f32 there are no registers */
     const int F = args.width[0], r0 = threadIdx.x % 4 * 4;
     uint2 b[2][STEPS][4];
 #pragma unroll
@@ -110,8 +121,8 @@ static __device__ void silu_kept(const struct silu_tile &tile, const struct lora
             load_quad(b[i][s], (const bf16 *)tile.sides[i].f.b, tile.n, F, tile.sides[i].f.R,
                       s * 16 + r0);
     int some = token_of(tile.tokens, 0), t[2];
-    uint4 old[2][2];          /* [side][token] */
-    float4 rows[2][STEPS][2]; /* of h */
+    struct eight<Y> old[2][2]; /* [side][token] */
+    float4 rows[2][STEPS][2];  /* of h */
     const auto load = [&](int first) {
         if (first > 0 && first % WARP == 0) some = token_of(tile.tokens, first);
         two_tokens(t, some, first);
@@ -131,25 +142,27 @@ static __device__ void silu_kept(const struct silu_tile &tile, const struct lora
     load(0);
 #pragma unroll 1
     for (int first = 0; first < tile.tokens.n; first += SIXTEEN) {
-        float c[2][4][4] = {};
+        float c[2][4][4];
 #pragma unroll
         for (int i = 0; i < 2; i++) {
+            set_quad(c[i], old[i]);
 #pragma unroll
             for (int s = 0; s < STEPS; s++) {
-                struct h_rows x;
+                struct h_rows<PARTS<Y>> x;
                 split_rows(&x, rows[i][s][0], rows[i][s][1], tile.sides[i].f.scale);
                 add_quad(c[i], x, b[i][s]);
             }
-            add_old(c[i], old[i]);
         }
         const int here[2] = {t[0], t[1]};
-        if (first + SIXTEEN < tile.tokens.n) load(first + SIXTEEN);
+        if (AHEAD && first + SIXTEEN < tile.tokens.n) load(first + SIXTEEN);
         write_silu(tile, F, c, here);
+        if (!AHEAD && first + SIXTEEN < tile.tokens.n) load(first + SIXTEEN);
     }
 }
 
 /* Any rank and type: B is read again for each sixteen tokens. */
-static __device__ void silu_any(const struct silu_tile &tile, const struct lora_args &args)
+template <typename Y>
+static __device__ void silu_any(const struct silu_tile<Y> &tile, const struct lora_args &args)
 {
     const int F = args.width[0], r0 = threadIdx.x % 4 * 4;
     int some = token_of(tile.tokens, 0), t[2];
@@ -158,14 +171,17 @@ static __device__ void silu_any(const struct silu_tile &tile, const struct lora_
     for (int first = 0; first < tile.tokens.n; first += SIXTEEN) {
         if (first > 0 && first % WARP == 0) some = token_of(tile.tokens, first);
         two_tokens(t, some, first);
-        float c[2][4][4] = {};
+        struct eight<Y> old[2][2];
+        float c[2][4][4];
+        load_old(old, tile, args, t);
 #pragma unroll
         for (int i = 0; i < 2; i++) {
+            set_quad(c[i], old[i]);
             const struct side &side = tile.sides[i];
             const float *h = tile.h + i * args.h_slice;
 #pragma unroll 1
             for (int r = r0; r - r0 < side.f.R; r += 16) {
-                struct h_rows x;
+                struct h_rows<PARTS<Y>> x;
                 float4 rows[2];
 #pragma unroll
                 for (int k = 0; k < 2; k++)
@@ -182,30 +198,29 @@ static __device__ void silu_any(const struct silu_tile &tile, const struct lora_
                 }
             }
         }
-        uint4 old[2][2];
-        load_old(old, tile, args, t);
-#pragma unroll
-        for (int i = 0; i < 2; i++) add_old(c[i], old[i]);
         write_silu(tile, F, c, t);
     }
 }
 
 /* For a tile of 16 `sixteens` tokens, f of gate and up:
- *   v[i] = round(gate_up[t, i F + f] + scale[i] * dot(B[i][f, :], h[t, i, :]))    i = 0, 1
+ *   v[i] = round(gate_up[t, i F + f] + scale[i] * dot(B[i][f, :], h[t, i, :]))    i = 0, 1, to Y
  *   y[t, f] = round(silu(v[0]) * v[1])
  * After the segments' tiles come those of the tokens without an adapter.
  *
- *   y [T, F]    gate_up [T, 2 F]    h [T, 2, max_rank]    F a multiple of 8
+ *   y [T, F]    gate_up [T, 2 F] Y    h [T, 2, max_rank]    F a multiple of 8
  *   grid (F / BLOCK_F, n_tiles + base tiles)    block SILU_BLOCK, a warp for QUAD of f
  *   STEPS of 16 of the rank whose B stays in registers; 0: none */
-template <int STEPS>
-static __global__ void __launch_bounds__(SILU_BLOCK, STEPS == 2 ? 3 : 4)
-    lora_expand_silu_mul_kernel(bf16 *y, const bf16 *gate_up, const float *h,
+template <typename Y, int STEPS>
+static __global__ void __launch_bounds__(SILU_BLOCK, STEPS < 2        ? 4
+                                                     : sizeof(Y) == 2 ? 3
+                                                                      : 2)
+    lora_expand_silu_mul_kernel(bf16 *y, const Y *gate_up, const float *h,
                                 const __grid_constant__ struct lora_args args, int T, int n_tiles,
                                 int sixteens)
 {
     grid_release();
-    struct silu_tile tile = {};
+    struct silu_tile<Y> tile = {
+    };
     struct lora_tile found = {};
     tile.y = y;
     tile.gate_up = gate_up;
@@ -228,7 +243,7 @@ static __global__ void __launch_bounds__(SILU_BLOCK, STEPS == 2 ? 3 : 4)
     for (int i = 0; i < 2; i++) tile.sides[i] = side_of(args, i, found.slot, STEPS);
     if constexpr (STEPS > 0)
         if (tile.sides[0].kept && tile.sides[1].kept) {
-            silu_kept<STEPS>(tile, args);
+            silu_kept<Y, STEPS>(tile, args);
             return;
         }
     silu_any(tile, args);
@@ -236,9 +251,9 @@ static __global__ void __launch_bounds__(SILU_BLOCK, STEPS == 2 ? 3 : 4)
 
 /* ---- launchers ---------------------------------------------------------------------------- */
 
-void cuda_lora_expand_silu_mul(struct device *dev, void *y, void *gate_up, const float *h,
-                               const struct lora_view *lora, const struct lora_site *site,
-                               int layer, int T, enum dtype dtype)
+void cuda_lora_expand_silu_mul(struct device *dev, void *y, void *gate_up, enum dtype gate_up_dtype,
+                               const float *h, const struct lora_view *lora,
+                               const struct lora_site *site, int layer, int T, enum dtype dtype)
 {
     const int F = site->width[0];
     const bool has_delta = ((struct cuda_device *)dev)->deferred.addend.z;
@@ -246,8 +261,8 @@ void cuda_lora_expand_silu_mul(struct device *dev, void *y, void *gate_up, const
     assert(site->n_slices == 2 && site->width[1] == F && site->N == 2 * F);
     if (!lora_is_fused(lora) || has_delta || dtype != DTYPE_BF16 || F % GROUP != 0 ||
         !is_aligned(y) || !is_aligned(gate_up)) {
-        cuda_lora_expand(dev, gate_up, h, lora, site, layer, dtype);
-        cuda_silu_mul(dev, y, gate_up, T, F, dtype);
+        cuda_lora_expand(dev, gate_up, h, lora, site, layer, gate_up_dtype);
+        cuda_silu_mul(dev, y, gate_up, gate_up_dtype, T, F, dtype);
         return;
     }
     struct cuda_device *cuda = cuda_begin(dev);
@@ -266,9 +281,12 @@ void cuda_lora_expand_silu_mul(struct device *dev, void *y, void *gate_up, const
     const int n_base = has_base ? ceil_div(T, SIXTEEN * sixteens) : 0;
     const dim3 grid(chunks, n_tiles + n_base);
     assert(grid.y <= 65535);
-    const auto kernel = lora->max_rank <= 16   ? lora_expand_silu_mul_kernel<1>
-                        : lora->max_rank <= 32 ? lora_expand_silu_mul_kernel<2>
-                                               : lora_expand_silu_mul_kernel<0>;
-    cuda_launch(cuda, "lora_expand_silu_mul", kernel, grid, SILU_BLOCK, 0, 1, (bf16 *)y,
-                (const bf16 *)gate_up, h, args, T, n_tiles, sixteens);
+    with_product(gate_up_dtype, dtype, [&](auto product, auto) {
+        using Y = decltype(product);
+        const auto kernel = lora->max_rank <= 16   ? lora_expand_silu_mul_kernel<Y, 1>
+                            : lora->max_rank <= 32 ? lora_expand_silu_mul_kernel<Y, 2>
+                                                   : lora_expand_silu_mul_kernel<Y, 0>;
+        cuda_launch(cuda, "lora_expand_silu_mul", kernel, grid, SILU_BLOCK, 0, 1, (bf16 *)y,
+                    (const Y *)gate_up, h, args, T, n_tiles, sixteens);
+    });
 }

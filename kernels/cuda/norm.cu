@@ -24,11 +24,12 @@ enum { NORM_BLOCK_MAX = 1024, NORM_GROUPS_MAX = 4 };
 
 /* x[t, :] += delta[t, :]    y[t, :] = weight * x[t, :] / sqrt(mean(x[t, :]^2) + eps)
  *
- *   y, delta [T, D] X, and what is added to delta    x [T, D]    weight [D], or the token's own
+ *   y [T, D] X    delta [T, D] P, and what is added to it    x [T, D]
+ *   weight [D], or the token's own
  *   grid T    block D / GROUP / GROUPS threads, GROUPS groups of eight elements each */
-template <typename X, int GROUPS>
+template <typename P, typename X, int GROUPS>
 static __global__ void __launch_bounds__(NORM_BLOCK_MAX)
-    add_rms_norm_kernel(X *y, float *x, const X *delta, struct addend addend, const float *base,
+    add_rms_norm_kernel(X *y, float *x, const P *delta, struct addend addend, const float *base,
                         int D, float eps, bool aligned, struct own_norms norms, int norm)
 {
     __shared__ float shared[WARP];
@@ -45,7 +46,7 @@ static __global__ void __launch_bounds__(NORM_BLOCK_MAX)
         if (delta) {
             float more[GROUP];
             load_some(more, delta + row + i, D - i, aligned);
-            if (is_added(addend, blockIdx.x)) add_some<X>(more, addend, row + i, D - i, aligned);
+            if (is_added(addend, blockIdx.x)) add_some<P>(more, addend, row + i, D - i, aligned);
 #pragma unroll
             for (int e = 0; e < GROUP; e++) value[j][e] += more[e];
             store_some(x + row + i, value[j], D - i, aligned);
@@ -115,8 +116,9 @@ static struct own_norms own_norms(const struct lora_view *lora, int layer)
 }
 
 void cuda_lora_add_rms_norm(struct device *dev, void *y, float *x, const void *delta,
-                            const float *weight, const struct lora_view *lora, int layer,
-                            enum lora_norm norm, int T, int D, float eps, enum dtype dtype)
+                            enum dtype delta_dtype, const float *weight,
+                            const struct lora_view *lora, int layer, enum lora_norm norm, int T,
+                            int D, float eps, enum dtype dtype)
 {
     struct addend addend;
     struct cuda_device *cuda = cuda_begin_adding(dev, delta, &addend);
@@ -127,19 +129,22 @@ void cuda_lora_add_rms_norm(struct device *dev, void *y, float *x, const void *d
     const int a_thread = groups <= NORM_BLOCK_MAX ? 1 : NORM_GROUPS_MAX;
     const int block = ceil_div(ceil_div(groups, a_thread), WARP) * WARP;
     const bool aligned = D % GROUP == 0 && is_aligned(y) && is_aligned(x) && is_aligned(delta);
-    with_activation(dtype, [&](auto type) {
+    with_product(delta_dtype, dtype, [&](auto product, auto type) {
+        using P = decltype(product);
         using X = decltype(type);
-        const auto kernel =
-            a_thread == 1 ? add_rms_norm_kernel<X, 1> : add_rms_norm_kernel<X, NORM_GROUPS_MAX>;
-        cuda_launch(cuda, "add_rms_norm", kernel, T, block, 0, 1, (X *)y, x, (const X *)delta,
+        const auto kernel = a_thread == 1 ? add_rms_norm_kernel<P, X, 1>
+                                          : add_rms_norm_kernel<P, X, NORM_GROUPS_MAX>;
+        cuda_launch(cuda, "add_rms_norm", kernel, T, block, 0, 1, (X *)y, x, (const P *)delta,
                     addend, weight, D, eps, aligned, own_norms(lora, layer), (int)norm);
     });
 }
 
 void cuda_add_rms_norm(struct device *dev, void *y, float *x, const void *delta,
-                       const float *weight, int T, int D, float eps, enum dtype dtype)
+                       enum dtype delta_dtype, const float *weight, int T, int D, float eps,
+                       enum dtype dtype)
 {
-    cuda_lora_add_rms_norm(dev, y, x, delta, weight, NULL, 0, NORM_ATTENTION, T, D, eps, dtype);
+    cuda_lora_add_rms_norm(dev, y, x, delta, delta_dtype, weight, NULL, 0, NORM_ATTENTION, T, D,
+                           eps, dtype);
 }
 
 void cuda_lora_head_norm(struct device *dev, void *qkv, const float *q_weight,

@@ -150,6 +150,18 @@ Test(batch, gives_each_request_what_it_gets_alone)
     run_together(&options, 3, &stats);
 }
 
+/* Results of products are not rounded there however many tokens a step has. */
+Test(batch, on_the_cpu_gives_the_same_bits_in_bf16_too)
+{
+    mlora_options options = options_for(LLAMA2);
+    mlora_stats stats;
+
+    options.backend = MLORA_BACKEND_CPU;
+    options.dtype = MLORA_DTYPE_BF16;
+    run_alone(&options);
+    run_together(&options, 5, &stats);
+}
+
 Test(batch, preempting_and_resuming_changes_nothing)
 {
     mlora_options options = options_in_f32();

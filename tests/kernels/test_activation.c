@@ -14,27 +14,28 @@ Test(silu_mul, gates_by_silu_at_every_size_of_gate)
     void *y = device_memory(sizeof want);
     float got[2][3];
 
-    dev->ops->silu_mul(dev, y, upload(gate_up, sizeof gate_up), 2, 3, DTYPE_F32);
+    dev->ops->silu_mul(dev, y, upload(gate_up, sizeof gate_up), DTYPE_F32, 2, 3, DTYPE_F32);
     download(got, y, sizeof got);
     expect_near(&got[0][0], &want[0][0], 6, 1e-30, 4 * 0x1p-24, "y");
 }
 
-Test(silu_mul, is_right_for_odd_widths_in_both_types)
+Test(silu_mul, is_right_for_odd_widths_in_all_types)
 {
     static const int widths[] = {1, 17, 1025, 3000};
     struct numbers numbers = {1};
 
     for (int i = 0; i < 4; i++) {
-        for (int bf16 = 0; bf16 < 2; bf16++) {
-            const enum dtype dtype = bf16 ? DTYPE_BF16 : DTYPE_F32;
+        for (int type = 0; type < PRODUCT_TYPES; type++) {
+            const enum dtype product = product_types[type].product;
+            const enum dtype dtype = product_types[type].dtype;
             const int T = 3, F = widths[i];
             const size_t n = (size_t)(T * F);
             float *gate_up = next_floats(&numbers, 2 * n, DTYPE_F32);
             float *got = zeros(n, sizeof *got), *want = zeros(n, sizeof *want);
             void *y = device_memory(n * dtype_bytes(dtype));
 
-            for (size_t j = 0; j < 2 * n; j++) gate_up[j] = round_to(dtype, 9 * gate_up[j]);
-            dev->ops->silu_mul(dev, y, upload_as(dtype, gate_up, 2 * n), T, F, dtype);
+            for (size_t j = 0; j < 2 * n; j++) gate_up[j] = round_to(product, 9 * gate_up[j]);
+            dev->ops->silu_mul(dev, y, upload_as(product, gate_up, 2 * n), product, T, F, dtype);
             download_f32(got, y, dtype, n);
             for (int t = 0; t < T; t++) {
                 for (int f = 0; f < F; f++) {

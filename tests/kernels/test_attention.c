@@ -48,8 +48,8 @@ Test(attention, mixes_values_by_the_softmax_of_scores)
     v[second + 1] = -4;
     sequences.kv.k = upload(k, sizeof k);
     sequences.kv.v = upload(v, sizeof v);
-    dev->ops->attention(dev, y, upload(qkv, sizeof qkv), &sequences.kv, &sequences.batch, &heads,
-                        DTYPE_F32);
+    dev->ops->attention(dev, y, upload(qkv, sizeof qkv), DTYPE_F32, &sequences.kv, &sequences.batch,
+                        &heads, DTYPE_F32);
     download(got, y, sizeof got);
     expect_near(got, want, 2, 1e-6, 1e-6, "y");
     sequences_free(&sequences);
@@ -83,9 +83,8 @@ static void want_attention(float *y, const float *q, const float *k, const float
     free(weight);
 }
 
-/* Q rows of n_new[q] tokens at the end of kv_len[q] positions. */
-static void check_rows(int Q, const int *kv_len, const int *n_new, int H, int G, int d, int window,
-                       enum dtype dtype, enum dtype kv_dtype)
+static void check_types(int Q, const int *kv_len, const int *n_new, int H, int G, int d, int window,
+                        enum dtype qkv_dtype, enum dtype dtype, enum dtype kv_dtype)
 {
     const struct heads heads = {H, G, d, window, 1.0f / sqrtf((float)d)};
     struct numbers numbers = {(uint64_t)(H * 1000 + d)};
@@ -95,13 +94,14 @@ static void check_rows(int Q, const int *kv_len, const int *n_new, int H, int G,
     fill_cache(&sequences, &k, &v, &numbers, G, d);
     const int T = sequences.T;
     const size_t n_in = (size_t)(T * (H + 2 * G) * d), n_out = (size_t)(T * H * d);
-    float *qkv = next_floats(&numbers, n_in, dtype);
+    float *qkv = next_floats(&numbers, n_in, qkv_dtype);
     float *got = zeros(n_out, sizeof *got), *want = zeros(n_out, sizeof *want);
     void *y = device_memory(n_out * dtype_bytes(dtype));
 
-    dev->ops->attention(dev, y, upload_as(dtype, qkv, n_in), &sequences.kv, &sequences.batch,
-                        &heads, dtype);
+    dev->ops->attention(dev, y, upload_as(qkv_dtype, qkv, n_in), qkv_dtype, &sequences.kv,
+                        &sequences.batch, &heads, dtype);
     download_f32(got, y, dtype, n_out);
+    for (size_t i = 0; i < n_in; i++) qkv[i] = round_to(dtype, qkv[i]);
     for (int t = 0; t < T; t++)
         for (int h = 0; h < H; h++)
             want_attention(want + (t * H + h) * d, qkv + (t * (H + 2 * G) + h) * d, k, v,
@@ -119,6 +119,15 @@ static void check_rows(int Q, const int *kv_len, const int *n_new, int H, int G,
     free(got);
     free(want);
     sequences_free(&sequences);
+}
+
+/* Q rows of n_new[q] tokens at the end of kv_len[q] positions. */
+static void check_rows(int Q, const int *kv_len, const int *n_new, int H, int G, int d, int window,
+                       enum dtype dtype, enum dtype kv_dtype)
+{
+    check_types(Q, kv_len, n_new, H, G, d, window, dtype, dtype, kv_dtype);
+    if (dtype != DTYPE_F32)
+        check_types(Q, kv_len, n_new, H, G, d, window, DTYPE_F32, dtype, kv_dtype);
 }
 
 static void check_random(int H, int G, int d, int window, enum dtype dtype, enum dtype kv_dtype)
@@ -178,8 +187,8 @@ Test(attention, does_not_read_what_a_token_does_not_see)
     dev->ops->upload(dev, sequences.kv.k, k, bytes);
     dev->ops->upload(dev, sequences.kv.v, v, bytes);
     float *qkv = next_floats(&numbers, 19 * 16, DTYPE_F32);
-    dev->ops->attention(dev, y, upload(qkv, 19 * 16 * 4), &sequences.kv, &sequences.batch, &heads,
-                        DTYPE_F32);
+    dev->ops->attention(dev, y, upload(qkv, 19 * 16 * 4), DTYPE_F32, &sequences.kv,
+                        &sequences.batch, &heads, DTYPE_F32);
     download(got, y, sizeof got);
     for (int i = 0; i < 19 * 8; i++) cr_assert(isfinite(got[i]));
     free(qkv);
@@ -189,7 +198,7 @@ Test(attention, does_not_read_what_a_token_does_not_see)
 }
 
 /* Tokens of one sequence in pieces of `step` tokens, beside another row, must be the same bits. */
-static void check_pieces(int window, enum dtype dtype)
+static void check_pieces(int window, enum dtype qkv_dtype, enum dtype dtype)
 {
     enum { H = 6, G = 2, D = 24, N = 61, ROW = (H + 2 * G) * D };
     const struct heads heads = {H, G, D, window, 0.2f};
@@ -198,11 +207,12 @@ static void check_pieces(int window, enum dtype dtype)
     float *k, *v;
     sequences_build(&all, &numbers, 1, (int[]){N}, (int[]){N}, G, D, dtype);
     fill_cache(&all, &k, &v, &numbers, G, D);
-    float *qkv = next_floats(&numbers, N * ROW, dtype);
+    float *qkv = next_floats(&numbers, N * ROW, qkv_dtype);
     float *want = zeros(N * H * D, sizeof *want), *got = zeros(N * H * D, sizeof *got);
     void *y = device_memory((N + 1) * H * D * sizeof(float));
 
-    dev->ops->attention(dev, y, upload_as(dtype, qkv, N * ROW), &all.kv, &all.batch, &heads, dtype);
+    dev->ops->attention(dev, y, upload_as(qkv_dtype, qkv, N * ROW), qkv_dtype, &all.kv, &all.batch,
+                        &heads, dtype);
     download_f32(want, y, dtype, N * H * D);
 
     static const int steps[] = {1, 2, 5, 7, 16, 30};
@@ -225,8 +235,8 @@ static void check_pieces(int window, enum dtype dtype)
             const int skip = Q - 1;
             float *part = zeros((size_t)((n + skip) * ROW), sizeof *part);
             memcpy(part + skip * ROW, qkv + first * ROW, (size_t)(n * ROW) * sizeof *part);
-            dev->ops->attention(dev, y, upload_as(dtype, part, (size_t)((n + skip) * ROW)),
-                                &piece.kv, &piece.batch, &heads, dtype);
+            dev->ops->attention(dev, y, upload_as(qkv_dtype, part, (size_t)((n + skip) * ROW)),
+                                qkv_dtype, &piece.kv, &piece.batch, &heads, dtype);
             download_f32(got, y, dtype, (size_t)((n + skip) * H * D));
             expect_same(got + skip * H * D, want + first * H * D, (size_t)(n * H * D), "pieces");
             free(part);
@@ -243,8 +253,8 @@ static void check_pieces(int window, enum dtype dtype)
 
 Test(attention, gives_a_token_the_same_bits_in_a_prompt_and_alone)
 {
-    check_pieces(0, DTYPE_F32);
-    check_pieces(0, DTYPE_BF16);
-    check_pieces(9, DTYPE_F32);
-    check_pieces(40, DTYPE_F32);
+    for (int i = 0; i < PRODUCT_TYPES; i++)
+        check_pieces(0, product_types[i].product, product_types[i].dtype);
+    check_pieces(9, DTYPE_F32, DTYPE_F32);
+    check_pieces(40, DTYPE_F32, DTYPE_F32);
 }

@@ -93,10 +93,10 @@ Test(custom, an_op_changes_the_result_as_it_is_defined)
     float got[6] = {0};
     struct device *cpu = open_with(OP("add_relu"));
 
-    cpu->ops->silu_mul(cpu, got, gate_up, 2, 3, DTYPE_F32);
+    cpu->ops->silu_mul(cpu, got, gate_up, DTYPE_F32, 2, 3, DTYPE_F32);
     cr_assert_eq(cpu->ops->sync(cpu), MLORA_OK);
     cr_expect_arr_eq(got, want, sizeof want);
-    custom_builtin(cpu)->silu_mul(cpu, got, gate_up, 2, 3, DTYPE_F32);
+    custom_builtin(cpu)->silu_mul(cpu, got, gate_up, DTYPE_F32, 2, 3, DTYPE_F32);
     cr_expect_float_eq(got[0], 2 / (1 + expf(-1)), 1e-6, "the built-in one is still there");
     cpu->ops->close(cpu);
 }
@@ -123,9 +123,19 @@ Test(custom, the_op_that_holds_two_is_made_of_the_replaced_one)
     float gate_up[] = {1, 10}, y = 0;
     struct device *cpu = open_with(OP("add_relu"));
 
-    cpu->ops->lora_expand_silu_mul(cpu, &y, gate_up, h, &lora, &site, 0, 1, DTYPE_F32);
+    cpu->ops->lora_expand_silu_mul(cpu, &y, gate_up, DTYPE_F32, h, &lora, &site, 0, 1, DTYPE_F32);
     cr_assert_eq(cpu->ops->sync(cpu), MLORA_OK);
     cr_expect_eq(y, 14, "1 + 3 + 10, not %g", (double)y);
+    cpu->ops->close(cpu);
+}
+
+/* silu_mul of a file has one type for what it reads and what it writes. */
+Test(custom, results_of_products_are_of_the_activations_type_beside_an_op_from_a_file)
+{
+    struct device *cpu = open_with(OP("add_relu"));
+
+    cr_expect_eq(product_dtype(cpu, 1, DTYPE_BF16), DTYPE_BF16);
+    cr_expect_eq(product_dtype(cpu, 1, DTYPE_F32), DTYPE_F32);
     cpu->ops->close(cpu);
 }
 
@@ -135,9 +145,9 @@ Test(custom, an_op_that_fails_is_named_and_is_not_called_again)
     float y[1];
     struct device *cpu = open_with(OP("fails")); /* at its third call */
 
-    for (int i = 0; i < 2; i++) cpu->ops->silu_mul(cpu, y, gate_up, 1, 1, DTYPE_F32);
+    for (int i = 0; i < 2; i++) cpu->ops->silu_mul(cpu, y, gate_up, DTYPE_F32, 1, 1, DTYPE_F32);
     cr_expect_eq(cpu->ops->sync(cpu), MLORA_OK);
-    for (int i = 0; i < 2; i++) cpu->ops->silu_mul(cpu, y, gate_up, 1, 1, DTYPE_F32);
+    for (int i = 0; i < 2; i++) cpu->ops->silu_mul(cpu, y, gate_up, DTYPE_F32, 1, 1, DTYPE_F32);
     cr_expect_eq(cpu->ops->sync(cpu), MLORA_EDEVICE);
     cr_expect_str_eq(error_text(), OP("fails") ": op silu_mul failed: it returned 42");
     cpu->ops->close(cpu);

@@ -139,38 +139,39 @@ Test(lora, rounds_to_bf16_once_after_the_sum_in_f32)
 /* y += scale B A x for these tokens. */
 static void run_mode(float *y_out, mlora_lora_mode mode, const struct adapters *adapters,
                      const struct lora_site *site, const int32_t *slot, const float *x,
-                     const float *y0, int T, enum dtype dtype)
+                     const float *y0, int T, enum dtype y_dtype, enum dtype dtype)
 {
     struct lora_view view = view_of(adapters, site, slot, T);
     view.mode = mode;
     float *h = device_memory((size_t)(T * site->n_slices * view.max_rank) * sizeof *h);
     void *x_device = upload_as(dtype, x, (size_t)(T * site->K));
-    void *y = upload_as(dtype, y0, (size_t)(T * site->N));
+    void *y = upload_as(y_dtype, y0, (size_t)(T * site->N));
 
     dev->ops->lora_shrink(dev, h, x_device, &view, site, LAYER, dtype);
-    dev->ops->lora_expand(dev, y, h, &view, site, LAYER, dtype);
-    download_f32(y_out, y, dtype, (size_t)(T * site->N));
+    dev->ops->lora_expand(dev, y, h, &view, site, LAYER, y_dtype);
+    download_f32(y_out, y, y_dtype, (size_t)(T * site->N));
 }
 
 static void run(float *y_out, const struct adapters *adapters, const struct lora_site *site,
                 const int32_t *slot, const float *x, const float *y0, int T, enum dtype dtype)
 {
-    run_mode(y_out, MLORA_LORA_AUTO, adapters, site, slot, x, y0, T, dtype);
+    run_mode(y_out, MLORA_LORA_AUTO, adapters, site, slot, x, y0, T, dtype, dtype);
 }
 
-static void check_random(const struct lora_site *site, int T, int n_kinds, enum dtype dtype,
+static void check_random(const struct lora_site *site, int T, int n_kinds, int type,
                          mlora_lora_mode mode)
 {
+    const enum dtype y_dtype = product_types[type].product, dtype = product_types[type].dtype;
     struct numbers numbers = {(uint64_t)T};
     struct adapters adapters;
     int32_t slot[T_MAX];
     adapters_random(&adapters, &numbers, site);
     for (int t = 0; t < T; t++) slot[t] = next_int(&numbers, -1, n_kinds - 2);
     float *x = next_floats(&numbers, (size_t)(T * site->K), dtype);
-    float *y0 = next_floats(&numbers, (size_t)(T * site->N), dtype);
+    float *y0 = next_floats(&numbers, (size_t)(T * site->N), y_dtype);
     float *got = zeros((size_t)(T * site->N), sizeof *got);
 
-    run_mode(got, mode, &adapters, site, slot, x, y0, T, dtype);
+    run_mode(got, mode, &adapters, site, slot, x, y0, T, y_dtype, dtype);
     for (int t = 0; t < T; t++) {
         if (slot[t] < 0)
             cr_expect_arr_eq(got + t * site->N, y0 + t * site->N, (size_t)site->N * sizeof *got);
@@ -197,7 +198,7 @@ static void check_random(const struct lora_site *site, int T, int n_kinds, enum 
                 /* Two sums in f32 of at most 16 terms a lane each, and one rounding. */
                 expect_near(&got[at], &want, 1,
                             20 * 0x1p-24 * magnitude * (double)(1 + factors->scale),
-                            half_ulp(dtype), "y");
+                            half_ulp(y_dtype), "y");
             }
         }
     }
@@ -217,15 +218,14 @@ Test(lora, is_right_for_mixed_adapters_ranks_and_types_in_every_mode)
     const int n_modes = device_is_cpu() ? 1 : MLORA_LORA_FUSED + 1;
 
     for (int mode = 0; mode < n_modes; mode++) {
-        for (int bf16 = 0; bf16 < 2; bf16++) {
-            const enum dtype dtype = bf16 ? DTYPE_BF16 : DTYPE_F32;
-            check_random(&qkv, 40, S_MAX + 1, dtype, (mlora_lora_mode)mode);
-            check_random(&qkv, 3, S_MAX + 1, dtype, (mlora_lora_mode)mode);
-            check_random(&down, 150, 3, dtype, (mlora_lora_mode)mode); /* long segments */
-            check_random(&gate_up, 17, S_MAX + 1, dtype, (mlora_lora_mode)mode);
-            check_random(&even, 50, S_MAX + 1, dtype, (mlora_lora_mode)mode);
-            check_random(&even, 1, 3, dtype, (mlora_lora_mode)mode);
-            check_random(&long_k, 60, 3, dtype, (mlora_lora_mode)mode);
+        for (int type = 0; type < PRODUCT_TYPES; type++) {
+            check_random(&qkv, 40, S_MAX + 1, type, (mlora_lora_mode)mode);
+            check_random(&qkv, 3, S_MAX + 1, type, (mlora_lora_mode)mode);
+            check_random(&down, 150, 3, type, (mlora_lora_mode)mode); /* long segments */
+            check_random(&gate_up, 17, S_MAX + 1, type, (mlora_lora_mode)mode);
+            check_random(&even, 50, S_MAX + 1, type, (mlora_lora_mode)mode);
+            check_random(&even, 1, 3, type, (mlora_lora_mode)mode);
+            check_random(&long_k, 60, 3, type, (mlora_lora_mode)mode);
         }
     }
 }
@@ -235,7 +235,7 @@ Test(lora, adds_nothing_where_no_token_has_an_adapter_in_any_mode)
     const struct lora_site site = {LORA_O, 1, 32, 40, {0}, {40}, NULL};
 
     for (int mode = 0; mode <= MLORA_LORA_FUSED; mode++)
-        check_random(&site, 5, 1, DTYPE_F32, (mlora_lora_mode)mode);
+        check_random(&site, 5, 1, 0, (mlora_lora_mode)mode);
 }
 
 Test(lora, gives_a_token_the_same_bits_alone_and_in_a_mixed_batch)

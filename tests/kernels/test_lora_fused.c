@@ -41,7 +41,7 @@ static void expect_close(const void *got, const void *want, enum dtype dtype, si
     free(b);
 }
 
-static void check_silu_mul(int F, int T, int n, bool base, enum dtype dtype)
+static void check_silu_mul(int F, int T, int n, bool base, enum dtype product, enum dtype dtype)
 {
     const struct lora_site site = {LORA_GATE, 2, 4, 2 * F, {0, F}, {F, F}, NULL};
     struct numbers numbers = {(uint64_t)(F + T)};
@@ -53,16 +53,16 @@ static void check_silu_mul(int F, int T, int n, bool base, enum dtype dtype)
     slots_random(slot, &numbers, T, n, base);
     struct lora_view view = view_of(&adapters, &site, slot, T);
     float *h = h_random(&numbers, &view, T, 2);
-    float *y0 = next_floats(&numbers, 2 * size, dtype);
-    void *gate_up = upload_as(dtype, y0, 2 * size), *other = upload_as(dtype, y0, 2 * size);
+    float *y0 = next_floats(&numbers, 2 * size, product);
+    void *gate_up = upload_as(product, y0, 2 * size), *other = upload_as(product, y0, 2 * size);
     void *got = device_memory(size * dtype_bytes(dtype));
     void *want = device_memory(size * dtype_bytes(dtype));
 
     view.mode = MLORA_LORA_FUSED;
-    dev->ops->lora_expand_silu_mul(dev, got, gate_up, h, &view, &site, LAYER, T, dtype);
+    dev->ops->lora_expand_silu_mul(dev, got, gate_up, product, h, &view, &site, LAYER, T, dtype);
     view.mode = MLORA_LORA_BGMV;
-    dev->ops->lora_expand(dev, other, h, &view, &site, LAYER, dtype);
-    dev->ops->silu_mul(dev, want, other, T, F, dtype);
+    dev->ops->lora_expand(dev, other, h, &view, &site, LAYER, product);
+    dev->ops->silu_mul(dev, want, other, product, T, F, dtype);
     expect_close(got, want, dtype, size, "mlp");
     free(y0);
     adapters_free(&adapters);
@@ -70,12 +70,12 @@ static void check_silu_mul(int F, int T, int n, bool base, enum dtype dtype)
 
 Test(lora_fused, silu_mul_is_expand_then_silu_mul)
 {
-    for (int bf16 = 0; bf16 < 2; bf16++) {
-        const enum dtype dtype = bf16 ? DTYPE_BF16 : DTYPE_F32;
-        check_silu_mul(8, 1, 1, false, dtype);
-        check_silu_mul(264, 40, S_MAX, true, dtype);
-        check_silu_mul(1000, 17, S_MAX, true, dtype);
-        check_silu_mul(512, 150, 2, false, dtype); /* long segments */
-        check_silu_mul(37, 9, S_MAX, true, dtype); /* rows that are not aligned */
+    for (int i = 0; i < PRODUCT_TYPES; i++) {
+        const enum dtype product = product_types[i].product, dtype = product_types[i].dtype;
+        check_silu_mul(8, 1, 1, false, product, dtype);
+        check_silu_mul(264, 40, S_MAX, true, product, dtype);
+        check_silu_mul(1000, 17, S_MAX, true, product, dtype);
+        check_silu_mul(512, 150, 2, false, product, dtype); /* long segments */
+        check_silu_mul(37, 9, S_MAX, true, product, dtype); /* rows that are not aligned */
     }
 }

@@ -75,7 +75,8 @@ static void check(const struct lora_site *site, int T, enum dtype dtype, int mod
         out[i] = has_silu ? device_memory(n_out * dtype_bytes(dtype)) : y;
         dev->ops->lora_shrink(dev, h, x_device, &views[i], site, LAYER, dtype);
         if (has_silu)
-            dev->ops->lora_expand_silu_mul(dev, out[i], y, h, &views[i], site, LAYER, T, dtype);
+            dev->ops->lora_expand_silu_mul(dev, out[i], y, dtype, h, &views[i], site, LAYER, T,
+                                           dtype);
         else
             dev->ops->lora_expand(dev, y, h, &views[i], site, LAYER, dtype);
     }

@@ -15,8 +15,8 @@ Test(add_rms_norm, divides_by_the_root_of_the_mean_square)
     float *x = upload(x0, sizeof x0), *y = device_memory(sizeof want);
     float got[2], got_x[2];
 
-    dev->ops->add_rms_norm(dev, y, x, upload(delta, sizeof delta), upload(weight, sizeof weight), 1,
-                           2, 19, DTYPE_F32);
+    dev->ops->add_rms_norm(dev, y, x, upload(delta, sizeof delta), DTYPE_F32,
+                           upload(weight, sizeof weight), 1, 2, 19, DTYPE_F32);
     download(got, y, sizeof got);
     download(got_x, x, sizeof got_x);
     expect_near(got, want, 2, 0, 4 * 0x1p-24, "y"); /* root, quotient and two products */
@@ -30,7 +30,8 @@ Test(add_rms_norm, leaves_x_alone_without_delta)
     float *x = upload(x0, sizeof x0), *y = device_memory(sizeof x0);
     float got[3];
 
-    dev->ops->add_rms_norm(dev, y, x, NULL, upload(weight, sizeof weight), 1, 3, 0, DTYPE_F32);
+    dev->ops->add_rms_norm(dev, y, x, NULL, DTYPE_F32, upload(weight, sizeof weight), 1, 3, 0,
+                           DTYPE_F32);
     download(got, y, sizeof got);
     expect_near(got, x0, 3, 0, 2 * 0x1p-23, "y"); /* already of mean square 1 */
     download(got, x, sizeof got);
@@ -46,24 +47,25 @@ static void want_norm(float *y, const float *x, const float *weight, int n, floa
         y[i] = (float)((double)weight[i] * (double)x[i] / sqrt(sum / n + (double)eps));
 }
 
-Test(add_rms_norm, is_right_for_odd_widths_in_both_types)
+Test(add_rms_norm, is_right_for_odd_widths_in_all_types)
 {
     static const int widths[] = {1, 15, 16, 33, 257, 4096};
     struct numbers numbers = {1};
 
     for (int i = 0; i < 6; i++) {
-        for (int bf16 = 0; bf16 < 2; bf16++) {
-            const enum dtype dtype = bf16 ? DTYPE_BF16 : DTYPE_F32;
+        for (int type = 0; type < PRODUCT_TYPES; type++) {
+            const enum dtype product = product_types[type].product;
+            const enum dtype dtype = product_types[type].dtype;
             const int T = 9, D = widths[i];
             const size_t n = (size_t)(T * D);
             float *x0 = next_floats(&numbers, n, DTYPE_F32),
-                  *delta = next_floats(&numbers, n, dtype);
+                  *delta = next_floats(&numbers, n, product);
             float *weight = next_floats(&numbers, (size_t)D, DTYPE_F32);
             float *got = zeros(n, sizeof *got), *want = zeros(n, sizeof *want);
             float *x = upload(x0, n * sizeof *x0);
             void *y = device_memory(n * dtype_bytes(dtype));
 
-            dev->ops->add_rms_norm(dev, y, x, upload_as(dtype, delta, n),
+            dev->ops->add_rms_norm(dev, y, x, upload_as(product, delta, n), product,
                                    upload(weight, (size_t)D * 4), T, D, 1e-5f, dtype);
             for (size_t j = 0; j < n; j++) x0[j] += delta[j];
             for (int t = 0; t < T; t++) want_norm(want + t * D, x0 + t * D, weight, D, 1e-5f);

@@ -276,8 +276,8 @@ Test(lora_norms, take_each_tokens_own_weights)
     for (int i = 0; i < 3; i++) {
         const float want[] = {2, -2, cases[i].own[0], cases[i].own[1], 2, -2};
         float *y = device_memory(sizeof got);
-        dev->ops->lora_add_rms_norm(dev, y, upload(x, sizeof x), NULL, base, &view, cases[i].layer,
-                                    cases[i].norm, 3, 2, 0, DTYPE_F32);
+        dev->ops->lora_add_rms_norm(dev, y, upload(x, sizeof x), NULL, DTYPE_F32, base, &view,
+                                    cases[i].layer, cases[i].norm, 3, 2, 0, DTYPE_F32);
         download(got, y, sizeof got);
         expect_near(got, want, 6, 0, 2 * 0x1p-23, "y");
     }
@@ -323,11 +323,11 @@ Test(lora_norms, are_those_of_the_base_where_the_weights_are_the_same)
 
         fixture.own[0].norms = upload(table, sizeof table);
         const struct lora_view view = view_of(&fixture, slot, 3, 0);
-        dev->ops->lora_add_rms_norm(dev, y, upload(x0, n * sizeof *x0), delta, weight, &view, 0,
-                                    NORM_MLP, 3, D, 1e-5f, dtype);
+        dev->ops->lora_add_rms_norm(dev, y, upload(x0, n * sizeof *x0), delta, dtype, weight, &view,
+                                    0, NORM_MLP, 3, D, 1e-5f, dtype);
         download_f32(got, y, dtype, n);
-        dev->ops->add_rms_norm(dev, y, upload(x0, n * sizeof *x0), delta, weight, 3, D, 1e-5f,
-                               dtype);
+        dev->ops->add_rms_norm(dev, y, upload(x0, n * sizeof *x0), delta, dtype, weight, 3, D,
+                               1e-5f, dtype);
         download_f32(want, y, dtype, n);
         expect_near(got, want, n, 0, 0, "y");
         free(x0);

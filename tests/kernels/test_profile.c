@@ -81,13 +81,13 @@ Test(profile, is_silent_before_its_start_and_begins_anew_with_each)
     float *x = device_memory(64 * sizeof *x), *y = device_memory(64 * sizeof *y);
 
     cr_assert_eq(profile_open(dev, false), MLORA_OK);
-    dev->ops->silu_mul(dev, y, x, 2, 16, DTYPE_F32);
+    dev->ops->silu_mul(dev, y, x, DTYPE_F32, 2, 16, DTYPE_F32);
     cr_assert_eq(dev->ops->sync(dev), MLORA_OK);
     profile_lines(dev, &n);
     cr_expect_eq(n, 0);
     for (int i = 0; i < 2; i++) {
         profile_start(dev);
-        dev->ops->silu_mul(dev, y, x, 2, 16, DTYPE_F32);
+        dev->ops->silu_mul(dev, y, x, DTYPE_F32, 2, 16, DTYPE_F32);
         cr_assert_eq(dev->ops->sync(dev), MLORA_OK);
         cr_expect_eq(profile_lines(dev, &n)->n_calls, 1);
         cr_expect_eq(n, 1);
@@ -109,7 +109,8 @@ Test(profile, counts_attention_by_the_lengths_of_its_rows)
     void *y = device_memory(T * H * D * sizeof(float));
     cr_assert_eq(profile_open(dev, false), MLORA_OK);
     profile_start(dev);
-    dev->ops->attention(dev, y, dev_qkv, &sequences.kv, &sequences.batch, &heads, DTYPE_F32);
+    dev->ops->attention(dev, y, dev_qkv, DTYPE_F32, &sequences.kv, &sequences.batch, &heads,
+                        DTYPE_F32);
     cr_assert_eq(dev->ops->sync(dev), MLORA_OK);
 
     const struct profile_line *line = find("attention", "4 tokens, 2 rows");
@@ -194,7 +195,7 @@ Test(profile, gives_profilers_a_range_for_each_layer_and_op)
     dev->ops = &ops;
     cr_assert_eq(profile_open(dev, true), MLORA_OK);
     profile_layer(dev, 0);
-    dev->ops->silu_mul(dev, y, x, 2, 16, DTYPE_F32);
+    dev->ops->silu_mul(dev, y, x, DTYPE_F32, 2, 16, DTYPE_F32);
     profile_layer(dev, -1);
     cr_expect_str_eq(ranges, "", "before the start: %s", ranges);
     profile_start(dev);
@@ -202,10 +203,10 @@ Test(profile, gives_profilers_a_range_for_each_layer_and_op)
         cr_expect_not(dev->ops->replay(dev, &key, sizeof key));
         for (int l = 0; l < 2; l++) {
             profile_layer(dev, l);
-            dev->ops->silu_mul(dev, y, x, 2, 16, DTYPE_F32);
+            dev->ops->silu_mul(dev, y, x, DTYPE_F32, 2, 16, DTYPE_F32);
         }
         profile_layer(dev, -1);
-        dev->ops->silu_mul(dev, y, x, 2, 16, DTYPE_F32);
+        dev->ops->silu_mul(dev, y, x, DTYPE_F32, 2, 16, DTYPE_F32);
         dev->ops->record_end(dev);
         cr_expect_str_eq(ranges, "layer 0(silu_mul())layer 1(silu_mul())silu_mul()");
         ranges[0] = '\0';
@@ -225,7 +226,7 @@ Test(profile, makes_no_ranges_that_nobody_asked_for)
     cr_assert_eq(profile_open(dev, false), MLORA_OK);
     profile_start(dev);
     profile_layer(dev, 0);
-    dev->ops->silu_mul(dev, y, x, 2, 16, DTYPE_F32);
+    dev->ops->silu_mul(dev, y, x, DTYPE_F32, 2, 16, DTYPE_F32);
     profile_layer(dev, -1);
     cr_assert_eq(dev->ops->sync(dev), MLORA_OK);
     cr_expect_str_eq(ranges, "");

@@ -114,4 +114,6 @@ Test(rope, is_right_for_all_shapes_and_types)
     check_random(2, 2, 64, DTYPE_BF16, DTYPE_BF16);
     check_random(8, 2, 80, DTYPE_BF16, DTYPE_BF16);
     check_random(5, 5, 2, DTYPE_F32, DTYPE_BF16);
+    check_random(4, 2, 64, DTYPE_F32, DTYPE_BF16);
+    check_random(3, 1, 80, DTYPE_F32, DTYPE_BF16);
 }

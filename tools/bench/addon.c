@@ -145,12 +145,12 @@ static void add_site(struct addon *addon, const struct lora_view *view,
                      const struct lora_site *site, int layer, size_t row)
 {
     struct ops_bench *bench = addon->bench;
-    const size_t element = dtype_bytes(bench->dtype);
-    const char *x = (const char *)addon->x + row * (size_t)site->K * element;
-    char *y = (char *)addon->y + row * (size_t)site->N * element;
+    const enum dtype dtype = bench->dtype, y_dtype = product_dtype(bench->dev, addon->T, dtype);
+    const char *x = (const char *)addon->x + row * (size_t)site->K * dtype_bytes(dtype);
+    char *y = (char *)addon->y + row * (size_t)site->N * dtype_bytes(y_dtype);
 
-    bench->dev->ops->lora_shrink(bench->dev, addon->h, x, view, site, layer, bench->dtype);
-    bench->dev->ops->lora_expand(bench->dev, y, addon->h, view, site, layer, bench->dtype);
+    bench->dev->ops->lora_shrink(bench->dev, addon->h, x, view, site, layer, dtype);
+    bench->dev->ops->lora_expand(bench->dev, y, addon->h, view, site, layer, y_dtype);
 }
 
 static void run_layers(void *context)
@@ -189,7 +189,8 @@ static void one_case(struct ops_bench *bench, int T, int A, int R, int mode, boo
         addon.layers = T > LAUNCHES_MAX / (4 * SITES) ? 1 : LAUNCHES_MAX / (2 * SITES * T);
     addon.view.factors = make_factors(&addon, slots);
     addon.x = ops_random(bench, (size_t)T * (size_t)widest, bench->dtype);
-    addon.y = ops_random(bench, (size_t)T * (size_t)widest, bench->dtype);
+    addon.y =
+        ops_random(bench, (size_t)T * (size_t)widest, product_dtype(bench->dev, T, bench->dtype));
     addon.h = ops_memory(bench, (size_t)T * LORA_SLICES_MAX * (size_t)R * sizeof(float));
     make_view(&addon, slots, prefill);
     if (mode == MODE_ROWS) make_rows(&addon);

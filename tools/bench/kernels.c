@@ -49,7 +49,8 @@ static void run_attention(void *context)
         struct kv_view kv = at->rows.kv;
         kv.k = of_layer(at, 2 * l);
         kv.v = of_layer(at, 2 * l + 1);
-        dev->ops->attention(dev, at->y, at->x, &kv, &at->rows.batch, &at->heads, at->bench->dtype);
+        dev->ops->attention(dev, at->y, at->x, at->bench->dtype, &kv, &at->rows.batch, &at->heads,
+                            at->bench->dtype);
     }
 }
 
@@ -60,7 +61,8 @@ static void run_norm(void *context)
 
     for (int l = 0; l < at->layers; l++)
         dev->ops->add_rms_norm(dev, at->y, at->residual + (size_t)l * at->matrix_values,
-                               of_layer(at, l), at->weight, at->T, at->K, 1e-5f, at->bench->dtype);
+                               of_layer(at, l), at->bench->dtype, at->weight, at->T, at->K, 1e-5f,
+                               at->bench->dtype);
 }
 
 static void run_silu(void *context)
@@ -69,7 +71,8 @@ static void run_silu(void *context)
     struct device *dev = at->bench->dev;
 
     for (int l = 0; l < at->layers; l++)
-        dev->ops->silu_mul(dev, at->y, of_layer(at, l), at->T, at->K, at->bench->dtype);
+        dev->ops->silu_mul(dev, at->y, of_layer(at, l), at->bench->dtype, at->T, at->K,
+                           at->bench->dtype);
 }
 
 static void run_sample(void *context)
