@@ -8,7 +8,8 @@
 enum { STAGING_HALF = 1 << 20, STAGING_ALIGNMENT = 256 };
 
 /* Products of so many tokens read far more of weights than they write, in f32, too: each result has
- * 2 bytes more to be written to the L2 cache and read there. */
+ * 2 bytes more to be written to the L2 cache and read there. That is 2 us a layer of an 8B model of
+ * 64 tokens on an H200, which takes 160; of 128 and 256 tokens it is 4 and 7. */
 enum { EXACT_TOKENS = 64 };
 
 /* ---- failures ----------------------------------------------------------------------------- */
