@@ -24,7 +24,8 @@ static __global__ void silu_mul_kernel(X *y, const P *gate_up, struct addend add
     float gate[GROUP], up[GROUP];
     load_some(gate, gate_up + t * 2 * F + f, F - f, aligned);
     load_some(up, gate_up + t * 2 * F + F + f, F - f, aligned);
-    if (is_added(addend, t)) {
+    addend = addend_of(addend, t);
+    if (is_added(addend)) {
         add_some<P>(gate, addend, t * 2 * F + f, F - f, aligned);
         add_some<P>(up, addend, t * 2 * F + F + f, F - f, aligned);
     }

@@ -6,7 +6,6 @@
 #include "kernels/cuda/attention.cuh"
 #include "kernels/cuda/wgmma.cuh"
 
-#include <cudaTypedefs.h>
 #include <math.h>
 
 /* ---- kernels ------------------------------------------------------------------------------ */
@@ -341,15 +340,8 @@ static __global__ void __launch_bounds__(block_threads<D>(), 1)
  * not matter: the block table is right. */
 static CUtensorMap map_cache(struct cuda_device *cuda, const bf16 *cache, int d)
 {
-    CUtensorMap map = {};
-    const cuuint64_t size[2] = {(cuuint64_t)d, INT32_MAX}, stride[1] = {(cuuint64_t)d * 2};
-    const cuuint32_t box[2] = {PANEL, KV_BLOCK}, step[2] = {1, 1};
-    const CUresult result = ((PFN_cuTensorMapEncodeTiled_v12000)cuda->encode_tensor_map)(
-        &map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, (void *)cache, size, stride, box, step,
-        CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    if (result != CUDA_SUCCESS) cuda_fail(cuda, "attention", "no map of the cache");
-    return map;
+    return map_panels(cuda, cache, INT32_MAX, d, KV_BLOCK, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                      "attention");
 }
 
 template <int D>

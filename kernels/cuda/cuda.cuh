@@ -27,7 +27,8 @@ enum {
     WARP = 32,
     COUNTERS = 1 << 16, /* arrival counters, see struct cuda_device       */
     GROWN = 48,         /* each at least twice as large as the one before */
-    DELTA_TOKENS = 16,  /* up to which LoRA runs beside the base product      */
+    DELTA_TOKENS = 64,  /* up to which LoRA runs beside the base product      */
+    PRODUCT_PARTS = 3,  /* of a product's sums, besides the first             */
 };
 
 struct blas;
@@ -62,19 +63,29 @@ struct grown {
     size_t bytes; /* of the last one */
 };
 
-/* What an op adds to the y it reads, rounded: z[t, :] for tokens of a slot. */
+/* What an op adds to the y [T, N] it reads, in this order. */
 struct addend {
-    const float *z;      /* [T, N], NULL: nothing */
-    const int32_t *slot; /* [T] */
+    const float *parts; /* [n_parts, T, N]: more sums over other k of the product that y is of */
+    int n_parts;
+    size_t part;         /* T N */
+    const float *z;      /* [T, N]: of adapters; NULL: nothing */
+    const int32_t *slot; /* [T]: of tokens without an adapter -1, and z is not defined */
 };
 
-/* What lora_expand was to add to y, already computed: the next op adds it as it reads y, or it is
- * added before that op begins. addend.z NULL: nothing; y NULL: lora_expand was not called yet. */
+/* What matmul and lora_expand left to the op that reads y next: it adds this as it reads, or it is
+ * added before that op begins: deferred.cu. */
 struct deferred {
-    struct addend addend;
-    const float *h;
-    void *y; /* [T, N] y_dtype */
+    void *y; /* [T, N] y_dtype; NULL: nothing is deferred */
     enum dtype y_dtype;
+    int T, N;
+    struct addend addend;
+};
+
+/* What lora_expand is going to add to a y, made by lora_shrink. z NULL: nothing */
+struct delta {
+    float *z;
+    const int32_t *slot;
+    const float *h;
     int linear, layer, T, N;
 };
 
@@ -95,9 +106,10 @@ struct cuda_device {
     /* [COUNTERS] zero between ops: blocks count here who of them is the last to finish a common
      * sum; that one adds the parts up in their order and sets the counter back. */
     int *counters;
-    struct grown scratch; /* of one op: the next may overwrite it */
-    struct grown deltas;  /* of `deferred` */
+    struct grown scratch;       /* of one op: the next may overwrite it */
+    struct grown parts, deltas; /* of `deferred` */
     struct deferred deferred;
+    struct delta delta;
     bool is_lent; /* scratch is a caller's: it does not grow */
     struct staging staging;
     cudaEvent_t fences[FENCES];
@@ -111,6 +123,13 @@ struct cuda_device *cuda_begin(struct device *dev);
 
 /* The same for an op that adds to the y it reads what is deferred for it: `addend` receives it. */
 struct cuda_device *cuda_begin_adding(struct device *dev, const void *y, struct addend *addend);
+
+/* The same for an op that only adds to y, whatever else is still to be added. */
+struct cuda_device *cuda_begin_beside(struct device *dev);
+
+/* Leave `addend` to the op that reads y next, after what was left to it before. */
+void cuda_defer(struct cuda_device *cuda, void *y, enum dtype y_dtype, int T, int N,
+                const struct addend *addend);
 
 /* Add to y what is deferred for it: cuda_begin() calls it, so that every other op finds it done. */
 void cuda_add_deferred(struct cuda_device *cuda);
@@ -295,6 +314,9 @@ void cuda_mark(struct device *dev, int mark);
 struct lap cuda_elapsed(struct device *dev, int from, int to);
 void cuda_range(struct device *dev, const char *name);
 void clock_close(struct clock_marks *marks); /* accepts NULL */
+/* cuda_matmul of bf16 for few tokens, where it can be bound by one read of w; false elsewhere. */
+bool matmul_stream(struct cuda_device *cuda, float *y, const bf16 *x, const struct matrix *w,
+                   const float *bias, int T);
 /* cublasLt, for cuda->blas, which is to be closed after a failure, too. */
 mlora_status blas_open(struct cuda_device *cuda, const char *cache_dir, const char *gpu);
 void blas_close(struct blas *blas); /* accepts NULL */

@@ -205,6 +205,7 @@ static void device_close(struct device *dev)
     transfer_close(cuda->transfer);
     for (int i = 0; i < cuda->scratch.n; i++) cudaFree(cuda->scratch.memory[i]);
     for (int i = 0; i < cuda->deltas.n; i++) cudaFree(cuda->deltas.memory[i]);
+    for (int i = 0; i < cuda->parts.n; i++) cudaFree(cuda->parts.memory[i]);
     cudaFree(cuda->counters);
     cudaFreeHost(cuda->staging.up);
     cudaFreeHost(cuda->staging.down);

@@ -98,7 +98,7 @@ void cuda_lora_shrink(struct device *dev, float *h, const void *x, const struct 
 void cuda_lora_expand(struct device *dev, void *y, const float *h, const struct lora_view *lora,
                       const struct lora_site *site, int layer, enum dtype dtype)
 {
-    struct cuda_device *cuda = cuda_begin(dev);
+    struct cuda_device *cuda = lora->expands_more ? cuda_begin(dev) : cuda_begin_beside(dev);
     if (!cuda || lora->n_segments == 0 || lora->n_tokens == 0) return;
     if (lora_defers(cuda, y, h, site, layer, dtype)) return;
     cuda_join(cuda);

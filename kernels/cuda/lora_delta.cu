@@ -12,7 +12,8 @@ enum {
     DELTA_BLOCK = 128,
     WARP_N = 64, /* outputs of a warp */
     BLOCK_N = DELTA_BLOCK / WARP * WARP_N,
-    EIGHT = 8, /* tokens of a product */
+    EIGHT = 8,      /* tokens of a product */
+    EIGHTS_MAX = 2, /* of a block: more would be done one after another */
 };
 
 /* z[t, offset[i] + n] = scale * dot(B[n, :], h[t, i, :]), 0 where the adapter has no factors of
@@ -101,100 +102,48 @@ static __global__ void __launch_bounds__(DELTA_BLOCK, STEPS == 2 ? 3 : 4)
     }
 }
 
-enum { ADD_BLOCK = 256 };
-
-/* y[t, n] = round(y + z[t, n]) for tokens with an adapter, eight elements a thread
- *
- *   y [T, N] Y, in and out    z [T, N]
- *   grid (N / (GROUP ADD_BLOCK), T)    block ADD_BLOCK */
-template <typename Y>
-static __global__ void lora_add_kernel(Y *y, struct addend addend, int N, bool aligned)
-{
-    grid_begin();
-    const int n = (blockIdx.x * ADD_BLOCK + threadIdx.x) * GROUP;
-    const size_t t = blockIdx.y;
-    if (n >= N || !is_added(addend, t)) return;
-    float value[GROUP];
-    load_some(value, y + t * N + n, N - n, aligned);
-    add_some<Y>(value, addend, t * N + n, N - n, aligned);
-    store_some(y + t * N + n, value, N - n, aligned);
-}
-
 /* ---- launchers ---------------------------------------------------------------------------- */
 
 bool lora_begins_delta(struct cuda_device *cuda, const float *h, const struct lora_view *lora,
                        const struct lora_site *site, int layer, enum dtype dtype)
 {
-    struct deferred *deferred = &cuda->deferred;
     const bool picks = lora->mode == MLORA_LORA_AUTO || lora->mode == MLORA_LORA_FUSED;
     const bool is_in_layer = layer < lora->L - 1; /* the head's product has been before */
 
-    memset(deferred, 0, sizeof *deferred);
+    memset(&cuda->delta, 0, sizeof cuda->delta);
     if (!cuda->is_hopper || cuda->is_lent || !picks || !is_in_layer || lora->expands_more ||
         lora->n_rows < 1 || lora->n_rows > DELTA_TOKENS || dtype != DTYPE_BF16)
         return false;
     const size_t bytes = (size_t)DELTA_TOKENS * site->N * sizeof(float);
     float *z = (float *)cuda_grow(cuda, &cuda->deltas, bytes, "lora_shrink");
     if (!z) return false;
-    deferred->addend.z = z;
-    deferred->addend.slot = lora->slot;
-    deferred->h = h;
-    deferred->linear = site->linear;
-    deferred->layer = layer;
-    deferred->T = lora->n_rows;
-    deferred->N = site->N;
+    cuda->delta = {z, lora->slot, h, site->linear, layer, lora->n_rows, site->N};
     return true;
 }
 
 void lora_delta(struct cuda_device *cuda, const struct lora_args *args)
 {
     const int chunks = lora_chunks(args, BLOCK_N);
-    const int eights = ceil_div(min_int(args->max_segment, DELTA_TOKENS), EIGHT);
+    const int eights = min_int(EIGHTS_MAX, ceil_div(args->max_segment, EIGHT));
     const dim3 grid(chunks, lora_tiles(args, EIGHT * eights));
     const auto kernel = args->max_rank <= 16   ? lora_delta_kernel<1>
                         : args->max_rank <= 32 ? lora_delta_kernel<2>
                                                : lora_delta_kernel<0>;
-    cuda_launch(cuda, "lora_delta", kernel, grid, DELTA_BLOCK, 0, 1,
-                (float *)cuda->deferred.addend.z, cuda->deferred.h, *args, eights);
+    cuda_launch(cuda, "lora_delta", kernel, grid, DELTA_BLOCK, 0, 1, cuda->delta.z, cuda->delta.h,
+                *args, eights);
 }
 
 bool lora_defers(struct cuda_device *cuda, void *y, const float *h, const struct lora_site *site,
                  int layer, enum dtype y_dtype)
 {
-    struct deferred *deferred = &cuda->deferred;
+    const struct delta delta = cuda->delta;
+    struct addend addend = {};
 
-    if (!deferred->addend.z || deferred->h != h || deferred->linear != site->linear ||
-        deferred->layer != layer)
+    if (!delta.z || delta.h != h || delta.linear != site->linear || delta.layer != layer)
         return false;
-    deferred->y = y;
-    deferred->y_dtype = y_dtype;
+    addend.z = delta.z;
+    addend.slot = delta.slot;
+    cuda_defer(cuda, y, y_dtype, delta.T, delta.N, &addend);
+    cuda->delta.z = NULL;
     return true;
-}
-
-struct cuda_device *cuda_begin_adding(struct device *dev, const void *y, struct addend *addend)
-{
-    struct cuda_device *cuda = (struct cuda_device *)dev;
-
-    memset(addend, 0, sizeof *addend);
-    if (!cuda->deferred.y || cuda->deferred.y != y) return cuda_begin(dev);
-    *addend = cuda->deferred.addend;
-    memset(&cuda->deferred, 0, sizeof cuda->deferred);
-    cuda = cuda_begin(dev);
-    if (cuda) cuda_join(cuda);
-    return cuda;
-}
-
-void cuda_add_deferred(struct cuda_device *cuda)
-{
-    const struct deferred deferred = cuda->deferred;
-    const dim3 grid(ceil_div(deferred.N, GROUP * ADD_BLOCK), deferred.T);
-    const bool aligned = deferred.N % GROUP == 0 && is_aligned(deferred.y);
-
-    memset(&cuda->deferred, 0, sizeof cuda->deferred);
-    cuda_join(cuda);
-    with_activation(deferred.y_dtype, [&](auto type) {
-        using Y = decltype(type);
-        cuda_launch(cuda, "lora_expand", lora_add_kernel<Y>, grid, ADD_BLOCK, 0, 1, (Y *)deferred.y,
-                    deferred.addend, deferred.N, aligned);
-    });
 }

@@ -256,7 +256,7 @@ void cuda_lora_expand_silu_mul(struct device *dev, void *y, void *gate_up, enum 
                                const struct lora_site *site, int layer, int T, enum dtype dtype)
 {
     const int F = site->width[0];
-    const bool has_delta = ((struct cuda_device *)dev)->deferred.addend.z;
+    const bool has_delta = ((struct cuda_device *)dev)->delta.z;
 
     assert(site->n_slices == 2 && site->width[1] == F && site->N == 2 * F);
     if (!lora_is_fused(lora) || has_delta || dtype != DTYPE_BF16 || F % GROUP != 0 ||

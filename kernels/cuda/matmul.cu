@@ -1,6 +1,7 @@
-/* Weights times activations. One token: bound by reading w once, a warp reads a row of it end to
- * end. More: cublasLt, under the algorithm that plans.cu has chosen. What cublasLt does not offer (mixed types, rows that are not 16-byte aligned) is made to fit, or
- * done by a plain tile kernel.
+/* Weights times activations. Few tokens on sm_90a: matmul_sm90.cu. One token elsewhere: bound by
+ * reading w once, a warp reads a row of it end to end. More: cublasLt, under the algorithm that
+ * plans.cu has chosen. What cublasLt does not offer (mixed types, rows that are not 16-byte aligned)
+ * is made to fit, or done by a plain tile kernel.
  *
  * f16 weights with bf16 activations: a row of x is scaled by a power of two so that its largest
  * element is near 2^14, where its 8 bits fit an f16 exactly down to 2^-38 of that element; the
@@ -211,6 +212,9 @@ void cuda_matmul(struct device *dev, void *y, enum dtype y_dtype, const void *x,
 
     const bool aligned = w->K % GROUP == 0 && is_aligned(x) && is_aligned(w->data);
     bool done = false;
+    if (aligned && w->dtype == DTYPE_BF16 && dtype == DTYPE_BF16 && y_dtype == DTYPE_F32)
+        done = matmul_stream(cuda, (float *)y, (const bf16 *)x, w, bias, T);
+    if (done) return;
     if ((T > 1 || w->K > MATVEC_K) && aligned && w->dtype == dtype)
         done = matmul_same(cuda, y, y_dtype, x, w, bias, T);
     else if (T > 1 && aligned && w->dtype == DTYPE_F16 && dtype == DTYPE_BF16)

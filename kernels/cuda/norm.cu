@@ -1,5 +1,6 @@
 /* Root mean square norms, of rows and of heads. Bound by memory; at decode by the latency of one
- * read, one block-wide sum and one write, so a row is read once and kept in registers. */
+ * read, one block-wide sum and one write, so a row is read once and kept in registers, and the weights
+ * are asked for before what they weigh is there. */
 #include "kernels/cuda/cuda.cuh"
 
 /* ---- kernels ------------------------------------------------------------------------------ */
@@ -20,7 +21,8 @@ static __device__ const float *weight_of(const struct own_norms &norms, int t, i
     return weight ? weight : base;
 }
 
-enum { NORM_BLOCK_MAX = 1024, NORM_GROUPS_MAX = 4 };
+/* A block of several groups a thread is smaller, for their registers. */
+enum { NORM_BLOCK_MAX = 1024, NORM_GROUPS_MAX = 4, NORM_GROUPS_BLOCK = 896 };
 
 /* x[t, :] += delta[t, :]    y[t, :] = weight * x[t, :] / sqrt(mean(x[t, :]^2) + eps)
  *
@@ -28,16 +30,26 @@ enum { NORM_BLOCK_MAX = 1024, NORM_GROUPS_MAX = 4 };
  *   weight [D], or the token's own
  *   grid T    block D / GROUP / GROUPS threads, GROUPS groups of eight elements each */
 template <typename P, typename X, int GROUPS>
-static __global__ void __launch_bounds__(NORM_BLOCK_MAX)
+static __global__ void __launch_bounds__(GROUPS == 1 ? NORM_BLOCK_MAX : NORM_GROUPS_BLOCK)
     add_rms_norm_kernel(X *y, float *x, const P *delta, struct addend addend, const float *base,
                         int D, float eps, bool aligned, struct own_norms norms, int norm)
 {
     __shared__ float shared[WARP];
-    grid_begin();
+    grid_release();
     const size_t row = (size_t)blockIdx.x * D;
-    float value[GROUPS][GROUP];
+    const float *weight = weight_of(norms, blockIdx.x, norm, base);
+    const bool whole = aligned && is_aligned(weight);
+    constexpr bool early = GROUPS == 1; /* else there are no registers for it */
+    float w[GROUPS][GROUP], value[GROUPS][GROUP];
     float sum = 0.0f;
 
+#pragma unroll
+    for (int j = 0; early && j < GROUPS; j++) {
+        const int i = (threadIdx.x + j * blockDim.x) * GROUP;
+        if (i < D) load_some(w[j], weight + i, D - i, whole);
+    }
+    grid_wait();
+    if (delta) addend = addend_of(addend, blockIdx.x);
 #pragma unroll
     for (int j = 0; j < GROUPS; j++) {
         const int i = (threadIdx.x + j * blockDim.x) * GROUP;
@@ -46,7 +58,7 @@ static __global__ void __launch_bounds__(NORM_BLOCK_MAX)
         if (delta) {
             float more[GROUP];
             load_some(more, delta + row + i, D - i, aligned);
-            if (is_added(addend, blockIdx.x)) add_some<P>(more, addend, row + i, D - i, aligned);
+            if (is_added(addend)) add_some<P>(more, addend, row + i, D - i, aligned);
 #pragma unroll
             for (int e = 0; e < GROUP; e++) value[j][e] += more[e];
             store_some(x + row + i, value[j], D - i, aligned);
@@ -55,17 +67,14 @@ static __global__ void __launch_bounds__(NORM_BLOCK_MAX)
         for (int e = 0; e < GROUP; e++) sum += value[j][e] * value[j][e];
     }
     const float scale = 1.0f / sqrtf(block_sum(sum, shared) / (float)D + eps);
-    const float *weight = weight_of(norms, blockIdx.x, norm, base);
-    const bool whole = aligned && is_aligned(weight);
 #pragma unroll
     for (int j = 0; j < GROUPS; j++) {
         const int i = (threadIdx.x + j * blockDim.x) * GROUP;
         if (i >= D) continue;
-        float w[GROUP];
-        load_some(w, weight + i, D - i, whole);
+        if (!early) load_some(w[j], weight + i, D - i, whole);
 #pragma unroll
-        for (int e = 0; e < GROUP; e++) w[e] *= value[j][e] * scale;
-        store_some(y + row + i, w, D - i, aligned);
+        for (int e = 0; e < GROUP; e++) w[j][e] *= value[j][e] * scale;
+        store_some(y + row + i, w[j], D - i, aligned);
     }
 }
 
@@ -123,7 +132,7 @@ void cuda_lora_add_rms_norm(struct device *dev, void *y, float *x, const void *d
     struct addend addend;
     struct cuda_device *cuda = cuda_begin_adding(dev, delta, &addend);
     if (!cuda || T == 0) return;
-    assert(D <= NORM_BLOCK_MAX * NORM_GROUPS_MAX * GROUP);
+    assert(D <= NORM_GROUPS_BLOCK * NORM_GROUPS_MAX * GROUP);
 
     const int groups = ceil_div(D, GROUP);
     const int a_thread = groups <= NORM_BLOCK_MAX ? 1 : NORM_GROUPS_MAX;

@@ -155,21 +155,42 @@ static inline __device__ void store_some(T *to, const float from[GROUP], int n, 
         if (i < n) to[i] = narrow<T>(from[i]);
 }
 
-/* Whether something is added to row t. */
-static inline __device__ bool is_added(const struct addend &addend, size_t t)
+/* Of what is added to y, what is added to row t. */
+static inline __device__ struct addend addend_of(struct addend addend, size_t t)
 {
-    return addend.z && addend.slot[t] >= 0;
+    if (addend.z && addend.slot[t] < 0) addend.z = NULL;
+    return addend;
 }
 
-/* value = round(value + z), of the elements from `at` on. */
+static inline __device__ bool is_added(const struct addend &of_row)
+{
+    return of_row.n_parts > 0 || of_row.z;
+}
+
+/* value = round(value + what is added), of the elements from `at` on. */
 template <typename X>
-static inline __device__ void add_some(float value[GROUP], const struct addend &addend, size_t at,
+static inline __device__ void add_some(float value[GROUP], const struct addend &of_row, size_t at,
                                        int n, bool whole)
 {
-    float z[GROUP];
-    load_some(z, addend.z + at, n, whole);
 #pragma unroll
-    for (int e = 0; e < GROUP; e++) value[e] = rounded<X>(value[e] + z[e]);
+    for (int p = 0; p <= PRODUCT_PARTS; p++) {
+        const float *more = p < PRODUCT_PARTS ? of_row.parts + p * of_row.part : of_row.z;
+        float some[GROUP] = {};
+        if (p < PRODUCT_PARTS ? p < of_row.n_parts : more != NULL)
+            load_some(some, more + at, n, whole);
+#pragma unroll
+        for (int e = 0; e < GROUP; e++) value[e] += some[e];
+    }
+#pragma unroll
+    for (int e = 0; e < GROUP; e++) value[e] = rounded<X>(value[e]);
+}
+
+/* The same of one element. */
+template <typename X>
+static inline __device__ float add_one(float value, const struct addend &of_row, size_t at)
+{
+    for (int p = 0; p < of_row.n_parts; p++) value += of_row.parts[p * of_row.part + at];
+    return rounded<X>(of_row.z ? value + of_row.z[at] : value);
 }
 
 /* ---- sums --------------------------------------------------------------------------------- */

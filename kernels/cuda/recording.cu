@@ -152,7 +152,7 @@ void cuda_record_end(struct device *dev)
 
     if (!item) return;
     if (cuda->deferred.y) cuda_add_deferred(cuda);
-    memset(&cuda->deferred, 0, sizeof cuda->deferred);
+    cuda->delta.z = NULL;
     cuda->recordings->open = NULL;
     cuda->beside.n = 0;
     cuda_check(cuda, cudaStreamEndCapture(cuda->stream, &graph), "recording a step");

@@ -43,7 +43,8 @@ static __global__ void rope_kernel(X *qkv, struct addend addend, C *k, C *v,
     }
     __syncthreads();
 
-    const bool adds = is_added(addend, t);
+    addend = addend_of(addend, t);
+    const bool adds = is_added(addend);
     const int first = blockIdx.x * args.heads_a_block;
     const int n_heads = min_int(args.heads_a_block, H + 2 * G - first);
     const int items = half / WIDTH; /* of a head */
@@ -61,8 +62,8 @@ static __global__ void rope_kernel(X *qkv, struct addend addend, C *k, C *v,
             }
         } else {
             a[0] = widen(head[i]), b[0] = widen(head[i + half]);
-            if (adds) a[0] = rounded<X>(a[0] + addend.z[at]);
-            if (adds) b[0] = rounded<X>(b[0] + addend.z[at + half]);
+            if (adds) a[0] = add_one<X>(a[0], addend, at);
+            if (adds) b[0] = add_one<X>(b[0], addend, at + half);
         }
         const bool turns = h < H + G && args.frequency;
         if (turns)

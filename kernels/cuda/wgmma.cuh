@@ -1,4 +1,4 @@
-/* The instructions of sm_90a that attention_prefill_sm90.cu is made of: matrix products of a
+/* The instructions of sm_90a that attention_prefill_sm90.cu and matmul_sm90.cu are made of: matrix products of a
  * warpgroup (four warps), whose operands lie in shared memory, copies of boxes of a matrix to
  * there, and the barriers on which their arrival is awaited.
  *
@@ -11,6 +11,7 @@
 #include "kernels/cuda/cuda.cuh"
 
 #include <cuda.h>
+#include <cudaTypedefs.h>
 
 enum { PANEL = 64, PANEL_ROW = 128 /* bytes */ };
 
@@ -89,6 +90,24 @@ template <int N> static inline __device__ void registers_take()
 
 /* ---- copies ------------------------------------------------------------------------------- */
 
+/* The matrix [n_rows, n_columns] of bf16 in boxes of a panel's columns by `box_rows`, for copy_box();
+ * what lies outside arrives as zeros. */
+static inline CUtensorMap map_panels(struct cuda_device *cuda, const bf16 *matrix, int n_rows,
+                                     int n_columns, int box_rows, CUtensorMapL2promotion promotion,
+                                     const char *op)
+{
+    CUtensorMap map = {};
+    const cuuint64_t size[2] = {(cuuint64_t)n_columns, (cuuint64_t)n_rows};
+    const cuuint64_t stride[1] = {(cuuint64_t)n_columns * sizeof(bf16)};
+    const cuuint32_t box[2] = {PANEL, (cuuint32_t)box_rows}, step[2] = {1, 1};
+    const CUresult result = ((PFN_cuTensorMapEncodeTiled_v12000)cuda->encode_tensor_map)(
+        &map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, (void *)matrix, size, stride, box, step,
+        CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, promotion,
+        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (result != CUDA_SUCCESS) cuda_fail(cuda, op, "no map for the copy engine");
+    return map;
+}
+
 /* Begin to copy the box of `map` at (row, column) to shared memory; it arrives at `barrier`. */
 static inline __device__ void copy_box(uint32_t to, const CUtensorMap *map, int row, int column,
                                        uint32_t barrier)
@@ -160,6 +179,32 @@ static inline __device__ void product_rows(float (&c)[64], uint64_t a, uint64_t 
                    "+f"(c[54]), "+f"(c[55]), "+f"(c[56]), "+f"(c[57]), "+f"(c[58]), "+f"(c[59]),
                    "+f"(c[60]), "+f"(c[61]), "+f"(c[62]), "+f"(c[63])
                  : "l"(a), "l"(b), "r"(add));
+}
+
+/* c [64, 16] += A B^T, 16 columns of A [64, .] and B [16, .]. */
+static inline __device__ void product_rows(float (&c)[8], uint64_t a, uint64_t b)
+{
+    asm volatile("wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {"
+                 "%0, %1, %2, %3, %4, %5, %6, %7}, %8, %9, 1, 1, 1, 0, 0;"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]),
+                   "+f"(c[6]), "+f"(c[7])
+                 : "l"(a), "l"(b));
+}
+
+/* c [64, 64] += A B^T, 16 columns of A and B [64, .]. */
+static inline __device__ void product_rows(float (&c)[32], uint64_t a, uint64_t b)
+{
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
+                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+                 "%32, %33, 1, 1, 1, 0, 0;"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]),
+                   "+f"(c[6]), "+f"(c[7]), "+f"(c[8]), "+f"(c[9]), "+f"(c[10]), "+f"(c[11]),
+                   "+f"(c[12]), "+f"(c[13]), "+f"(c[14]), "+f"(c[15]), "+f"(c[16]), "+f"(c[17]),
+                   "+f"(c[18]), "+f"(c[19]), "+f"(c[20]), "+f"(c[21]), "+f"(c[22]), "+f"(c[23]),
+                   "+f"(c[24]), "+f"(c[25]), "+f"(c[26]), "+f"(c[27]), "+f"(c[28]), "+f"(c[29]),
+                   "+f"(c[30]), "+f"(c[31])
+                 : "l"(a), "l"(b));
 }
 
 /* c [64, 128] += a B, 16 rows of B [., 128]; a [64, 16] as mma_bf16() has it. */

@@ -117,8 +117,9 @@ Test(batch, gives_each_request_what_it_gets_alone_within_rounding)
                              t, one->ids[t], many->ids[t]);
                 break; /* another text follows a near tie */
             }
-            cr_assert_float_eq(one->logprobs[t], many->logprobs[t], 0.05, "request %d token %d", i,
-                               t);
+            cr_assert_float_eq(one->logprobs[t], many->logprobs[t], 0.05,
+                               "request %d token %d: %f alone, %f together", i, t,
+                               (double)one->logprobs[t], (double)many->logprobs[t]);
         }
     }
     mlora_close(engine);

@@ -9,7 +9,7 @@
 
 TestSuite(lora_beside, .init = device_open, .fini = device_close);
 
-enum { K = 64, REPLAYS = 3 /* plain, recorded, replayed */ };
+enum { K = 512, REPLAYS = 3 /* plain, recorded, replayed */ };
 
 /* Of a run of ops: its pointers belong to no other. */
 struct run_key {

@@ -101,6 +101,90 @@ Test(matmul, is_right_for_all_types_and_odd_shapes)
         }
 }
 
+/* y of bf16 matrices, f32 as at decode, against sums in double. */
+static void check_few_tokens(struct numbers *numbers, int T, int N, int K, bool has_bias)
+{
+    const size_t n_x = (size_t)(T * K), n_w = (size_t)(N * K), n_y = (size_t)(T * N);
+    float *x = next_floats(numbers, n_x, DTYPE_BF16), *w0 = next_floats(numbers, n_w, DTYPE_BF16);
+    float *bias = next_floats(numbers, (size_t)N, DTYPE_F32);
+    float *got = zeros(n_y, sizeof *got);
+    const struct matrix w = {upload_as(DTYPE_BF16, w0, n_w), DTYPE_BF16, N, K};
+    void *y = device_memory(n_y * sizeof *got);
+
+    dev->ops->matmul(dev, y, DTYPE_F32, upload_as(DTYPE_BF16, x, n_x), &w,
+                     has_bias ? upload(bias, (size_t)N * sizeof *bias) : NULL, T, DTYPE_BF16);
+    download(got, y, n_y * sizeof *got);
+    for (int t = 0; t < T; t++)
+        for (int n = 0; n < N; n++) {
+            double magnitude;
+            const double sum = dot(x + t * K, w0 + n * K, K, &magnitude);
+            const float want = (float)(sum + (has_bias ? (double)bias[n] : 0));
+            /* Tensor cores may cut a unit off at every addition of 16 terms or fewer. */
+            const double absolute = (K / 8 + 6) * 0x1p-23 * (magnitude + 1);
+            expect_near(&got[t * N + n], &want, 1, absolute, 0, "few tokens");
+        }
+    free(x);
+    free(w0);
+    free(bias);
+    free(got);
+}
+
+Test(matmul, of_few_tokens_is_right_at_any_size)
+{
+    static const int shapes[][3] = {
+        {1, 128, 64},   {2, 129, 72},    {7, 300, 520},  {8, 64, 1024},  {9, 257, 2048},
+        {16, 140, 776}, {17, 200, 1096}, {33, 256, 512}, {63, 1, 1024},  {64, 130, 136},
+        {64, 320, 640}, {65, 130, 520},  {3, 500, 8},    {50, 20, 4096},
+    };
+    struct numbers numbers = {5};
+
+    for (size_t i = 0; i < sizeof shapes / sizeof shapes[0]; i++)
+        check_few_tokens(&numbers, shapes[i][0], shapes[i][1], shapes[i][2], i % 2 == 0);
+}
+
+/* Parts of a product may be left to the op that reads it: the same as from a y that is whole. */
+Test(matmul, is_whole_for_the_op_that_reads_it)
+{
+    enum { T = 21, N = 256, K = 1024 };
+    struct numbers numbers = {6};
+    float *x0 = next_floats(&numbers, T * K, DTYPE_BF16), *norm = zeros(T * N, sizeof *norm);
+    float *w0 = next_floats(&numbers, N * K, DTYPE_BF16), *want = zeros(T * N, sizeof *want);
+    float *whole = zeros(T * N, sizeof *whole), *ones = zeros(N, sizeof *ones);
+    const struct matrix w = {upload_as(DTYPE_BF16, w0, N * K), DTYPE_BF16, N, K};
+    const void *x = upload_as(DTYPE_BF16, x0, T * K);
+    float *y = device_memory(T * N * sizeof *y), *residual;
+    void *out = device_memory(T * N * sizeof(uint16_t));
+
+    for (int n = 0; n < N; n++) ones[n] = 1;
+    const float *weight = upload(ones, N * sizeof *ones);
+    dev->ops->matmul(dev, y, DTYPE_F32, x, &w, NULL, T, DTYPE_BF16);
+    download(whole, y, T * N * sizeof *whole);
+    for (int reader = 0; reader < 2; reader++)
+        for (int pass = 0; pass < 2; pass++) {
+            if (pass)
+                dev->ops->upload(dev, y, whole, T * N * sizeof *whole);
+            else
+                dev->ops->matmul(dev, y, DTYPE_F32, x, &w, NULL, T, DTYPE_BF16);
+            if (reader) {
+                dev->ops->silu_mul(dev, out, y, DTYPE_F32, T, N / 2, DTYPE_BF16);
+            } else {
+                residual = upload(want, T * N * sizeof *want); /* zeros at first */
+                dev->ops->add_rms_norm(dev, out, residual, y, DTYPE_F32, weight, T, N, 1e-5f,
+                                       DTYPE_BF16);
+            }
+            const size_t n = reader ? T * N / 2 : T * N;
+            download_f32(pass ? want : norm, out, DTYPE_BF16, n);
+            if (pass) expect_same(norm, want, n, reader ? "silu_mul" : "add_rms_norm");
+            memset(want, 0, T * N * sizeof *want);
+        }
+    free(x0);
+    free(w0);
+    free(norm);
+    free(want);
+    free(whole);
+    free(ones);
+}
+
 Test(matmul, gives_a_row_the_same_bits_beside_any_other_rows)
 {
     enum { T_MAX = 70, N = 101, K = 1237 };
