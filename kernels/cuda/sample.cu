@@ -1,56 +1,13 @@
 /* The next token of each row, as kernels/cpu/sample.c defines it. A cluster of blocks a row. Bound
- * by reading the logits (from L2) two to four times, and by the arithmetic of each pass: for the
+ * by reading the logits, and by making the random words of all tokens. Most rows are drawn in one
+ * reading, with top_p in two: race.cuh. Others are read (from L2) two to four times: for the
  * largest, for how they are distributed over bins, and for the draw; what lies in the bin where
  * top_k or top_p end is set aside and looked at last. */
-#include "kernels/cuda/draw.cuh"
+#include "kernels/cuda/race.cuh"
 
 #include <float.h>
 
 /* ---- kernels ------------------------------------------------------------------------------ */
-
-/* A row of logits as the request wants them. */
-struct wanted_row {
-    const uint32_t *touched; /* [V] bits: tokens of the history; NULL: no penalties */
-    const int32_t *counts;   /* [V] of the touched ones: how often they are in the output */
-    const struct sampling *sampling;
-    float max, least; /* of those above -infinity */
-    float temperature;
-    int V;
-
-    __device__ float penalized(int v, float logit) const
-    {
-        const float penalty = sampling->repetition_penalty;
-        logit = logit > 0 ? logit / penalty : logit * penalty;
-        const int32_t n = __ldcg(&counts[v]); /* the cluster's first block counted */
-        if (n == 0) return logit;
-        const float less =
-            __fadd_rn(sampling->presence_penalty, __fmul_rn(sampling->frequency_penalty, (float)n));
-        return __fsub_rn(logit, less);
-    }
-
-    /* The logits of v to v + 3, v a multiple of four. */
-    __device__ void penalize(int v, float (&four)[4]) const
-    {
-        if (!touched) return;
-        const unsigned bits = touched[v / 32] >> v % 32 & 15;
-        if (bits == 0) return;
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-            if (bits >> i & 1) four[i] = penalized(v + i, four[i]);
-    }
-
-    __device__ float scaled(float penalized) const
-    {
-        return (penalized - max) / temperature;
-    }
-
-    /* exp(scaled) as a whole number, 2^31 for the largest. */
-    __device__ unsigned weight(float penalized) const
-    {
-        const float per_logit = fminf(1.44269504f / temperature, FLT_MAX);
-        return __float2uint_rn(fast_exp2(fmaf(penalized - max, per_logit, 31.0f)));
-    }
-};
 
 /* Mark and count the row's history. `touched` [V] bits in each block's shared memory, `counts`
  * [V] by the first block. */
@@ -71,9 +28,9 @@ static __device__ void count_history(uint32_t *touched, int32_t *counts, const i
 
 /* What a first look at the row tells. */
 struct extremes {
-    struct candidate best;
-    float least;  /* of those above -infinity */
-    bool damaged; /* a logit is NaN or +infinity */
+    struct candidate best; /* id: the first of its group of four */
+    float least;           /* of those above -infinity */
+    bool damaged;          /* a logit is NaN or +infinity */
 };
 
 static __device__ struct extremes block_extremes(const struct row_part &part,
@@ -82,15 +39,32 @@ static __device__ struct extremes block_extremes(const struct row_part &part,
     struct extremes mine = {{-INFINITY, part.V}, INFINITY, false};
     for_fours<FAR_AHEAD>(part, [&](int v, float(&four)[4]) {
         row.penalize(v, four);
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const float logit = four[i];
-            if (logit > mine.best.value) mine.best = {logit, v + i};
-            if (logit > -INFINITY) mine.least = fminf(mine.least, logit);
-            mine.damaged |= !(logit < INFINITY); /* NaN too */
+        const float top =
+            larger_or_nan(larger_or_nan(four[0], four[1]), larger_or_nan(four[2], four[3]));
+        const float low = fminf(fminf(four[0], four[1]), fminf(four[2], four[3]));
+        if (top > mine.best.value) mine.best = {top, v};
+        mine.damaged |= !(top < INFINITY); /* NaN too */
+        if (low > -INFINITY) {
+            mine.least = fminf(mine.least, low);
+            return;
         }
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            if (four[i] > -INFINITY) mine.least = fminf(mine.least, four[i]);
     });
     return mine;
+}
+
+/* The lowest token of the best's group of four that is as large. */
+static __device__ int best_of_four(const struct row_part &part, const struct wanted_row row,
+                                   struct candidate best)
+{
+    float four[4];
+    load_four(four, part, best.id);
+    row.penalize(best.id, four);
+    for (int i = 3; i >= 0; i--)
+        if (four[i] == best.value) best.id = best.id / 4 * 4 + i;
+    return best.id;
 }
 
 /* The cluster's, for every thread. `memory` [WARP + 1]; other blocks read it until the cluster's
@@ -439,6 +413,7 @@ static __global__ void __launch_bounds__(ROW_BLOCK, 1)
     __shared__ union {
         struct select_memory select;
         struct few_memory few;
+        struct race_memory race;
     } memory;
     __shared__ struct extremes extremes[WARP + 1];
     __shared__ struct candidate candidates[WARP + PARTS_MAX];
@@ -468,12 +443,19 @@ static __global__ void __launch_bounds__(ROW_BLOCK, 1)
         count_history(touched, counts + (size_t)q * V, view.history + view.history_start[q],
                       n_history, view.n_prompt[q], V, part.part);
 
+    if (sampling.temperature > 0.0f && (sampling.top_k <= 0 || sampling.top_k >= V) &&
+        (whole && n_history == 0
+             ? race_wins<true>(&ids[q], &memory.race, candidates, part, wanted)
+             : race_wins<false>(&ids[q], &memory.race, candidates, part, wanted)))
+        return; /* the whole cluster */
     struct extremes row = block_extremes(part, wanted);
     const float mine = row.best.value;
     row = cluster_extremes(extremes, row, part.parts);
     if (row.damaged || row.best.value == -INFINITY || sampling.temperature <= 0.0f) {
         if (part.part == 0 && threadIdx.x == 0)
-            ids[q] = row.damaged || row.best.value == -INFINITY ? -1 : row.best.id;
+            ids[q] = row.damaged || row.best.value == -INFINITY
+                         ? -1
+                         : best_of_four(part, wanted, row.best);
         cluster_sync(); /* all have read the others' extremes */
         return;         /* the whole cluster */
     }
@@ -538,6 +520,29 @@ static __global__ void __launch_bounds__(ROW_BLOCK, 1)
 
 enum { VOCABULARY_MAX = 1 << 20 };
 
+/* As many blocks a row as there are multiprocessors for, all rows at once. */
+static int parts_of_row(struct cuda_device *cuda, int Q, size_t shared)
+{
+    int parts = cuda->is_hopper ? min_int(cuda->n_sms / Q, PARTS_MAX) : 1;
+    for (; parts > 1; parts--) {
+        cudaLaunchAttribute cluster = {};
+        cluster.id = cudaLaunchAttributeClusterDimension;
+        cluster.val.clusterDim.x = cluster.val.clusterDim.y = 1;
+        cluster.val.clusterDim.z = parts;
+        cudaLaunchConfig_t config = {};
+        config.gridDim = dim3(Q, 1, parts);
+        config.blockDim = ROW_BLOCK;
+        config.dynamicSmemBytes = shared;
+        config.attrs = &cluster;
+        config.numAttrs = 1;
+        int at_once = 0;
+        cuda_check(cuda, cudaOccupancyMaxActiveClusters(&at_once, sample_kernel, &config),
+                   "sample");
+        if (at_once >= Q) break;
+    }
+    return max_int(parts, 1);
+}
+
 void cuda_sample(struct device *dev, int32_t *ids, const float *logits,
                  const struct sample_view *view, int V)
 {
@@ -557,12 +562,11 @@ void cuda_sample(struct device *dev, int32_t *ids, const float *logits,
     const int bits = ceil_div(V, 128) * 16, of_room = 2 * ROW_BLOCK * 4; /* bytes */
     const int room = (most - (int)kernel.sharedSizeBytes - bits) / of_room;
     const size_t shared = (size_t)bits + (size_t)max_int(room, 0) * of_room;
-    int parts = 1; /* as many blocks a row as there are multiprocessors for */
-    while (cuda->is_hopper && parts < PARTS_MAX && 2 * parts * view->Q <= cuda->n_sms) parts *= 2;
     cuda_check(cuda,
                cudaFuncSetAttribute(sample_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     (int)shared),
                "sample");
+    const int parts = parts_of_row(cuda, view->Q, shared);
     cuda_launch(cuda, "sample", sample_kernel, dim3(view->Q, 1, parts), ROW_BLOCK, shared, parts,
                 ids, logits, counts, *view, V, V % 4 == 0 && is_aligned(logits), max_int(room, 0));
 }

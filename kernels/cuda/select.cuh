@@ -45,6 +45,14 @@ static inline __device__ float from_sort_key(unsigned key)
     return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
 }
 
+/* The larger of two; NaN where one is. */
+static inline __device__ float larger_or_nan(float a, float b)
+{
+    float y;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+    return y;
+}
+
 /* A row of numbers, `part` of `parts` of which is this block's. `own`: the block has all that it
  * holds in its own shared memory. */
 struct row_part {
@@ -54,6 +62,19 @@ struct row_part {
     int part, parts;
     bool own;
 };
+
+/* The row's numbers v to v + 3, v a multiple of four; -infinity past V. */
+static inline __device__ void load_four(float (&four)[4], const struct row_part &part, int v)
+{
+    if (part.whole) {
+        float4 bits = make_float4(-INFINITY, -INFINITY, -INFINITY, -INFINITY);
+        if (v < part.V) bits = *(const float4 *)(part.row + v);
+        four[0] = bits.x, four[1] = bits.y, four[2] = bits.z, four[3] = bits.w;
+    } else {
+#pragma unroll
+        for (int i = 0; i < 4; i++) four[i] = v + i < part.V ? part.row[v + i] : -INFINITY;
+    }
+}
 
 /* Call f4(v, values of v to v + 3, which it may change) for this block's part of the row, spread
  * over its threads; values past V are -infinity. N groups of four are asked for at once. */
@@ -65,19 +86,7 @@ static inline __device__ void for_fours(const struct row_part &part, F &&f4)
          v0 += N * step) {
         float fours[N][4]; /* all asked for before the first is used */
 #pragma unroll
-        for (int j = 0; j < N; j++) {
-            const int v = v0 + j * step;
-            if (part.whole) {
-                float4 bits = make_float4(0, 0, 0, 0);
-                if (v < part.V) bits = *(const float4 *)(part.row + v);
-                fours[j][0] = bits.x, fours[j][1] = bits.y;
-                fours[j][2] = bits.z, fours[j][3] = bits.w;
-            } else {
-#pragma unroll
-                for (int i = 0; i < 4; i++)
-                    fours[j][i] = v + i < part.V ? part.row[v + i] : -INFINITY;
-            }
-        }
+        for (int j = 0; j < N; j++) load_four(fours[j], part, v0 + j * step);
 #pragma unroll
         for (int j = 0; j < N; j++)
             if (v0 + j * step < part.V) f4(v0 + j * step, fours[j]);

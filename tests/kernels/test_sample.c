@@ -296,6 +296,164 @@ Test(sample, never_draws_outside_what_sorting_keeps)
     free(tokens);
 }
 
+/* ---- the draw, by sorting in double ---------------------------------------------------------- */
+
+static const int32_t some_history[] = {3, 17, 400, 17, 90, 3, 250, 17, 90, 301};
+enum { SOME = sizeof some_history / sizeof *some_history, SOME_PROMPT = 4 };
+
+/* Logits of several kinds: none but few can be left out by their value, some by their place. */
+enum { FLAT, WIDE, RISING, MASKED, ONE_LARGE, IN_STEPS, PENALIZED, KINDS };
+
+static float logit_of_kind(int kind, struct numbers *numbers, int v, int V)
+{
+    const float bell = next_float(numbers) + next_float(numbers) + next_float(numbers);
+    switch (kind) {
+    case FLAT:
+        return 0.01f * bell;
+    case RISING:
+        return 15.0f * (float)v / (float)V + bell;
+    case MASKED:
+        return next_int(numbers, 0, 99) ? -INFINITY : bell;
+    case ONE_LARGE:
+        return v == V / 3 ? 12.0f : bell;
+    case IN_STEPS:
+        return rintf(bell);
+    default:
+        return 3.0f * bell;
+    }
+}
+
+/* The logits as some_history penalizes them. */
+static void penalize_naively(double *logits, const struct sampling *sampling)
+{
+    for (int i = 0; i < SOME; i++) {
+        int before = 0, in_output = 0;
+        for (int j = 0; j < SOME; j++) {
+            before += j < i && some_history[j] == some_history[i];
+            in_output += j >= SOME_PROMPT && some_history[j] == some_history[i];
+        }
+        if (before) continue;
+        double *logit = &logits[some_history[i]];
+        const double penalty = (double)sampling->repetition_penalty;
+        *logit = *logit > 0 ? *logit / penalty : *logit * penalty;
+        if (in_output)
+            *logit -= (double)sampling->presence_penalty +
+                      (double)sampling->frequency_penalty * in_output;
+    }
+}
+
+/* The token that is drawn, or -1 where rounding may decide. tokens[i]: the i-th likeliest. */
+static int naive_draw(const struct token *tokens, int V, const struct sampling *sampling)
+{
+    double all = 0, through = 0, best = -INFINITY, second = -INFINITY;
+    double sum = 0; /* of what is likelier than token i */
+    int id = -1, is_open = 0;
+
+    for (int i = 0; i < V; i++) all += tokens[i].probability;
+    for (int i = 0; i < V && tokens[i].probability > 0; i++) {
+        if (i > 0) through += tokens[i - 1].probability;
+        if (i > 0 && tokens[i].probability < tokens[i - 1].probability) sum = through;
+        const double share = (double)sampling->top_p * all;
+        if (sampling->top_p < 1 && sum > 0 && sum >= share * (1 + 1e-4)) break;
+        if (tokens[i].probability < (double)sampling->min_p) break;
+        const uint32_t counter[4] = {(uint32_t)tokens[i].id / 4, sampling->draw, 0, 0};
+        uint32_t words[4];
+        philox4x32(words, counter, sampling->seed);
+        const double w = ((double)words[tokens[i].id % 4] + 0.5) * 0x1p-32;
+        const double value = log(tokens[i].probability) - log(-log1p(-w));
+        if (value <= second) continue;
+        second = value;
+        if (value <= best) continue;
+        second = best;
+        best = value;
+        id = tokens[i].id;
+        is_open = sampling->top_p < 1 && sum > share * (1 - 1e-4);
+    }
+    return is_open || best - second < 1e-3 ? -1 : id;
+}
+
+static void check_draws(int V)
+{
+    static const struct {
+        float top_p, min_p;
+    } ways[] = {{1, 0}, {0.9f, 0}, {0.5f, 0}, {0.99f, 0}, {0.1f, 0}, {1, 0.1f}, {0.9f, 0.02f}};
+    enum { WAYS = sizeof ways / sizeof *ways, Q = KINDS * WAYS };
+    struct numbers numbers = {(uint64_t)V};
+    struct sampling sampling[Q];
+    float *logits = zeros((size_t)Q * (size_t)V, sizeof *logits);
+    double *wanted = zeros((size_t)V, sizeof *wanted);
+    struct token *tokens = zeros((size_t)V, sizeof *tokens);
+    int32_t history[WAYS * SOME], start[Q + 1] = {0}, n_prompt[Q] = {0}, ids[Q];
+    int n_open = 0;
+
+    for (int q = 0; q < Q; q++) {
+        sampling[q] = plain;
+        sampling[q].temperature = 0.7f;
+        sampling[q].top_p = ways[q % WAYS].top_p;
+        sampling[q].min_p = ways[q % WAYS].min_p;
+        sampling[q].seed = next_word(&numbers);
+        sampling[q].draw = (uint32_t)q;
+        start[q + 1] = start[q];
+        if (q / WAYS == PENALIZED) {
+            memcpy(history + start[q], some_history, sizeof some_history);
+            start[q + 1] += SOME;
+            n_prompt[q] = SOME_PROMPT;
+            sampling[q].repetition_penalty = 1.5f;
+            sampling[q].presence_penalty = -4;
+            sampling[q].frequency_penalty = 0.5f;
+        }
+        float *row = logits + (size_t)q * (size_t)V;
+        if (q % WAYS > 0) /* as the row before */
+            memcpy(row, row - V, (size_t)V * sizeof *row);
+        else
+            for (int v = 0; v < V; v++) row[v] = logit_of_kind(q / WAYS, &numbers, v, V);
+    }
+    const struct sample_view view = {
+        .Q = Q,
+        .sampling = upload(sampling, sizeof sampling),
+        .history = upload(history, sizeof history),
+        .history_start = upload(start, sizeof start),
+        .n_prompt = upload(n_prompt, sizeof n_prompt),
+    };
+    int32_t *out = device_memory(sizeof ids);
+    dev->ops->sample(dev, out, upload(logits, (size_t)Q * (size_t)V * sizeof *logits), &view, V);
+    download(ids, out, sizeof ids);
+
+    for (int q = 0; q < Q; q++) {
+        if (q % WAYS == 0) {
+            double max = -INFINITY;
+            for (int v = 0; v < V; v++)
+                wanted[v] = (double)logits[(size_t)q * (size_t)V + (size_t)v];
+            if (q / WAYS == PENALIZED) penalize_naively(wanted, &sampling[q]);
+            for (int v = 0; v < V; v++) max = fmax(max, wanted[v]);
+            for (int v = 0; v < V; v++)
+                tokens[v] =
+                    (struct token){exp((wanted[v] - max) / (double)sampling[q].temperature), v};
+            qsort(tokens, (size_t)V, sizeof *tokens, descending);
+        }
+        const int want = naive_draw(tokens, V, &sampling[q]);
+        n_open += want < 0;
+        cr_expect(want < 0 || ids[q] == want, "kind %d, way %d of %d: %d, not %d", q / WAYS,
+                  q % WAYS, V, ids[q], want);
+    }
+    cr_expect_lt(n_open, Q / 10);
+    free(logits);
+    free(wanted);
+    free(tokens);
+}
+
+Test(sample, draws_what_sorting_and_the_same_noise_draw)
+{
+    check_draws(128256);
+    check_draws(50257); /* rows that do not begin at 16 bytes */
+}
+
+Test(sample, draws_what_sorting_draws_from_few)
+{
+    check_draws(2000);
+    check_draws(502);
+}
+
 Test(sample, draws_the_same_whatever_shares_the_batch)
 {
     enum { Q = 37, V = 501 };
