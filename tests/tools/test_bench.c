@@ -275,6 +275,8 @@ Test(bench, adapters_asks_for_popular_ones_more_often)
     json_array_foreach(rows, i, row)
     {
         cr_expect_eq(number(row, "tokens"), 40);
+        cr_expect_eq(number(row, "loads"), 0, "it was warmed up before");
+        cr_expect_eq(number(row, "waits"), 0);
     }
     cr_expect_eq(number(json_array_get(rows, 0), "asked for"), 1);
     cr_expect_eq(number(json_array_get(rows, 0), "% of first"), 100);

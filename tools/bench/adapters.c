@@ -7,6 +7,10 @@
 #include "kernels/kernels.h"
 #include "tools/bench/bench.h"
 
+/* Of each case, the first one like all others: adapters are loaded in the first, plans for the steps
+ * without those waits are made in the second, recordings in the third. */
+enum { WARM_UPS = 3 };
+
 struct bench {
     struct setup setup;
     struct bench_output output;
@@ -103,7 +107,7 @@ static mlora_status run_case(json_t *report, const struct bench *bench, mlora_en
     };
 
     mlora_status status = demand_make(&demand, load.n_requests, n_adapters, bench->skew);
-    for (int i = 0; i < 2 && status == MLORA_OK; i++) { /* the first warms up */
+    for (int i = -WARM_UPS; i <= 0 && status == MLORA_OK; i++) { /* the last counts */
         stream_free(&times);
         mlora_engine_stats(engine, &before);
         status = stream_run(&times, engine, &load);
@@ -200,7 +204,9 @@ const struct command bench_adapters = {
     .summary = "throughput against the number of adapters",
     .usage = "--model DIR [FLAGS]",
     .description = "Keep a number of requests running that ask for random adapters, the popular "
-                   "ones more often than the others (Zipf's law).",
+                   "ones more often than the others (Zipf's law). Each case runs four times with "
+                   "the same requests: three warm up, so that its adapters are loaded, plans and "
+                   "recordings of its steps made; the fourth counts.",
     .groups = groups,
     .examples = "  mlora bench adapters -m llama --num-adapters 8,64,512,2000 --plot many.svg\n",
     .run = run,
