@@ -4,6 +4,7 @@
 #define MLORA_KERNELS_CUDA_LORA_CUH
 
 #include "kernels/cuda/cuda.cuh"
+#include "kernels/cuda/lora_choice.h"
 
 /* A lora_view and lora_site as a kernel argument. */
 struct lora_args {
@@ -90,9 +91,6 @@ bool lora_begins_delta(struct cuda_device *cuda, const float *h, const struct lo
 void lora_delta(struct cuda_device *cuda, const struct lora_args *args);
 bool lora_defers(struct cuda_device *cuda, void *y, const float *h, const struct lora_site *site,
                  int layer, enum dtype y_dtype);
-
-/* Whether expand is made inside the op that reads its result. */
-bool lora_is_fused(const struct lora_view *lora);
 
 /* The two halves, token by token for any types and sizes, and in tiles of an adapter's tokens on
  * tensor cores; the gathered products of `gbmm`. */
