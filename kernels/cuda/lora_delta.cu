@@ -23,7 +23,7 @@ enum {
  *   grid (chunks of BLOCK_N outputs, tiles)    block DELTA_BLOCK
  *   STEPS of 16 of the rank whose B stays in registers; 0: none */
 template <int STEPS>
-static __global__ void __launch_bounds__(DELTA_BLOCK, STEPS == 2 ? 3 : 4)
+static __global__ void __launch_bounds__(DELTA_BLOCK, STEPS == 0 ? 4 : 3)
     lora_delta_kernel(float *z, const float *h, const __grid_constant__ struct lora_args args,
                       int eights)
 {
@@ -59,7 +59,7 @@ static __global__ void __launch_bounds__(DELTA_BLOCK, STEPS == 2 ? 3 : 4)
     for (int i = 0; i < tile.n; i += EIGHT) {
         const float *row = h + (size_t)order[min_int(i + lane / 4, tile.n - 1)] * args.h_token;
         float sum[4][4] = {};
-        uint32_t x[2][2];
+        uint32_t x[H_PARTS][2];
         if (kept) {
 #pragma unroll
             for (int s = 0; s < STEPS; s++) {
@@ -78,11 +78,13 @@ static __global__ void __launch_bounds__(DELTA_BLOCK, STEPS == 2 ? 3 : 4)
                 }
 #pragma unroll
                 for (int m = 0; m < 4; m++) {
-                    uint32_t rows[2][4];
+                    uint32_t rows[H_PARTS][4];
                     load_b_any(rows, f.b, f.dtype, n + 2 * m, N, f.R, r, whole_b);
-                    mma_bf16(sum[m], rows[0], x[0][0], x[0][1]);
-                    mma_bf16(sum[m], rows[0], x[1][0], x[1][1]);
-                    mma_bf16(sum[m], rows[1], x[0][0], x[0][1]);
+#pragma unroll
+                    for (int k = 0; k < H_PARTS; k++) /* what is left out has no bits of f32 */
+#pragma unroll
+                        for (int p = 0; p < H_PARTS - k; p++)
+                            mma_bf16(sum[m], rows[k], x[p][0], x[p][1]);
                 }
             }
         }

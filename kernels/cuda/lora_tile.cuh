@@ -1,12 +1,14 @@
 /* Products of rows of B with h on tensor cores for few tokens, as lora_delta.cu makes them: a warp
  * does 64 outputs of eight tokens, eight neighbouring outputs to a lane. Rows of the small products
- * are outputs; h goes in as two parts of bf16. lora_add.cuh has sixteen tokens, and adds y. */
+ * are outputs; h goes in as three parts of bf16. lora_add.cuh has sixteen tokens, and adds y. */
 #ifndef MLORA_KERNELS_CUDA_LORA_TILE_CUH
 #define MLORA_KERNELS_CUDA_LORA_TILE_CUH
 
 #include "kernels/cuda/lora.cuh"
 
 #ifdef __CUDACC__
+
+enum { H_PARTS = 3 }; /* of bf16, 8 bits each */
 
 /* Of eight rows of B from n on, this lane's four elements from r on (bf16, R a multiple of 4):
  * operands of four products of 16 x 16. Zeros past R, the last row again past N. */
@@ -29,30 +31,33 @@ static inline __device__ float4 load_h(const float *h, int r, int R, bool whole)
                        r + 2 < R ? h[r + 2] : 0.0f, r + 3 < R ? h[r + 3] : 0.0f);
 }
 
-/* As two parts of bf16: 16 bits. */
-static inline __device__ void split_h(uint32_t (&b)[2][2], const float4 &h)
+/* As three parts of bf16, all its bits: with 16 of them a request would get something else here than
+ * in a step of more tokens, by more than the order of sums. */
+static inline __device__ void split_h(uint32_t (&b)[H_PARTS][2], const float4 &h)
 {
-    uint32_t part[2];
-    split_pair<2>(part, h.x, h.y);
-    b[0][0] = part[0], b[1][0] = part[1];
-    split_pair<2>(part, h.z, h.w);
-    b[0][1] = part[0], b[1][1] = part[1];
+    const float2 pairs[2] = {{h.x, h.y}, {h.z, h.w}};
+#pragma unroll
+    for (int pair = 0; pair < 2; pair++) {
+        uint32_t part[H_PARTS];
+        split_pair<H_PARTS>(part, pairs[pair].x, pairs[pair].y);
+#pragma unroll
+        for (int i = 0; i < H_PARTS; i++) b[i][pair] = part[i];
+    }
 }
 
 /* sum[i] += rows a[i] of B times h */
 static inline __device__ void multiply(float (&sum)[4][4], const uint32_t (&a)[4][4],
-                                       const uint32_t (&x)[2][2])
+                                       const uint32_t (&x)[H_PARTS][2])
 {
 #pragma unroll
-    for (int m = 0; m < 4; m++) {
-        mma_bf16(sum[m], a[m], x[0][0], x[0][1]);
-        mma_bf16(sum[m], a[m], x[1][0], x[1][1]);
-    }
+    for (int m = 0; m < 4; m++)
+#pragma unroll
+        for (int i = 0; i < H_PARTS; i++) mma_bf16(sum[m], a[m], x[i][0], x[i][1]);
 }
 
-/* Of rows n and the next of B, four elements from r on, of any type and rank, as two parts of
+/* Of rows n and the next of B, four elements from r on, of any type and rank, as three parts of
  * bf16. */
-static inline __device__ void load_b_any(uint32_t (&a)[2][4], const void *b, int dtype, int n,
+static inline __device__ void load_b_any(uint32_t (&a)[H_PARTS][4], const void *b, int dtype, int n,
                                          int N, int R, int r, bool whole)
 {
 #pragma unroll
@@ -62,10 +67,10 @@ static inline __device__ void load_b_any(uint32_t (&a)[2][4], const void *b, int
         load_factor(w, b, dtype, at, R - r, whole && r < R);
 #pragma unroll
         for (int pair = 0; pair < 2; pair++) {
-            uint32_t part[2];
-            split_pair<2>(part, w[2 * pair], w[2 * pair + 1]);
-            a[0][j + 2 * pair] = part[0];
-            a[1][j + 2 * pair] = part[1];
+            uint32_t part[H_PARTS];
+            split_pair<H_PARTS>(part, w[2 * pair], w[2 * pair + 1]);
+#pragma unroll
+            for (int i = 0; i < H_PARTS; i++) a[i][j + 2 * pair] = part[i];
         }
     }
 }
