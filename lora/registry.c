@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "engine/base/distance.h"
 #include "engine/base/error.h"
 
 enum { FIRST_ENTRIES = 8, NEAREST_MAX = 3 };
@@ -107,27 +108,6 @@ static mlora_status check_name(const char *name)
         return error_set(MLORA_EINVAL,
                          "adapter name \"base\" means the base model: choose another");
     return MLORA_OK;
-}
-
-/* Insertions, deletions and substitutions between two names (Levenshtein). */
-static int edit_distance(const char *a, const char *b)
-{
-    int row[ADAPTER_NAME_MAX + 1];
-    const int n = (int)strlen(b);
-
-    for (int j = 0; j <= n; j++) row[j] = j;
-    for (int i = 0; a[i]; i++) {
-        int diagonal = row[0];
-        row[0] = i + 1;
-        for (int j = 1; j <= n; j++) {
-            const int substitute = diagonal + (a[i] != b[j - 1]);
-            const int insert = row[j - 1] + 1, delete = row[j] + 1;
-            diagonal = row[j];
-            row[j] = substitute < insert ? substitute : insert;
-            if (delete < row[j]) row[j] = delete;
-        }
-    }
-    return row[n];
 }
 
 /* "no adapter "x"; the nearest are a, b, c"; the lock is held. */

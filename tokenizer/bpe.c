@@ -118,58 +118,6 @@ struct bpe_symbol {
     int32_t previous, next; /* index, -1: none */
 };
 
-/* A pair that may merge. It may be out of date when it comes to the top. */
-struct bpe_candidate {
-    uint32_t rank;
-    int32_t left; /* index */
-    int32_t result;
-};
-
-static bool before(const struct bpe_candidate *a, const struct bpe_candidate *b)
-{
-    return a->rank != b->rank ? a->rank < b->rank : a->left < b->left;
-}
-
-enum { ARITY = 4 }; /* children of a node: half as deep as a binary heap */
-
-static mlora_status heap_push(struct bpe_work *work, struct bpe_candidate candidate)
-{
-    if (work->n_heap == work->heap_capacity) {
-        const size_t capacity = work->heap_capacity ? 2 * work->heap_capacity : 64;
-        struct bpe_candidate *heap = realloc(work->heap, capacity * sizeof *heap);
-        if (!heap) return error_set(MLORA_ENOMEM, "out of memory: %zu merge candidates", capacity);
-        work->heap = heap;
-        work->heap_capacity = capacity;
-    }
-    size_t i = work->n_heap++;
-    while (i > 0 && before(&candidate, &work->heap[(i - 1) / ARITY])) {
-        work->heap[i] = work->heap[(i - 1) / ARITY];
-        i = (i - 1) / ARITY;
-    }
-    work->heap[i] = candidate;
-    return MLORA_OK;
-}
-
-static struct bpe_candidate heap_pop(struct bpe_work *work)
-{
-    struct bpe_candidate *heap = work->heap;
-    const struct bpe_candidate top = heap[0], last = heap[--work->n_heap];
-    size_t i = 0;
-
-    for (;;) {
-        size_t child = ARITY * i + 1;
-        const size_t end = child + ARITY < work->n_heap ? child + ARITY : work->n_heap;
-        if (child >= end) break;
-        for (size_t c = child + 1; c < end; c++)
-            if (before(&heap[c], &heap[child])) child = c;
-        if (!before(&heap[child], &last)) break;
-        heap[i] = heap[child];
-        i = child;
-    }
-    heap[i] = last;
-    return top;
-}
-
 static mlora_status add_symbol(struct bpe_work *work, int32_t id)
 {
     if (work->n_symbols == work->symbol_capacity) {
@@ -233,7 +181,8 @@ static mlora_status consider(const struct bpe *bpe, struct bpe_work *work, int32
     const struct bpe_symbol *symbol = &work->symbols[left];
     const struct merge *merge = merge_slot(bpe, symbol->id, work->symbols[symbol->next].id);
     if (merge->left < 0 || !allowed(bpe, merge->result, plain)) return MLORA_OK;
-    return heap_push(work, (struct bpe_candidate){merge->rank, left, merge->result});
+    const struct merge_candidate pair = {merge->rank, left, symbol->next, (uint32_t)merge->result};
+    return merge_heap_push(&work->heap, pair);
 }
 
 static mlora_status merge_all(const struct bpe *bpe, struct bpe_work *work, bool plain)
@@ -241,19 +190,19 @@ static mlora_status merge_all(const struct bpe *bpe, struct bpe_work *work, bool
     struct bpe_symbol *symbols = work->symbols;
     mlora_status status = MLORA_OK;
 
-    work->n_heap = 0;
+    work->heap.n = 0;
     for (size_t i = 0; i + 1 < work->n_symbols && status == MLORA_OK; i++)
         status = consider(bpe, work, (int32_t)i, plain);
 
-    while (work->n_heap > 0 && status == MLORA_OK) {
-        const struct bpe_candidate top = heap_pop(work);
+    while (work->heap.n > 0 && status == MLORA_OK) {
+        const struct merge_candidate top = merge_heap_pop(&work->heap);
         struct bpe_symbol *left = &symbols[top.left];
         if (left->id < 0 || left->next < 0) continue;
         struct bpe_symbol *right = &symbols[left->next];
         const struct merge *merge = merge_slot(bpe, left->id, right->id);
-        if (merge->left < 0 || merge->result != top.result) continue; /* out of date */
+        if (merge->left < 0 || (uint32_t)merge->result != top.result) continue; /* out of date */
 
-        left->id = top.result;
+        left->id = merge->result;
         left->next = right->next;
         right->id = -1;
         if (left->next >= 0) symbols[left->next].previous = top.left;
@@ -304,7 +253,7 @@ mlora_status bpe_encode(const struct bpe *bpe, struct bpe_work *work, struct ids
 void bpe_work_free(struct bpe_work *work)
 {
     free(work->symbols);
-    free(work->heap);
+    merge_heap_free(&work->heap);
     *work = (struct bpe_work){0};
 }
 

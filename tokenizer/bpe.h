@@ -4,6 +4,7 @@
 #ifndef MLORA_TOKENIZER_BPE_H
 #define MLORA_TOKENIZER_BPE_H
 
+#include "tokenizer/merge_heap.h"
 #include "tokenizer/tokenizer.h"
 #include "tokenizer/vocab.h"
 
@@ -33,8 +34,7 @@ struct bpe {
 struct bpe_work {
     struct bpe_symbol *symbols;
     size_t n_symbols, symbol_capacity;
-    struct bpe_candidate *heap;
-    size_t n_heap, heap_capacity;
+    struct merge_heap heap;
 };
 
 /* Allocate room for `n` merges, then add them in order of rank. A pair that comes twice counts

@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "engine/base/error.h"
+#include "tokenizer/merge_heap.h"
 #include "tokenizer/unicode.h"
 
 static const char mark[] = "\xe2\x96\x81"; /* U+2581, which stands for a space */
@@ -78,58 +79,22 @@ struct symbol {
     bool frozen;            /* a user-defined piece, never merged */
 };
 
-struct candidate {
-    float score;
-    int32_t left, right; /* indices */
-    uint32_t bytes;      /* of both together when this was found; other now: out of date */
-};
-
 struct work {
     const struct sentencepiece *model;
     const char *text; /* normalized */
     struct symbol *symbols;
     size_t n_symbols;
-    struct candidate *heap;
-    size_t n_heap, heap_capacity;
+    struct merge_heap heap;
     uint32_t *left_bytes; /* [n_ids] how an unused piece was put together last; may be NULL */
 };
 
-static bool before(const struct candidate *a, const struct candidate *b)
+/* The order of scores, the highest first, as that of whole numbers. */
+static uint32_t order_of(float score)
 {
-    return a->score != b->score ? a->score > b->score : a->left < b->left;
-}
-
-static mlora_status heap_push(struct work *work, struct candidate candidate)
-{
-    if (work->n_heap == work->heap_capacity) {
-        const size_t capacity = work->heap_capacity ? 2 * work->heap_capacity : 64;
-        struct candidate *heap = realloc(work->heap, capacity * sizeof *heap);
-        if (!heap) return error_set(MLORA_ENOMEM, "out of memory: %zu merge candidates", capacity);
-        work->heap = heap;
-        work->heap_capacity = capacity;
-    }
-    size_t i = work->n_heap++;
-    while (i > 0 && before(&candidate, &work->heap[(i - 1) / 2])) {
-        work->heap[i] = work->heap[(i - 1) / 2];
-        i = (i - 1) / 2;
-    }
-    work->heap[i] = candidate;
-    return MLORA_OK;
-}
-
-static struct candidate heap_pop(struct work *work)
-{
-    struct candidate *heap = work->heap;
-    const struct candidate top = heap[0], last = heap[--work->n_heap];
-    size_t i = 0;
-
-    for (size_t child; (child = 2 * i + 1) < work->n_heap; i = child) {
-        if (child + 1 < work->n_heap && before(&heap[child + 1], &heap[child])) child++;
-        if (!before(&heap[child], &last)) break;
-        heap[i] = heap[child];
-    }
-    heap[i] = last;
-    return top;
+    uint32_t bits;
+    score += 0.0f; /* -0 is 0 */
+    memcpy(&bits, &score, sizeof bits);
+    return bits & 0x80000000u ? bits : ~bits & 0x7fffffffu;
 }
 
 /* Put the pair on the heap if it makes a piece. */
@@ -142,7 +107,8 @@ static mlora_status consider(struct work *work, int32_t left, int32_t right)
     const int32_t id = vocab_find(&work->model->pieces, work->text + a->start, bytes);
     if (id < 0) return MLORA_OK;
     if (work->left_bytes && work->model->types[id] == PIECE_UNUSED) work->left_bytes[id] = a->bytes;
-    return heap_push(work, (struct candidate){work->model->scores[id], left, right, bytes});
+    const struct merge_candidate pair = {order_of(work->model->scores[id]), left, right, bytes};
+    return merge_heap_push(&work->heap, pair);
 }
 
 static mlora_status merge_all(struct work *work)
@@ -151,12 +117,12 @@ static mlora_status merge_all(struct work *work)
 
     for (size_t i = 1; i < work->n_symbols && status == MLORA_OK; i++)
         status = consider(work, (int32_t)i - 1, (int32_t)i);
-    while (work->n_heap > 0 && status == MLORA_OK) {
-        const struct candidate top = heap_pop(work);
+    while (work->heap.n > 0 && status == MLORA_OK) {
+        const struct merge_candidate top = merge_heap_pop(&work->heap);
         struct symbol *left = &work->symbols[top.left], *right = &work->symbols[top.right];
-        if (left->bytes == 0 || right->bytes == 0 || left->bytes + right->bytes != top.bytes)
-            continue;
-        left->bytes = top.bytes;
+        if (left->bytes == 0 || right->bytes == 0 || left->bytes + right->bytes != top.result)
+            continue; /* out of date */
+        left->bytes = top.result;
         left->next = right->next;
         if (right->next >= 0) work->symbols[right->next].previous = top.left;
         right->bytes = 0;
@@ -200,7 +166,7 @@ static mlora_status encode_word(struct work *work, struct ids *out, const char *
                                 bool *after_unknown)
 {
     work->text = text;
-    work->n_symbols = work->n_heap = 0;
+    work->n_symbols = work->heap.n = 0;
     for (size_t i = 0, n; i < bytes; i += n) {
         const int32_t k = (int32_t)work->n_symbols++;
         struct symbol *symbol = &work->symbols[k];
@@ -249,7 +215,7 @@ static mlora_status encode_normalized(const struct sentencepiece *model, struct 
         status = encode_word(&work, out, text, n, &after_unknown);
     }
     free(work.symbols);
-    free(work.heap);
+    merge_heap_free(&work.heap);
     free(work.left_bytes);
     return status;
 }

@@ -5,6 +5,8 @@
 #include <sys/ioctl.h>
 #include <utf8proc.h>
 
+#include "engine/base/distance.h"
+
 /* One character at `text`: its length in bytes and its width in columns. */
 static size_t character(const char *text, size_t bytes, int *width)
 {
@@ -183,29 +185,6 @@ const char *human_rate(char *out, double per_second)
 {
     snprintf(out, HUMAN_BYTES, "%.*f", per_second >= 100 ? 0 : 1, per_second);
     return out;
-}
-
-int edit_distance(const char *a, const char *b)
-{
-    enum { MAX = 64 };
-    int rows[3][MAX + 1]; /* of the table d[i][j], the last three of i */
-    const int n_a = (int)strnlen(a, MAX), n_b = (int)strnlen(b, MAX);
-
-    for (int j = 0; j <= n_b; j++) rows[0][j] = j;
-    for (int i = 1; i <= n_a; i++) {
-        int *now = rows[i % 3];
-        const int *above = rows[(i + 2) % 3], *two_above = rows[(i + 1) % 3];
-        now[0] = i;
-        for (int j = 1; j <= n_b; j++) {
-            int best = above[j - 1] + (a[i - 1] != b[j - 1]);
-            if (above[j] + 1 < best) best = above[j] + 1;
-            if (now[j - 1] + 1 < best) best = now[j - 1] + 1;
-            const int swapped = i > 1 && j > 1 && a[i - 1] == b[j - 2] && a[i - 2] == b[j - 1];
-            if (swapped && two_above[j - 2] + 1 < best) best = two_above[j - 2] + 1;
-            now[j] = best;
-        }
-    }
-    return rows[n_a % 3][n_b];
 }
 
 void nearest_offer(struct nearest *nearest, const char *candidate)

@@ -42,9 +42,6 @@ const char *human_bytes(char *out, int64_t bytes);
 const char *human_count(char *out, int64_t count);
 const char *human_rate(char *out, double per_second); /* "1234", "87.3" */
 
-/* The edit distance of two names: letters put in, left out, changed or swapped. */
-int edit_distance(const char *a, const char *b);
-
 /* The best of several candidates, offered one by one: `best` is NULL when none is near enough
  * to be what was meant. */
 struct nearest {

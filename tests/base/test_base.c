@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include "engine/base/buffer.h"
+#include "engine/base/distance.h"
 #include "engine/base/error.h"
 #include "engine/base/file.h"
 #include "engine/base/json.h"
@@ -176,4 +177,22 @@ Test(base, paths_join_with_one_slash)
     path = path_join("a/", "c");
     cr_expect_str_eq(path, "a/c");
     free(path);
+}
+
+Test(distance, counts_bytes_put_in_left_out_changed_or_swapped)
+{
+    cr_expect_eq(edit_distance("kitten", "sitting"), 3);
+    cr_expect_eq(edit_distance("sql", "slq"), 1);
+    cr_expect_eq(edit_distance("", "mood"), 4);
+    cr_expect_eq(edit_distance("mood", "mood"), 0);
+    cr_expect_eq(edit_distance("ca", "abc"), 3); /* the swapped bytes are not changed again */
+}
+
+Test(distance, looks_at_the_first_bytes_of_long_names)
+{
+    char long_name[2 * EDIT_DISTANCE_MAX + 1];
+    memset(long_name, 'x', sizeof long_name - 1);
+    long_name[sizeof long_name - 1] = '\0';
+    cr_expect_eq(edit_distance(long_name, ""), EDIT_DISTANCE_MAX);
+    cr_expect_eq(edit_distance(long_name, "x"), EDIT_DISTANCE_MAX - 1);
 }
