@@ -90,4 +90,44 @@ static inline void dtype_widen(float *out, const void *from, enum dtype dtype, s
         for (size_t i = 0; i < n; i++) out[i] = f16_to_f32(half[i]);
 }
 
+/* out [n] = the values, rounded to nearest. */
+static inline void dtype_narrow(void *out, enum dtype dtype, const float *values, size_t n)
+{
+    uint16_t *half = (uint16_t *)out;
+
+    if (dtype == DTYPE_F32)
+        memcpy(out, values, n * sizeof *values);
+    else if (dtype == DTYPE_BF16)
+        for (size_t i = 0; i < n; i++) half[i] = bf16_from_f32(values[i]);
+    else
+        for (size_t i = 0; i < n; i++) half[i] = f16_from_f32(values[i]);
+}
+
+/* Element i of an array, which need not be aligned. */
+static inline float dtype_load(const void *array, enum dtype dtype, size_t i)
+{
+    const char *from = (const char *)array + i * dtype_bytes(dtype);
+    uint16_t half;
+    float value;
+
+    if (dtype == DTYPE_F32) {
+        memcpy(&value, from, sizeof value);
+        return value;
+    }
+    memcpy(&half, from, sizeof half);
+    return dtype == DTYPE_BF16 ? bf16_to_f32(half) : f16_to_f32(half);
+}
+
+static inline void dtype_store(void *array, enum dtype dtype, size_t i, float value)
+{
+    char *to = (char *)array + i * dtype_bytes(dtype);
+
+    if (dtype == DTYPE_F32) {
+        memcpy(to, &value, sizeof value);
+        return;
+    }
+    const uint16_t half = dtype == DTYPE_BF16 ? bf16_from_f32(value) : f16_from_f32(value);
+    memcpy(to, &half, sizeof half);
+}
+
 #endif

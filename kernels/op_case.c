@@ -37,34 +37,11 @@ static float next_value(uint64_t *state)
     return (float)((double)(*state >> 40) / (1 << 23) - 1.0);
 }
 
-static void store(char *to, enum dtype dtype, size_t i, float value)
-{
-    if (dtype == DTYPE_F32) {
-        memcpy(to + 4 * i, &value, sizeof value);
-        return;
-    }
-    const uint16_t half = dtype == DTYPE_F16 ? f16_from_f32(value) : bf16_from_f32(value);
-    memcpy(to + 2 * i, &half, sizeof half);
-}
-
-static float load(const char *from, enum dtype dtype, size_t i)
-{
-    uint16_t half;
-    float value;
-
-    if (dtype == DTYPE_F32) {
-        memcpy(&value, from + 4 * i, sizeof value);
-        return value;
-    }
-    memcpy(&half, from + 2 * i, sizeof half);
-    return dtype == DTYPE_F16 ? f16_to_f32(half) : bf16_to_f32(half);
-}
-
 static float rounded(enum dtype dtype, float value)
 {
     char bytes[4];
-    store(bytes, dtype, 0, value);
-    return load(bytes, dtype, 0);
+    dtype_store(bytes, dtype, 0, value);
+    return dtype_load(bytes, dtype, 0);
 }
 
 static enum dtype stored_as(const struct maker *maker, enum dtype dtype)
@@ -87,7 +64,7 @@ static void *random_array(struct maker *maker, size_t n, enum dtype dtype)
         return NULL;
     }
     for (size_t i = 0; i < first; i++)
-        store(host, stored, i, rounded(dtype, next_value(&maker->c->state)));
+        dtype_store(host, stored, i, rounded(dtype, next_value(&maker->c->state)));
     for (size_t done = first * size; done < bytes;) {
         const size_t piece = done < bytes - done ? done : bytes - done;
         memcpy(host + done, host, piece);
@@ -378,10 +355,10 @@ static void compare_tensor(struct op_difference *worst, const struct op_tensor *
     double largest = 0;
 
     for (size_t i = 0; i < tensor->n; i++)
-        largest = fmax(largest, fabs((double)load(want, DTYPE_F32, i)));
+        largest = fmax(largest, fabs((double)dtype_load(want, DTYPE_F32, i)));
     for (size_t i = 0; i < tensor->n; i++) {
-        const double a = (double)load(got, tensor->dtype, i);
-        const double b = (double)load(want, DTYPE_F32, i);
+        const double a = (double)dtype_load(got, tensor->dtype, i);
+        const double b = (double)dtype_load(want, DTYPE_F32, i);
         const double allowed = tensor->is_output ? unit * fabs(b) + 3e-5 * largest : 0;
         const double off = fabs(a - b);
         if (off == 0) continue;

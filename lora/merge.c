@@ -63,14 +63,9 @@ static mlora_status store(struct merger *merger, void *to, enum dtype dtype, siz
     merger->stored.bytes = 0;
     const mlora_status status = buffer_reserve(&merger->stored, n * element);
     if (status != MLORA_OK) return status;
-    uint16_t *half = (void *)merger->stored.data;
-    if (dtype == DTYPE_F32)
-        memcpy(half, values, n * element);
-    else if (dtype == DTYPE_BF16)
-        for (size_t i = 0; i < n; i++) half[i] = bf16_from_f32(values[i]);
-    else
-        for (size_t i = 0; i < n; i++) half[i] = f16_from_f32(values[i]);
-    merger->dev->ops->upload(merger->dev, (char *)to + first * element, half, n * element);
+    dtype_narrow(merger->stored.data, dtype, values, n);
+    merger->dev->ops->upload(merger->dev, (char *)to + first * element, merger->stored.data,
+                             n * element);
     return merger->dev->ops->sync(merger->dev); /* the buffer is used again */
 }
 

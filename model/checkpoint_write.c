@@ -228,19 +228,7 @@ static mlora_status write_header(const struct writer *writer, int fd, const char
 /* out [n] = the stored values, rounded to nearest where the type in the file is narrower. */
 static void convert(void *out, enum dtype to, const void *in, enum dtype from, size_t n)
 {
-    const uint16_t *half = in;
-    uint16_t *narrow = out;
-    float *wide = out, value;
-
-    for (size_t i = 0; i < n; i++) {
-        value = from == DTYPE_BF16  ? bf16_to_f32(half[i])
-                : from == DTYPE_F16 ? f16_to_f32(half[i])
-                                    : ((const float *)in)[i];
-        if (to == DTYPE_F32)
-            wide[i] = value;
-        else
-            narrow[i] = to == DTYPE_BF16 ? bf16_from_f32(value) : f16_from_f32(value);
-    }
+    for (size_t i = 0; i < n; i++) dtype_store(out, to, i, dtype_load(in, from, i));
 }
 
 static mlora_status write_item(const struct writer *writer, const struct item *item, int fd,

@@ -24,10 +24,10 @@ static void silu_mul_parts(void *context, int begin, int end, int thread)
         const size_t first = (size_t)(item % op->n_parts) * PART;
         const size_t last = first + PART < F ? first + PART : F;
         for (size_t f = first; f < last; f++) {
-            const float gate = load_f32(op->gate_up, op->gate_up_dtype, t * 2 * F + f);
-            const float up = load_f32(op->gate_up, op->gate_up_dtype, t * 2 * F + F + f);
+            const float gate = dtype_load(op->gate_up, op->gate_up_dtype, t * 2 * F + f);
+            const float up = dtype_load(op->gate_up, op->gate_up_dtype, t * 2 * F + F + f);
             const float silu = gate / (1.0f + expf(-gate));
-            store_f32(op->y, op->dtype, t * F + f, silu * up);
+            dtype_store(op->y, op->dtype, t * F + f, silu * up);
         }
     }
 }

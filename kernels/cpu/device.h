@@ -50,32 +50,6 @@ static inline void *element(const void *array, enum dtype dtype, size_t index)
     return (char *)array + index * dtype_bytes(dtype);
 }
 
-static inline float load_f32(const void *array, enum dtype dtype, size_t index)
-{
-    const void *from = element(array, dtype, index);
-    uint16_t bits;
-    float value;
-
-    if (dtype == DTYPE_F32) {
-        memcpy(&value, from, sizeof value);
-        return value;
-    }
-    memcpy(&bits, from, sizeof bits);
-    return dtype == DTYPE_BF16 ? bf16_to_f32(bits) : f16_to_f32(bits);
-}
-
-static inline void store_f32(void *array, enum dtype dtype, size_t index, float value)
-{
-    void *to = element(array, dtype, index);
-
-    if (dtype == DTYPE_F32) {
-        memcpy(to, &value, sizeof value);
-        return;
-    }
-    const uint16_t bits = bf16_from_f32(value);
-    memcpy(to, &bits, sizeof bits);
-}
-
 /* Scratch memory of at least `bytes`, aligned to 64: fresh memory is zeros, else contents are
  * what the last user left. Valid until the next call for the same use. NULL when memory has run
  * out, now or in an earlier op; the op then returns and sync reports it. */

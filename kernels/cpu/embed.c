@@ -22,7 +22,7 @@ static void copy_row(const struct simd *simd, void *to, enum dtype dtype, const 
     } else if (dtype == DTYPE_F32) {
         simd->widen(to, from, from_dtype, D);
     } else {
-        for (size_t i = 0; i < D; i++) store_f32(to, dtype, i, load_f32(from, from_dtype, i));
+        for (size_t i = 0; i < D; i++) dtype_store(to, dtype, i, dtype_load(from, from_dtype, i));
     }
 }
 

@@ -176,11 +176,11 @@ static void expand_units(void *context, int begin, int end, int thread)
                 const size_t first =
                     (size_t)unit.tokens[t] * (size_t)op->site->N + (size_t)(offset + n);
                 for (int i = 0; i < dots.N; i++) {
-                    const float y = load_f32(op->y, op->dtype, first + (size_t)i);
+                    const float y = dtype_load(op->y, op->dtype, first + (size_t)i);
                     const float product = sum[t * DOTS_N + i];
-                    store_f32(op->y, op->dtype, first + (size_t)i,
-                              plain ? y + scale * product
-                                    : expanded(factors, bias, y, product, n + i));
+                    dtype_store(op->y, op->dtype, first + (size_t)i,
+                                plain ? y + scale * product
+                                      : expanded(factors, bias, y, product, n + i));
                 }
             }
         }

@@ -20,10 +20,10 @@ static void turn(void *head, const float *cosine, const float *sine, int d, enum
     const size_t half = (size_t)d / 2;
 
     for (size_t i = 0; i < half; i++) {
-        const float a = load_f32(head, dtype, i);
-        const float b = load_f32(head, dtype, i + half);
-        store_f32(head, dtype, i, a * cosine[i] - b * sine[i]);
-        store_f32(head, dtype, i + half, b * cosine[i] + a * sine[i]);
+        const float a = dtype_load(head, dtype, i);
+        const float b = dtype_load(head, dtype, i + half);
+        dtype_store(head, dtype, i, a * cosine[i] - b * sine[i]);
+        dtype_store(head, dtype, i + half, b * cosine[i] + a * sine[i]);
     }
 }
 
@@ -32,7 +32,8 @@ static void copy_head(void *to, enum dtype to_dtype, const void *from, enum dtyp
     if (to_dtype == dtype)
         memcpy(to, from, (size_t)d * dtype_bytes(dtype));
     else
-        for (size_t i = 0; i < (size_t)d; i++) store_f32(to, to_dtype, i, load_f32(from, dtype, i));
+        for (size_t i = 0; i < (size_t)d; i++)
+            dtype_store(to, to_dtype, i, dtype_load(from, dtype, i));
 }
 
 static void rope_tokens(void *context, int begin, int end, int thread)

@@ -72,11 +72,7 @@ void *ops_random(struct ops_bench *bench, size_t n, enum dtype dtype)
     for (size_t i = 0; i < first; i++) {
         state = state * 6364136223846793005u + 1442695040888963407u; /* Knuth's MMIX */
         const float value = 0.07f * ((float)(state >> 40) / 16777216.0f - 0.5f);
-        const uint16_t half = dtype == DTYPE_F16 ? f16_from_f32(value) : bf16_from_f32(value);
-        if (dtype == DTYPE_F32)
-            memcpy(pool + i * sizeof value, &value, sizeof value);
-        else
-            memcpy(pool + i * sizeof half, &half, sizeof half);
+        dtype_store(pool, dtype, i, value);
     }
     size_t done = first * dtype_bytes(dtype);
     bench->dev->ops->upload(bench->dev, memory, pool, done);
