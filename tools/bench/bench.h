@@ -90,13 +90,19 @@ mlora_status adapters_drop(mlora_engine *engine, int n);
 enum { ADAPTER_NAME = 32 };
 void random_name(char out[ADAPTER_NAME], int64_t index);
 
-/* Ids of a prompt that no other seed has. */
-void random_ids(int32_t *ids, int64_t n, int vocab_size, uint64_t seed);
-
 struct workload {
     int64_t batch, n_adapters, prompt_tokens, max_tokens, seed;
     double temperature, top_p;
 };
+
+/* Request number i of the work, for the base model: a prompt that no other seed has, in `ids`
+ * [prompt_tokens], which is to stay until it is submitted, and nothing that ends it early. */
+void workload_request(mlora_request *out, const struct workload *work, int64_t i, int32_t *ids,
+                      int vocab_size);
+
+/* Submit all of it, the adapters taking turns by row. on_event: as in mlora_request, or NULL. */
+mlora_status workload_submit(mlora_engine *engine, const struct workload *work,
+                             void (*on_event)(void *user, const mlora_event *event), void *user);
 
 struct measure {
     double seconds;           /* of the run                                                    */

@@ -128,31 +128,14 @@ static mlora_status add_phase(json_t *report, mlora_engine *engine, const struct
 static mlora_status submit(mlora_engine *engine, const struct bench *bench, int64_t n,
                            int64_t prompt_tokens, int64_t max_tokens, int64_t first_seed)
 {
-    mlora_status status = MLORA_OK;
-    mlora_info info;
-
-    mlora_engine_info(engine, &info);
-    int32_t *ids = calloc((size_t)prompt_tokens, sizeof *ids);
-    if (!ids) return error_set(MLORA_ENOMEM, "out of memory for a prompt");
-    for (int64_t i = 0; i < n && status == MLORA_OK; i++) {
-        mlora_request request;
-        char name[ADAPTER_NAME];
-
-        mlora_request_default(NULL, &request);
-        random_name(name, bench->n_adapters > 0 ? i % bench->n_adapters : 0);
-        request.adapter = bench->n_adapters > 0 ? name : NULL;
-        random_ids(ids, prompt_tokens, info.vocab_size, (uint64_t)(first_seed + i));
-        request.ids = ids;
-        request.n_ids = (int)prompt_tokens;
-        request.max_tokens = (int)max_tokens;
-        request.temperature = 0.7f;
-        request.top_p = 0.9f;
-        request.seed = i;
-        request.ignore_eos = 1;
-        status = mlora_submit(engine, &request, NULL);
-    }
-    free(ids);
-    return status;
+    const struct workload work = {.batch = n,
+                                  .n_adapters = bench->n_adapters,
+                                  .prompt_tokens = prompt_tokens,
+                                  .max_tokens = max_tokens,
+                                  .seed = first_seed,
+                                  .temperature = 0.7,
+                                  .top_p = 0.9};
+    return workload_submit(engine, &work, NULL, NULL);
 }
 
 static mlora_status run_out(mlora_engine *engine)

@@ -52,18 +52,10 @@ static mlora_status submit(struct run *run, mlora_engine *engine, const struct s
 
     run->requests[i] = (struct one_request){run, seconds()};
     mlora_engine_info(engine, &info);
-    mlora_request_default(NULL, &request);
     mlora_status status = load->adapter(load->user, engine, i, name);
     if (status != MLORA_OK) return status;
-    random_ids(ids, work->prompt_tokens, info.vocab_size, (uint64_t)(work->seed + i));
+    workload_request(&request, work, i, ids, info.vocab_size);
     request.adapter = name;
-    request.ids = ids;
-    request.n_ids = (int)work->prompt_tokens;
-    request.max_tokens = (int)work->max_tokens;
-    request.temperature = (float)work->temperature;
-    request.top_p = (float)work->top_p;
-    request.seed = work->seed + i;
-    request.ignore_eos = 1;
     request.on_event = on_event;
     request.user = &run->requests[i];
     return mlora_submit(engine, &request, NULL);

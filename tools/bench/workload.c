@@ -44,7 +44,7 @@ mlora_status adapters_drop(mlora_engine *engine, int n)
     return status == MLORA_OK ? mlora_step(engine, NULL) : status; /* which frees their memory */
 }
 
-void random_ids(int32_t *ids, int64_t n, int vocab_size, uint64_t seed)
+static void random_ids(int32_t *ids, int64_t n, int vocab_size, uint64_t seed)
 {
     uint64_t state = seed * 2 + 1;
 
@@ -54,13 +54,27 @@ void random_ids(int32_t *ids, int64_t n, int vocab_size, uint64_t seed)
     }
 }
 
+void workload_request(mlora_request *out, const struct workload *work, int64_t i, int32_t *ids,
+                      int vocab_size)
+{
+    mlora_request_default(NULL, out);
+    random_ids(ids, work->prompt_tokens, vocab_size, (uint64_t)(work->seed + i));
+    out->ids = ids;
+    out->n_ids = (int)work->prompt_tokens;
+    out->max_tokens = (int)work->max_tokens;
+    out->temperature = (float)work->temperature;
+    out->top_p = (float)work->top_p;
+    out->seed = work->seed + i;
+    out->ignore_eos = 1;
+}
+
 /* What the events of a run add up to. */
 struct run_tally {
     double first_token;
     mlora_finish finish; /* of the last that ended otherwise than by length */
 };
 
-static void on_event(void *user, const mlora_event *event)
+static void tally_event(void *user, const mlora_event *event)
 {
     struct run_tally *tally = user;
 
@@ -69,8 +83,8 @@ static void on_event(void *user, const mlora_event *event)
         tally->finish = event->finish;
 }
 
-static mlora_status submit_all(mlora_engine *engine, const struct workload *work,
-                               struct run_tally *tally)
+mlora_status workload_submit(mlora_engine *engine, const struct workload *work,
+                             void (*on_event)(void *user, const mlora_event *event), void *user)
 {
     mlora_status status = MLORA_OK;
     mlora_info info;
@@ -82,19 +96,11 @@ static mlora_status submit_all(mlora_engine *engine, const struct workload *work
         mlora_request request;
         char name[ADAPTER_NAME];
 
-        mlora_request_default(NULL, &request);
+        workload_request(&request, work, i, ids, info.vocab_size);
         random_name(name, work->n_adapters > 0 ? i % work->n_adapters : 0);
         request.adapter = work->n_adapters > 0 ? name : NULL;
-        random_ids(ids, work->prompt_tokens, info.vocab_size, (uint64_t)(work->seed + i));
-        request.ids = ids;
-        request.n_ids = (int)work->prompt_tokens;
-        request.max_tokens = (int)work->max_tokens;
-        request.temperature = (float)work->temperature;
-        request.top_p = (float)work->top_p;
-        request.seed = work->seed + i;
-        request.ignore_eos = 1;
         request.on_event = on_event;
-        request.user = tally;
+        request.user = user;
         status = mlora_submit(engine, &request, NULL);
     }
     free(ids);
@@ -106,7 +112,7 @@ mlora_status workload_run(struct measure *out, mlora_engine *engine, const struc
     struct run_tally tally = {0};
     mlora_stats before, after;
 
-    mlora_status status = submit_all(engine, work, &tally);
+    mlora_status status = workload_submit(engine, work, tally_event, &tally);
     mlora_engine_stats(engine, &before);
     const double start = seconds();
     for (int n_active = 1; n_active > 0 && status == MLORA_OK;)
