@@ -181,7 +181,7 @@ static mlora_status consider(const struct bpe *bpe, struct bpe_work *work, int32
     const struct bpe_symbol *symbol = &work->symbols[left];
     const struct merge *merge = merge_slot(bpe, symbol->id, work->symbols[symbol->next].id);
     if (merge->left < 0 || !allowed(bpe, merge->result, plain)) return MLORA_OK;
-    const struct merge_candidate pair = {merge->rank, left, symbol->next, (uint32_t)merge->result};
+    const struct merge_candidate pair = {merge->rank, left, (uint32_t)merge->result};
     return merge_heap_push(&work->heap, pair);
 }
 

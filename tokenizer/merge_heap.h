@@ -7,11 +7,12 @@
 
 #include "engine/mlora.h" /* mlora_status */
 
-/* A pair. It may be out of date when it comes to the top: `result` tells. */
+/* A symbol and the one after it. They may have changed when the pair comes to the top: `result`
+ * tells. */
 struct merge_candidate {
-    uint32_t order;      /* the lowest merges first, the leftmost of equals */
-    int32_t left, right; /* indices of symbols */
-    uint32_t result;     /* what it makes */
+    uint32_t order;  /* the lowest merges first, the leftmost of equals */
+    int32_t left;    /* index of the first */
+    uint32_t result; /* what they make */
 };
 
 /* Zeroes: empty. May be emptied by n = 0 and used again. */

@@ -107,7 +107,7 @@ static mlora_status consider(struct work *work, int32_t left, int32_t right)
     const int32_t id = vocab_find(&work->model->pieces, work->text + a->start, bytes);
     if (id < 0) return MLORA_OK;
     if (work->left_bytes && work->model->types[id] == PIECE_UNUSED) work->left_bytes[id] = a->bytes;
-    const struct merge_candidate pair = {order_of(work->model->scores[id]), left, right, bytes};
+    const struct merge_candidate pair = {order_of(work->model->scores[id]), left, bytes};
     return merge_heap_push(&work->heap, pair);
 }
 
@@ -119,9 +119,10 @@ static mlora_status merge_all(struct work *work)
         status = consider(work, (int32_t)i - 1, (int32_t)i);
     while (work->heap.n > 0 && status == MLORA_OK) {
         const struct merge_candidate top = merge_heap_pop(&work->heap);
-        struct symbol *left = &work->symbols[top.left], *right = &work->symbols[top.right];
-        if (left->bytes == 0 || right->bytes == 0 || left->bytes + right->bytes != top.result)
-            continue; /* out of date */
+        struct symbol *left = &work->symbols[top.left];
+        if (left->bytes == 0 || left->next < 0) continue;
+        struct symbol *right = &work->symbols[left->next];
+        if (left->bytes + right->bytes != top.result) continue; /* they have grown */
         left->bytes = top.result;
         left->next = right->next;
         if (right->next >= 0) work->symbols[right->next].previous = top.left;

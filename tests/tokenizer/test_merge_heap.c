@@ -11,7 +11,7 @@ Test(merge_heap, gives_the_lowest_order_first_and_the_leftmost_of_equals)
 
     for (int i = 0; i < N; i++) {
         word = word * 1664525u + 1013904223u;
-        const struct merge_candidate pair = {word >> 28, (int32_t)(word >> 8 & 0xffff), i, word};
+        const struct merge_candidate pair = {word >> 28, (int32_t)(word >> 8 & 0xffff), word};
         cr_assert_eq(merge_heap_push(&heap, pair), MLORA_OK);
     }
     struct merge_candidate last = merge_heap_pop(&heap);
