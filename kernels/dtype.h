@@ -130,4 +130,12 @@ static inline void dtype_store(void *array, enum dtype dtype, size_t i, float va
     memcpy(to, &half, sizeof half);
 }
 
+/* The value as it comes back from an array. */
+static inline float dtype_rounded(enum dtype dtype, float value)
+{
+    float element;
+    dtype_store(&element, dtype, 0, value);
+    return dtype_load(&element, dtype, 0);
+}
+
 #endif

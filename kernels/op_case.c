@@ -37,13 +37,6 @@ static float next_value(uint64_t *state)
     return (float)((double)(*state >> 40) / (1 << 23) - 1.0);
 }
 
-static float rounded(enum dtype dtype, float value)
-{
-    char bytes[4];
-    dtype_store(bytes, dtype, 0, value);
-    return dtype_load(bytes, dtype, 0);
-}
-
 static enum dtype stored_as(const struct maker *maker, enum dtype dtype)
 {
     return maker->as_f32 ? DTYPE_F32 : dtype;
@@ -64,7 +57,7 @@ static void *random_array(struct maker *maker, size_t n, enum dtype dtype)
         return NULL;
     }
     for (size_t i = 0; i < first; i++)
-        dtype_store(host, stored, i, rounded(dtype, next_value(&maker->c->state)));
+        dtype_store(host, stored, i, dtype_rounded(dtype, next_value(&maker->c->state)));
     for (size_t done = first * size; done < bytes;) {
         const size_t piece = done < bytes - done ? done : bytes - done;
         memcpy(host + done, host, piece);

@@ -62,8 +62,7 @@ void *upload_as(enum dtype dtype, const float *from, size_t n)
     if (dtype == DTYPE_F32) return upload(from, n * sizeof *from);
 
     uint16_t *bits = zeros(n, sizeof *bits);
-    for (size_t i = 0; i < n; i++)
-        bits[i] = dtype == DTYPE_F16 ? f16_from_f32(from[i]) : bf16_from_f32(from[i]);
+    dtype_narrow(bits, dtype, from, n);
     void *to = upload(bits, n * sizeof *bits);
     free(bits);
     return to;
@@ -83,8 +82,7 @@ void download_f32(float *to, const void *from, enum dtype dtype, size_t n)
     }
     uint16_t *bits = zeros(n, sizeof *bits);
     download(bits, from, n * sizeof *bits);
-    for (size_t i = 0; i < n; i++)
-        to[i] = dtype == DTYPE_F16 ? f16_to_f32(bits[i]) : bf16_to_f32(bits[i]);
+    dtype_widen(to, bits, dtype, n);
     free(bits);
 }
 

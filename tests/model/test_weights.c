@@ -203,10 +203,7 @@ static void expect_row(const struct matrix *matrix, int row, const float *want)
 {
     for (int k = 0; k < matrix->K; k++) {
         const size_t i = (size_t)row * (size_t)matrix->K + (size_t)k;
-        const float got = matrix->dtype == DTYPE_F32 ? ((const float *)matrix->data)[i]
-                          : matrix->dtype == DTYPE_BF16
-                              ? bf16_to_f32(((const uint16_t *)matrix->data)[i])
-                              : f16_to_f32(((const uint16_t *)matrix->data)[i]);
+        const float got = dtype_load(matrix->data, matrix->dtype, i);
         cr_expect_eq(got, want[k], "row %d, column %d: %g, not %g", row, k, got, want[k]);
     }
 }
