@@ -7,11 +7,11 @@
  *
  * Activations are f32 or bf16 (`dtype` arguments), weights f32, f16 or bf16; all arithmetic is f32.
  * Where activations are bf16, each op rounds its result once, when it writes it. The residual
- * stream x is f32 whatever the activations are: it sums up all layers; and so are the products, but
- * in steps of very many tokens: what an op that reads one takes its type for (product_dtype()
- * below). Then only what goes into a product, into the cache or into attention is rounded. So bf16
- * is nearer to the reference (transformers) in f32 than the reference in bf16, which rounds more
- * often.
+ * stream x is f32 whatever the activations are: it sums up all layers; and so are the products,
+ * except in steps of very many tokens: what an op that reads one takes its type for
+ * (product_dtype() below). Then only what goes into a product, into the cache or into attention is
+ * rounded. So bf16 is nearer to the reference (transformers) in f32 than the reference in bf16,
+ * which rounds more often.
  *
  * On the CPU the value of an output row does not depend on which other rows are in the call, nor
  * on the number of threads, bit for bit: a request's tokens are the same in any batch. */
@@ -258,8 +258,8 @@ struct device {
 
 /* What the results of a step's products (of qkv, o, gate_up and down) are kept in until the op
  * after them has read them, `dtype` being that of the activations: f32 in steps of as many tokens as
- * the device says, among which a token's result depends on T by the order of sums at most; on the
- * CPU in all steps and not at all. */
+ * the device says, on the CPU in all. Among such steps a token's result depends on T by the order of
+ * sums at most, on the CPU not at all. */
 static inline enum dtype product_dtype(const struct device *dev, int T, enum dtype dtype)
 {
     return T <= dev->exact_tokens ? DTYPE_F32 : dtype;

@@ -1,6 +1,6 @@
-/* The instructions of sm_90a that attention_prefill_sm90.cu and matmul_sm90.cu are made of: matrix products of a
- * warpgroup (four warps), whose operands lie in shared memory, copies of boxes of a matrix to
- * there, and the barriers on which their arrival is awaited.
+/* The instructions of sm_90a that attention_prefill_sm90.cu and matmul_sm90.cu are made of: matrix
+ * products of a warpgroup (four warps), whose operands lie in shared memory, copies of boxes of a
+ * matrix to there, and the barriers on which their arrival is awaited.
  *
  * Shared memory holds panels of 64 columns of 2 bytes: rows of 128 bytes, in which 16-byte unit u
  * of row r is at u ^ r % 8, so that eight rows' units lie in different banks. Both the copies and
