@@ -166,6 +166,7 @@ static mlora_status start_fresh(struct mlora_engine *engine)
     engine->pass.start = seconds_now();
     const struct plan *plan = scheduler_plan(&engine->scheduler, &engine->kvcache);
 
+    scheduler_group_rows(&engine->scheduler);
     scheduler_want_adapters(&engine->scheduler);
     if (plan->n_rows == 0) {
         registry_wait(&engine->registry);

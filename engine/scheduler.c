@@ -384,6 +384,25 @@ const struct plan *scheduler_plan(struct scheduler *s, struct kvcache *kv)
     return &s->plan;
 }
 
+static int slot_of(const struct plan_row *row)
+{
+    return row->request->adapter ? row->request->adapter->resident.slot : -1;
+}
+
+static int by_slot(const void *one, const void *other)
+{
+    const struct plan_row *a = one, *b = other;
+    const int slot_a = slot_of(a), slot_b = slot_of(b);
+
+    if (slot_a != slot_b) return slot_a < slot_b ? -1 : 1;
+    return a->request->id < b->request->id ? -1 : a->request->id > b->request->id;
+}
+
+void scheduler_group_rows(struct scheduler *s)
+{
+    qsort(s->plan.rows, (size_t)s->plan.n_rows, sizeof *s->plan.rows, by_slot);
+}
+
 /* ---- planning ahead ------------------------------------------------------------------------- */
 
 /* Those who wait may be owed a place, or blocks, of one that runs: it is looked at so often. */

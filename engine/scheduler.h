@@ -56,6 +56,10 @@ mlora_status scheduler_add(struct scheduler *scheduler, struct request *request)
  * The plan lives until the next call. */
 const struct plan *scheduler_plan(struct scheduler *scheduler, struct kvcache *kv);
 
+/* Put the rows of the plan in order of their adapters' slots, then of arrival: kernels share what they
+ * read for neighbours. What a request gets does not depend on it. */
+void scheduler_group_rows(struct scheduler *scheduler);
+
 /* Plan the step after `plan` while that is on its way: the next token of each of its requests, but
  * of those that will have reached their length. False, and nothing is planned: its outcome decides
  * what comes next, as there are guesses or penalties; or others are to run, as prompts go on, there

@@ -189,6 +189,29 @@ Test(scheduler, lets_no_request_wait_for_the_adapter_of_another)
     end_request(c);
 }
 
+Test(scheduler, groups_rows_by_adapter)
+{
+    struct registered adapters[2] = {{.resident = {.state = RESIDENT_HERE, .slot = 3}},
+                                     {.resident = {.state = RESIDENT_HERE}}};
+    struct request *requests[5];
+    static const int order[5] = {1, 3, 4, 0, 2};
+
+    open_scheduler(5, 100, 100);
+    for (int i = 0; i < 5; i++) requests[i] = schedule_request((uint64_t)i + 1, 0, 10, 20);
+    requests[0]->adapter = requests[2]->adapter = &adapters[0];
+    requests[4]->adapter = &adapters[1];
+    for (int i = 0; i < 5; i++) schedule_add(&schedule, requests[i]);
+    const struct plan *plan = plan_step();
+    cr_assert_eq(plan->n_rows, 5);
+    scheduler_group_rows(&schedule.scheduler);
+    for (int i = 0; i < 5; i++)
+        cr_expect_eq(plan->rows[i].request, requests[order[i]], "row %d", i);
+    for (int i = 0; i < 5; i++) {
+        requests[i]->adapter = NULL;
+        end_request(requests[i]);
+    }
+}
+
 Test(scheduler, finds_and_removes_requests_wherever_they_are)
 {
     open_scheduler(1, 64, 100);
