@@ -160,6 +160,7 @@ static void build_lora(struct batch *batch, const struct plan *plan, const int32
     lora->L = registry->pool.n_layers + 1;
     lora->mode = batch->lora_mode;
     lora->n_rows = T;
+    lora->is_plain = true;
     for (int q = 0; q < Q; q++) {
         const struct request *request = plan->rows[q].request;
         const struct registered *entry = request->adapter;
@@ -175,6 +176,7 @@ static void build_lora(struct batch *batch, const struct plan *plan, const int32
         lora->changes_head |= entry->adapter.changes_head;
         lora->changes_norms |= entry->adapter.changes_norms;
         lora->expands_more |= entry->adapter.expands_more;
+        lora->is_plain &= entry->adapter.is_plain;
     }
     struct segments segments = {
         .slot = place_ints(batch, T, &lora->slot),

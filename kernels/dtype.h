@@ -2,6 +2,7 @@
 #ifndef MLORA_KERNELS_DTYPE_H
 #define MLORA_KERNELS_DTYPE_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
@@ -101,6 +102,23 @@ static inline void dtype_narrow(void *out, enum dtype dtype, const float *values
         for (size_t i = 0; i < n; i++) half[i] = bf16_from_f32(values[i]);
     else
         for (size_t i = 0; i < n; i++) half[i] = f16_from_f32(values[i]);
+}
+
+/* Whether none of `n` values of an aligned array is infinite or NaN. */
+static inline bool dtype_is_finite(const void *array, enum dtype dtype, size_t n)
+{
+    const uint32_t exponent = dtype == DTYPE_F32    ? 0x7f800000u
+                              : dtype == DTYPE_BF16 ? 0x7f80u
+                                                    : 0x7c00u;
+    unsigned n_others = 0;
+
+    if (dtype == DTYPE_F32)
+        for (size_t i = 0; i < n; i++)
+            n_others |= (((const uint32_t *)array)[i] & exponent) == exponent;
+    else
+        for (size_t i = 0; i < n; i++)
+            n_others |= (((const uint16_t *)array)[i] & exponent) == exponent;
+    return n_others == 0;
 }
 
 /* Element i of an array, which need not be aligned. */

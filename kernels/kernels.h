@@ -120,7 +120,9 @@ struct kernels {
 
     /* h[t, i, r] = dot(A[r, :], x[t, :]) for each token t with an adapter, slice i of the site
      * that the adapter changes, r < that linear's rank; the rest of h is not written.
-     *   h [T, n_slices, max_rank] f32    x [T, K] dtype */
+     *   h [T, n_slices, max_rank] f32    x [T, K] dtype
+     * The next op may make it if it is the product of x, together with what lora_expand adds to its
+     * result; what h holds after that is not defined. */
     void (*lora_shrink)(struct device *dev, float *h, const void *x, const struct lora_view *lora,
                         const struct lora_site *site, int layer, enum dtype dtype);
 

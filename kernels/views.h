@@ -136,6 +136,9 @@ struct lora_view {
     /* Some adapter of the step changes these: else the ops for them are not called. */
     bool changes_embedding, changes_head, changes_norms;
     bool expands_more; /* some factors of the step have g, b_bias or bias_delta */
+    /* All factors of the step are bf16 and finite, begin at multiples of 16 bytes and have a rank
+     * that is a multiple of 8: false where nobody knows. */
+    bool is_plain;
     /* Segments of slot -1, which no op works on, may stand among the others, and those of fewer
      * than one token; their tokens count in n_tokens. */
     bool has_base_segments;

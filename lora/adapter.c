@@ -33,6 +33,7 @@ struct loader {
     struct buffer *derived;                 /* what was computed with the base: floats */
     bool again;                             /* `derived` is there: it is read, else written */
     size_t derived_at;                      /* bytes of it that were read */
+    bool has_infinite;                      /* a factor has, or NaN */
     struct matrix lent;                     /* the adapter's own embedding or head on the device */
 };
 
@@ -111,8 +112,10 @@ static mlora_status put_matrix(struct loader *loader, const struct tensor *tenso
         values_read(&loader->values, &loader->plan->file, tensor, row, rows, dtype, &values);
     if (status == MLORA_OK)
         status = values_shape(&loader->values, &values, rows, tensor->shape[1], form, parts, dtype);
-    if (status == MLORA_OK) memcpy(to, values, (size_t)bytes);
-    return status;
+    if (status != MLORA_OK) return status;
+    memcpy(to, values, (size_t)bytes);
+    if (!dtype_is_finite(to, dtype, (size_t)(rows * columns))) loader->has_infinite = true;
+    return MLORA_OK;
 }
 
 /* The base's matrix of a linear, on the device; a copy in the file, which is lent to the device until
@@ -410,7 +413,7 @@ static mlora_status compare_copies(struct loader *loader)
                         plan->head, &loader->base->head);
 }
 
-static void note_changes(struct adapter *adapter)
+static void note_changes(struct adapter *adapter, bool is_finite)
 {
     const struct lora_factors *outside = &adapter->factors[adapter->n_layers * LORA_LINEARS];
     const struct lora_own *own = &adapter->own;
@@ -419,9 +422,11 @@ static void note_changes(struct adapter *adapter)
         outside[LORA_EMBEDDING].a || own->embedding.data || own->embedding_rows.n > 0;
     adapter->changes_head = outside[LORA_HEAD].a || own->head.data || own->head_rows.n > 0;
     adapter->changes_norms = own->norms != NULL;
+    adapter->is_plain = is_finite;
     for (int i = 0; i < (adapter->n_layers + 1) * LORA_LINEARS; i++) {
         const struct lora_factors *factors = &adapter->factors[i];
         adapter->expands_more |= factors->g || factors->b_bias || factors->bias_delta;
+        adapter->is_plain &= !factors->a || (factors->dtype == DTYPE_BF16 && factors->R % 8 == 0);
     }
 }
 
@@ -501,7 +506,7 @@ mlora_status adapter_load(struct adapter *out, struct device *dev, const struct 
     adapter.bytes = loader.at;
     status = fill_image(&loader, &adapter);
     if (status != MLORA_OK) goto done;
-    note_changes(&adapter);
+    note_changes(&adapter, !loader.has_infinite);
 
 done:
     if (loader.lent.data) dev->ops->free(dev, (void *)(uintptr_t)loader.lent.data);

@@ -103,7 +103,7 @@ struct adapter {
     int64_t bytes;
     int n_layers;
     int max_rank;
-    bool changes_embedding, changes_head, changes_norms, expands_more; /* as in lora_view */
+    bool changes_embedding, changes_head, changes_norms, expands_more, is_plain; /* of lora_view */
     int32_t *invocation; /* [n_invocation] as in the plan */
     int n_invocation;
     char *warnings;         /* a line each, "" if none */

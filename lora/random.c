@@ -32,7 +32,8 @@ mlora_status adapter_random(struct adapter *out, const struct model_config *conf
                             uint64_t seed)
 {
     const int L = config->n_layers;
-    struct adapter adapter = {.n_layers = L, .max_rank = rank, .origin = ALIGNMENT};
+    struct adapter adapter = {
+        .n_layers = L, .max_rank = rank, .origin = ALIGNMENT, .is_plain = rank % 8 == 0};
     const uint64_t made_from[2] = {seed, (uint64_t)rank};
     uintptr_t at = adapter.origin;
 

@@ -81,13 +81,37 @@ struct deferred {
     struct addend addend;
 };
 
-/* What lora_expand is going to add to a y, made by lora_shrink. z NULL: nothing */
+/* A lora_view and lora_site as a kernel argument. */
+struct lora_args {
+    const struct lora_factors *factors; /* [S, L, LORA_LINEARS] */
+    const int32_t *slot;                /* [T] */
+    const int32_t *segment_slot, *segment_start, *order;
+    int L, n_segments, n_tokens, max_rank, max_segment;
+    bool is_part; /* one segment of several: it need not begin at order[0], nor have n_tokens */
+    int layer, linear, n_slices, K, N;
+    int h_token, h_slice; /* floats of h from one to the next */
+    int offset[LORA_SLICES_MAX], width[LORA_SLICES_MAX];
+};
+
+/* What lora_expand is going to add to a y, by order of lora_shrink. z NULL: nothing */
 struct delta {
     float *z;
     const int32_t *slot;
     const float *h;
     int linear, layer, T, N;
+    bool is_added; /* the product has it already */
 };
+
+/* What lora_shrink left to the next op: the product of x may add it to its result as it goes; before
+ * any other it is made by itself, as z. x NULL: nothing */
+struct left {
+    const bf16 *x;
+    float *h, *z;
+    bool has_tiles, is_plain;
+    struct lora_args args;
+};
+
+struct exchange; /* lora_inside.cuh */
 
 struct cuda_device {
     struct device base; /* first: a struct device * is one of these */
@@ -108,8 +132,10 @@ struct cuda_device {
     int *counters;
     struct grown scratch;       /* of one op: the next may overwrite it */
     struct grown parts, deltas; /* of `deferred` */
+    struct exchange *exchange;  /* of products with LoRA inside */
     struct deferred deferred;
     struct delta delta;
+    struct left left;
     bool is_lent; /* scratch is a caller's: it does not grow */
     struct staging staging;
     cudaEvent_t fences[FENCES];
@@ -126,6 +152,10 @@ struct cuda_device *cuda_begin_adding(struct device *dev, const void *y, struct 
 
 /* The same for an op that only adds to y, whatever else is still to be added. */
 struct cuda_device *cuda_begin_beside(struct device *dev);
+
+/* The same for a product, which may take up what lora_shrink left; else lora_make_left() is next. */
+struct cuda_device *cuda_begin_product(struct device *dev);
+void lora_make_left(struct cuda_device *cuda);
 
 /* Leave `addend` to the op that reads y next, after what was left to it before. */
 void cuda_defer(struct cuda_device *cuda, void *y, enum dtype y_dtype, int T, int N,
@@ -317,6 +347,7 @@ void clock_close(struct clock_marks *marks); /* accepts NULL */
 /* cuda_matmul of bf16 for few tokens, where it can be bound by one read of w; false elsewhere. */
 bool matmul_stream(struct cuda_device *cuda, float *y, const bf16 *x, const struct matrix *w,
                    const float *bias, int T);
+cudaError_t matmul_open(struct cuda_device *cuda); /* makes `exchange` */
 /* cublasLt, for cuda->blas, which is to be closed after a failure, too. */
 mlora_status blas_open(struct cuda_device *cuda, const char *cache_dir, const char *gpu);
 void blas_close(struct blas *blas); /* accepts NULL */
@@ -434,6 +465,17 @@ static inline __device__ void grid_begin()
 {
     grid_release();
     grid_wait();
+}
+
+/* What other blocks have stored there by now. */
+static inline __device__ uint4 load_now(const void *from)
+{
+    uint4 bits;
+    asm volatile("ld.relaxed.gpu.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
+                 : "l"(from)
+                 : "memory");
+    return bits;
 }
 
 /* A barrier for all threads of the cluster's blocks: what one wrote before, the others see after.

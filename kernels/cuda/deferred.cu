@@ -51,6 +51,17 @@ struct cuda_device *cuda_begin_beside(struct device *dev)
     return begun;
 }
 
+struct cuda_device *cuda_begin_product(struct device *dev)
+{
+    struct cuda_device *cuda = (struct cuda_device *)dev;
+    const struct left left = cuda->left;
+
+    cuda->left.x = NULL;
+    struct cuda_device *begun = cuda_begin(dev);
+    cuda->left = left;
+    return begun;
+}
+
 void cuda_defer(struct cuda_device *cuda, void *y, enum dtype y_dtype, int T, int N,
                 const struct addend *addend)
 {

@@ -36,6 +36,7 @@ struct cuda_device *cuda_begin(struct device *dev)
     struct cuda_device *cuda = (struct cuda_device *)dev;
     if (cuda->failure[0]) return NULL;
     cuda_check(cuda, cudaSetDevice(cuda->ordinal), "cudaSetDevice");
+    if (cuda->left.x) lora_make_left(cuda);
     if (cuda->deferred.y) cuda_add_deferred(cuda);
     return cuda->failure[0] ? NULL : cuda;
 }
@@ -214,6 +215,7 @@ static void device_close(struct device *dev)
     for (int i = 0; i < cuda->deltas.n; i++) cudaFree(cuda->deltas.memory[i]);
     for (int i = 0; i < cuda->parts.n; i++) cudaFree(cuda->parts.memory[i]);
     cudaFree(cuda->counters);
+    cudaFree(cuda->exchange);
     cudaFreeHost(cuda->staging.up);
     cudaFreeHost(cuda->staging.down);
     for (int half = 0; half < 2; half++)
@@ -260,6 +262,7 @@ static cudaError_t open_parts(struct cuda_device *cuda)
     cudaError_t error = cudaStreamCreateWithFlags(&cuda->stream, cudaStreamNonBlocking);
     if (error == cudaSuccess) error = cudaMalloc((void **)&cuda->counters, bytes);
     if (error == cudaSuccess) error = cudaMemsetAsync(cuda->counters, 0, bytes, cuda->stream);
+    if (error == cudaSuccess) error = matmul_open(cuda);
     if (error == cudaSuccess)
         error = cudaHostAlloc((void **)&staging->up, 2 * STAGING_HALF, cudaHostAllocDefault);
     if (error == cudaSuccess)

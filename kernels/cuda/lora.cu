@@ -37,7 +37,10 @@ void cuda_lora_shrink(struct device *dev, float *h, const void *x, const struct 
         return;
     }
     const bool tiles = lora_wants_tiles(lora) && lora_shrink_has_tiles(x, &args, dtype);
-    const bool has_delta = lora_begins_delta(cuda, h, lora, site, layer, dtype);
+    if (lora_begins_delta(cuda, h, lora, site, layer, dtype)) {
+        cuda->left = {(const bf16 *)x, h, cuda->delta.z, tiles, lora->is_plain, args};
+        return;
+    }
     cuda_fork(cuda); /* the base product reads the same x and writes another y */
     for_parts(lora, &args, [&](const struct lora_args *part) {
         if (tiles)
@@ -45,7 +48,20 @@ void cuda_lora_shrink(struct device *dev, float *h, const void *x, const struct 
         else
             lora_shrink_by_row(cuda, h, x, part, dtype);
     });
-    if (has_delta) lora_delta(cuda, &args);
+    cuda_fork_end(cuda);
+}
+
+void lora_make_left(struct cuda_device *cuda)
+{
+    const struct left left = cuda->left;
+
+    cuda->left.x = NULL;
+    cuda_fork(cuda); /* the base product reads the same x and writes another y */
+    if (left.has_tiles)
+        lora_shrink_by_tile(cuda, left.h, left.x, &left.args);
+    else
+        lora_shrink_by_row(cuda, left.h, left.x, &left.args, DTYPE_BF16);
+    lora_delta(cuda, left.z, left.h, &left.args);
     cuda_fork_end(cuda);
 }
 

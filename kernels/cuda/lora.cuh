@@ -6,18 +6,6 @@
 #include "kernels/cuda/cuda.cuh"
 #include "kernels/cuda/lora_choice.h"
 
-/* A lora_view and lora_site as a kernel argument. */
-struct lora_args {
-    const struct lora_factors *factors; /* [S, L, LORA_LINEARS] */
-    const int32_t *slot;                /* [T] */
-    const int32_t *segment_slot, *segment_start, *order;
-    int L, n_segments, n_tokens, max_rank, max_segment;
-    bool is_part; /* one segment of several: it need not begin at order[0], nor have n_tokens */
-    int layer, linear, n_slices, K, N;
-    int h_token, h_slice; /* floats of h from one to the next */
-    int offset[LORA_SLICES_MAX], width[LORA_SLICES_MAX];
-};
-
 static inline struct lora_args lora_args(const struct lora_view *lora, const struct lora_site *site,
                                          int layer)
 {
@@ -84,11 +72,12 @@ static inline int lora_chunks(const struct lora_args *args, int size)
     return n;
 }
 
-/* Whether what adapters add is computed beside the product: then shrink is followed at once by
- * lora_delta(), and expand has nothing left to do but to say which y it is for: lora_defers(). */
+/* Whether what adapters add is made together with the base product of the same x: then shrink leaves
+ * that to it: cuda->left, and expand has nothing left to do but to say which y it is for:
+ * lora_defers(). */
 bool lora_begins_delta(struct cuda_device *cuda, const float *h, const struct lora_view *lora,
                        const struct lora_site *site, int layer, enum dtype dtype);
-void lora_delta(struct cuda_device *cuda, const struct lora_args *args);
+void lora_delta(struct cuda_device *cuda, float *z, const float *h, const struct lora_args *args);
 bool lora_defers(struct cuda_device *cuda, void *y, const float *h, const struct lora_site *site,
                  int layer, enum dtype y_dtype);
 

@@ -119,11 +119,11 @@ bool lora_begins_delta(struct cuda_device *cuda, const float *h, const struct lo
     const size_t bytes = (size_t)DELTA_TOKENS * site->N * sizeof(float);
     float *z = (float *)cuda_grow(cuda, &cuda->deltas, bytes, "lora_shrink");
     if (!z) return false;
-    cuda->delta = {z, lora->slot, h, site->linear, layer, lora->n_rows, site->N};
+    cuda->delta = {z, lora->slot, h, site->linear, layer, lora->n_rows, site->N, false};
     return true;
 }
 
-void lora_delta(struct cuda_device *cuda, const struct lora_args *args)
+void lora_delta(struct cuda_device *cuda, float *z, const float *h, const struct lora_args *args)
 {
     const int chunks = lora_chunks(args, BLOCK_N);
     const int eights = min_int(EIGHTS_MAX, ceil_div(args->max_segment, EIGHT));
@@ -131,8 +131,7 @@ void lora_delta(struct cuda_device *cuda, const struct lora_args *args)
     const auto kernel = args->max_rank <= 16   ? lora_delta_kernel<1>
                         : args->max_rank <= 32 ? lora_delta_kernel<2>
                                                : lora_delta_kernel<0>;
-    cuda_launch(cuda, "lora_delta", kernel, grid, DELTA_BLOCK, 0, 1, cuda->delta.z, cuda->delta.h,
-                *args, eights);
+    cuda_launch(cuda, "lora_delta", kernel, grid, DELTA_BLOCK, 0, 1, z, h, *args, eights);
 }
 
 bool lora_defers(struct cuda_device *cuda, void *y, const float *h, const struct lora_site *site,
@@ -145,7 +144,7 @@ bool lora_defers(struct cuda_device *cuda, void *y, const float *h, const struct
         return false;
     addend.z = delta.z;
     addend.slot = delta.slot;
-    cuda_defer(cuda, y, y_dtype, delta.T, delta.N, &addend);
+    if (!delta.is_added) cuda_defer(cuda, y, y_dtype, delta.T, delta.N, &addend);
     cuda->delta.z = NULL;
     return true;
 }

@@ -206,7 +206,7 @@ static bool matmul_f16(struct cuda_device *cuda, void *y, enum dtype y_dtype, co
 void cuda_matmul(struct device *dev, void *y, enum dtype y_dtype, const void *x,
                  const struct matrix *w, const float *bias, int T, enum dtype dtype)
 {
-    struct cuda_device *cuda = cuda_begin(dev);
+    struct cuda_device *cuda = cuda_begin_product(dev);
     if (!cuda || T == 0) return;
     assert(y_dtype != DTYPE_F16 && T <= 65535);
 
@@ -215,6 +215,7 @@ void cuda_matmul(struct device *dev, void *y, enum dtype y_dtype, const void *x,
     if (aligned && w->dtype == DTYPE_BF16 && dtype == DTYPE_BF16 && y_dtype == DTYPE_F32)
         done = matmul_stream(cuda, (float *)y, (const bf16 *)x, w, bias, T);
     if (done) return;
+    if (cuda->left.x) lora_make_left(cuda);
     if ((T > 1 || w->K > MATVEC_K) && aligned && w->dtype == dtype)
         done = matmul_same(cuda, y, y_dtype, x, w, bias, T);
     else if (T > 1 && aligned && w->dtype == DTYPE_F16 && dtype == DTYPE_BF16)

@@ -7,6 +7,7 @@
  * that reads y adds up what they have summed: a cluster of blocks that did so here could begin only
  * when the kernel before has left that many multiprocessors. How a row is summed depends on N and K
  * alone, not on the tokens beside it. */
+#include "kernels/cuda/lora_inside.cuh"
 #include "kernels/cuda/wgmma.cuh"
 
 /* ---- kernels ------------------------------------------------------------------------------ */
@@ -14,45 +15,58 @@
 enum {
     ROWS = 128, /* of w, a block: a warpgroup has 64 */
     CONSUMERS = ROWS / 64 * 128,
-    STREAM_BLOCK = CONSUMERS + WARP,
+    STREAM_BLOCK = CONSUMERS + 2 * WARP,
     STREAM_TOKENS = 64,
-    /* All buffers. More would keep small kernels, and LoRA's beside this one, out. */
-    BUFFERS = 150 * 1024,
+    /* Panels of w that a block has asked for and has not got: they keep the memory busy. With more of
+     * them all that others read beside it, and x, would wait longer. */
+    IN_FLIGHT = 4,
+    /* Panels that are multiplied after what LoRA adds: a part of a block's, and those at least. */
+    LATE_PART = 4,
+    LATE_MIN = 2,
 };
 
-/* A stage of the ring of buffers: panels of ROWS rows of w, then of TOKENS of x. */
-template <int TOKENS> struct ring {
+/* Rings of buffers: panels of ROWS rows of w, and of TOKENS of x. More would keep small kernels, and
+ * LoRA's beside this one, out. */
+template <int TOKENS, typename Lora> struct ring {
     enum {
         W_BYTES = ROWS * PANEL_ROW,
-        STAGE = W_BYTES + TOKENS * PANEL_ROW,
-        STAGES = BUFFERS / STAGE,
-        SHARED = STAGES * STAGE + 1024, /* to begin at a multiple of 1,024 */
+        X_BYTES = TOKENS * PANEL_ROW,
+        W_STAGES = TOKENS > 16 ? 6 : 7,
+        X_STAGES = TOKENS > 16 ? 4 : 7,
+        X_AT = W_STAGES * W_BYTES,
+        B_AT = X_AT + X_STAGES * X_BYTES,
+        B_BYTES = Lora::THREADS > 0 ? INSIDE_STEPS *ROWS *INSIDE_ROW : 0,
+        H_AT = B_AT + B_BYTES,
+        H_BYTES = Lora::THREADS > 0 ? INSIDE_STAGED : 0,
+        SHARED = H_AT + H_BYTES + 1024, /* to begin at a multiple of 1,024 */
     };
 };
 
-/* The copying thread: panels [begin, begin + n) of w from row n0 on, and of x. */
-template <int TOKENS>
-static __device__ void copy_panels(uint32_t stages, uint32_t full, uint32_t empty,
-                                   const CUtensorMap *x, const CUtensorMap *w, int n0, int begin,
-                                   int n, int x_bytes)
+/* The thread that copies w: panels [begin, begin + n) from row n0 on. */
+template <typename R>
+static __device__ void copy_w(uint32_t stages, uint32_t w_full, uint32_t empty,
+                              const CUtensorMap *w, int n0, int begin, int n)
 {
-    using R = ring<TOKENS>;
-    const int ahead = min_int(n, R::STAGES);
-
-    for (int i = 0; i < ahead; i++) {
-        barrier_expect(full + i * 8, R::W_BYTES + x_bytes);
-        copy_box(stages + i * R::STAGE, w, n0, (begin + i) * PANEL, full + i * 8);
+    for (int i = 0; i < n; i++) {
+        const int s = i % R::W_STAGES, before = i - IN_FLIGHT;
+        if (before >= 0) barrier_wait(w_full + before % R::W_STAGES * 8, before / R::W_STAGES);
+        if (i >= R::W_STAGES) barrier_wait(empty + s * 8, i / R::W_STAGES - 1);
+        barrier_expect(w_full + s * 8, R::W_BYTES);
+        copy_box(stages + s * R::W_BYTES, w, n0, (begin + i) * PANEL, w_full + s * 8);
     }
-    grid_wait(); /* now x can be read */
-    for (int i = 0; i < ahead; i++)
-        copy_box(stages + i * R::STAGE + R::W_BYTES, x, 0, (begin + i) * PANEL, full + i * 8);
-    for (int i = ahead; i < n; i++) {
-        const int s = i % R::STAGES;
-        const uint32_t at = stages + s * R::STAGE;
-        barrier_wait(empty + s * 8, i / R::STAGES - 1);
-        barrier_expect(full + s * 8, R::W_BYTES + x_bytes);
-        copy_box(at, w, n0, (begin + i) * PANEL, full + s * 8);
-        copy_box(at + R::W_BYTES, x, 0, (begin + i) * PANEL, full + s * 8);
+}
+
+/* The thread that copies x. */
+template <typename R>
+static __device__ void copy_x(uint32_t stages, uint32_t x_full, uint32_t empty,
+                              const CUtensorMap *x, int begin, int n, int x_bytes)
+{
+    grid_wait();
+    for (int i = 0; i < n; i++) {
+        const int s = i % R::X_STAGES;
+        if (i >= R::X_STAGES) barrier_wait(empty + s * 8, i / R::X_STAGES - 1);
+        barrier_expect(x_full + s * 8, x_bytes);
+        copy_box(stages + R::X_AT + s * R::X_BYTES, x, 0, (begin + i) * PANEL, x_full + s * 8);
     }
 }
 
@@ -61,42 +75,74 @@ static __device__ void copy_panels(uint32_t stages, uint32_t full, uint32_t empt
  *
  *   y [T, N]    parts [shares - 1, T, N]    bias [N] or NULL
  *   x [T, K], w [N, K]: maps with boxes of x_bytes / PANEL_ROW and ROWS rows    n_panels of k
- *   grid (N / ROWS, shares)    block STREAM_BLOCK    shared ring<TOKENS>::SHARED */
-template <int TOKENS>
-static __global__ void __launch_bounds__(STREAM_BLOCK)
+ *   grid tiles of N / ROWS times shares, and what more blocks `lora` gets
+ *   block STREAM_BLOCK + Lora::THREADS    shared ring<TOKENS, Lora>::SHARED
+ * With LoRA it takes as many registers as leave room for small kernels beside it: half of them. */
+template <int TOKENS, typename Lora>
+static __global__ void __launch_bounds__(STREAM_BLOCK + Lora::THREADS, Lora::THREADS > 0 ? 2 : 1)
     matmul_stream_kernel(float *y, float *parts, const __grid_constant__ CUtensorMap x,
                          const __grid_constant__ CUtensorMap w, const float *__restrict__ bias,
-                         int T, int N, int n_panels, int x_bytes)
+                         int T, int N, int n_panels, int x_bytes, int tiles, int shares,
+                         const __grid_constant__ Lora lora)
 {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    using R = ring<TOKENS>;
+    using R = ring<TOKENS, Lora>;
     extern __shared__ unsigned char unaligned[];
-    __shared__ uint64_t barriers[2 * R::STAGES]; /* full, then empty */
+    __shared__ uint64_t barriers[2 * R::W_STAGES + 2 * R::X_STAGES + 1];
     const uint32_t stages = (shared_address(unaligned) + 1023) / 1024 * 1024;
-    const uint32_t full = shared_address(barriers), empty = full + R::STAGES * 8;
-    const int n0 = blockIdx.x * ROWS, share = blockIdx.y, shares = gridDim.y;
+    const uint32_t w_full = shared_address(barriers), w_empty = w_full + R::W_STAGES * 8;
+    const uint32_t x_full = w_empty + R::W_STAGES * 8, x_empty = x_full + R::X_STAGES * 8;
+    const uint32_t ready = x_empty + R::X_STAGES * 8; /* what LoRA adds */
+    const int n0 = blockIdx.x % tiles * ROWS, share = blockIdx.x / tiles;
     const int begin = n_panels * share / shares, n = n_panels * (share + 1) / shares - begin;
 
     if (threadIdx.x == 0) {
-        for (int s = 0; s < R::STAGES; s++) {
-            barrier_make(full + s * 8, 1);
-            barrier_make(empty + s * 8, CONSUMERS / 128);
+        for (int s = 0; s < R::W_STAGES; s++) {
+            barrier_make(w_full + s * 8, 1);
+            barrier_make(w_empty + s * 8, CONSUMERS / 128);
         }
+        for (int s = 0; s < R::X_STAGES; s++) {
+            barrier_make(x_full + s * 8, 1);
+            barrier_make(x_empty + s * 8, CONSUMERS / 128);
+        }
+        barrier_make(ready, max_int(1, Lora::THREADS));
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncthreads();
+    __shared__ struct inside_shared shared;
+    if constexpr (Lora::THREADS > 0) {
+        if (threadIdx.x >= STREAM_BLOCK) {
+            lora_work<TOKENS, ROWS>(lora, threadIdx.x - STREAM_BLOCK, &shared, share == 0, n0,
+                                    stages + R::B_AT, stages + R::H_AT, ready);
+            return;
+        }
+        if (share >= shares) {
+            if (threadIdx.x == 0) grid_release();
+            return;
+        }
+    }
     if (threadIdx.x >= CONSUMERS) {
-        if (threadIdx.x == CONSUMERS)
-            copy_panels<TOKENS>(stages, full, empty, &x, &w, n0, begin, n, x_bytes);
+        if (threadIdx.x == CONSUMERS) copy_w<R>(stages, w_full, w_empty, &w, n0, begin, n);
+        if (threadIdx.x == CONSUMERS + WARP)
+            copy_x<R>(stages, x_full, x_empty, &x, begin, n, x_bytes);
         return;
     }
 
     float sum[TOKENS / 2] = {};
+    const int late = share == 0 ? max_int(0, n - max_int(LATE_MIN, n / LATE_PART)) : n;
+#pragma unroll 1
     for (int i = 0; i < n; i++) {
-        const int s = i % R::STAGES;
-        const uint32_t x_panel = stages + s * R::STAGE + R::W_BYTES;
-        const uint32_t w_panel = stages + s * R::STAGE + threadIdx.x / 128 * (64 * PANEL_ROW);
-        barrier_wait(full + s * 8, i / R::STAGES);
+        const int ws = i % R::W_STAGES, xs = i % R::X_STAGES;
+        const uint32_t w_panel = stages + ws * R::W_BYTES + threadIdx.x / 128 * (64 * PANEL_ROW);
+        const uint32_t x_panel = stages + R::X_AT + xs * R::X_BYTES;
+        if constexpr (Lora::THREADS > 0)
+            if (i == late) {
+                barrier_wait(ready, 0);
+                add_inside<TOKENS, ROWS>(sum, lora, &shared, threadIdx.x / WARP * 16,
+                                         stages + R::B_AT, stages + R::H_AT);
+            }
+        barrier_wait(w_full + ws * 8, i / R::W_STAGES);
+        barrier_wait(x_full + xs * 8, i / R::X_STAGES);
         if (i == 0) grid_release(); /* not before x: what is launched sooner holds that up */
         products_begin();
 #pragma unroll
@@ -104,7 +150,10 @@ static __global__ void __launch_bounds__(STREAM_BLOCK)
             product_rows(sum, operand(w_panel + k * 32, 16), operand(x_panel + k * 32, 16));
         products_commit();
         products_wait<0>();
-        if (threadIdx.x % 128 == 0) barrier_arrive(empty + s * 8);
+        if (threadIdx.x % 128 == 0) {
+            barrier_arrive(w_empty + ws * 8);
+            barrier_arrive(x_empty + xs * 8);
+        }
     }
     products_land(sum);
     grid_wait(); /* y and parts may have been read until now */
@@ -141,20 +190,66 @@ static int shares_of(const struct cuda_device *cuda, int tiles, int n_panels)
     return shares;
 }
 
-template <int TOKENS>
-static void launch(struct cuda_device *cuda, float *y, float *parts, const bf16 *x,
-                   const struct matrix *w, const float *bias, int T, int shares)
-{
-    const int n_panels = ceil_div(w->K, PANEL), x_rows = ceil_div(T, 8) * 8;
-    const CUtensorMapL2promotion promotion = CU_TENSOR_MAP_L2_PROMOTION_L2_128B;
-    const CUtensorMap x_map = map_panels(cuda, x, T, w->K, x_rows, promotion, "matmul");
-    const CUtensorMap w_map =
-        map_panels(cuda, (const bf16 *)w->data, w->N, w->K, ROWS, promotion, "matmul");
+/* Everything but LoRA that a launch needs to know. */
+struct stream {
+    float *y, *parts;
+    const bf16 *x;
+    const struct matrix *w;
+    const float *bias;
+    int T, tiles, shares;
+};
 
-    cuda_allow_shared(cuda, matmul_stream_kernel<TOKENS>, ring<TOKENS>::SHARED, "matmul");
-    cuda_launch(cuda, "matmul", matmul_stream_kernel<TOKENS>, dim3(ceil_div(w->N, ROWS), shares),
-                STREAM_BLOCK, ring<TOKENS>::SHARED, 1, y, parts, x_map, w_map, bias, T, w->N,
-                n_panels, x_rows * PANEL_ROW);
+template <int TOKENS, typename Lora>
+static void launch(struct cuda_device *cuda, const struct stream *s, const Lora &lora, int blocks)
+{
+    const int K = s->w->K, N = s->w->N, x_rows = ceil_div(s->T, 8) * 8;
+    const CUtensorMapL2promotion promotion = CU_TENSOR_MAP_L2_PROMOTION_L2_128B;
+    const CUtensorMap x_map = map_panels(cuda, s->x, s->T, K, x_rows, promotion, "matmul");
+    const CUtensorMap w_map =
+        map_panels(cuda, (const bf16 *)s->w->data, N, K, ROWS, promotion, "matmul");
+    const auto kernel = matmul_stream_kernel<TOKENS, Lora>;
+
+    cuda_allow_shared(cuda, kernel, ring<TOKENS, Lora>::SHARED, "matmul");
+    cuda_launch(cuda, "matmul", kernel, blocks, STREAM_BLOCK + Lora::THREADS,
+                ring<TOKENS, Lora>::SHARED, 1, s->y, s->parts, x_map, w_map, s->bias, s->T, N,
+                ceil_div(K, PANEL), x_rows * PANEL_ROW, s->tiles, s->shares, lora);
+}
+
+template <typename Lora>
+static void launch(struct cuda_device *cuda, const struct stream *s, const Lora &lora, int blocks)
+{
+    if (s->T <= 16)
+        launch<16>(cuda, s, lora, blocks);
+    else
+        launch<STREAM_TOKENS>(cuda, s, lora, blocks);
+}
+
+/* Take up what lora_shrink left, if it is for this x and w, and no more than a block has room for. */
+static bool launch_inside(struct cuda_device *cuda, const struct stream *s)
+{
+    const struct left *left = &cuda->left;
+    const struct lora_args *args = &left->args;
+    const int blocks = s->tiles * s->shares;
+    struct lora_inside lora = {};
+
+    if (!left->is_plain || left->x != s->x || args->K != s->w->K || args->K % INSIDE_STEP != 0)
+        return false;
+    for (int i = 0; i < args->n_slices; i++)
+        if (args->width[i] % ROWS != 0) return false; /* a tile would be of two slices */
+    lora.args = *args;
+    lora.x = s->x;
+    lora.exchange = cuda->exchange;
+    lora.T = s->T;
+    lora.n_blocks = cuda->n_sms;
+    lora.tiles_a_slice = ceil_div(args->max_rank, SIXTEEN);
+    lora.row_tiles = args->n_slices * lora.tiles_a_slice;
+    lora.n_units = lora_tiles(args, SIXTEEN) * lora.row_tiles * INSIDE_PARTS;
+    lora.steps = args->n_segments * lora.tiles_a_slice;
+    if (lora.steps > INSIDE_STEPS || lora.tiles_a_slice > INSIDE_TILES) return false;
+    cuda->left.x = NULL;
+    cuda->delta.is_added = true;
+    launch(cuda, s, lora, max_int(blocks, cuda->n_sms));
+    return true;
 }
 
 bool matmul_stream(struct cuda_device *cuda, float *y, const bf16 *x, const struct matrix *w,
@@ -162,24 +257,37 @@ bool matmul_stream(struct cuda_device *cuda, float *y, const bf16 *x, const stru
 {
     enum { WAVES_MAX = 4 }; /* what a block brings in ahead is worth less in later ones */
     const int tiles = ceil_div(w->N, ROWS);
+    struct stream s = {y, NULL, x, w, bias, T, tiles, 1};
     struct addend addend = {};
 
     if (!cuda->encode_tensor_map || cuda->is_lent || T > STREAM_TOKENS || w->K % GROUP != 0 ||
         !is_aligned(x) || !is_aligned(w->data) || tiles > WAVES_MAX * cuda->n_sms)
         return false;
-    const int shares = shares_of(cuda, tiles, ceil_div(w->K, PANEL));
-    addend.n_parts = shares - 1;
+    s.shares = shares_of(cuda, tiles, ceil_div(w->K, PANEL));
+    addend.n_parts = s.shares - 1;
     addend.part = (size_t)T * w->N;
-    if (shares > 1) {
+    if (s.shares > 1) {
         const size_t bytes = (size_t)PRODUCT_PARTS * STREAM_TOKENS * w->N * sizeof(float);
-        float *parts = (float *)cuda_grow(cuda, &cuda->parts, bytes, "matmul");
-        if (!parts) return true;
-        addend.parts = parts;
+        s.parts = (float *)cuda_grow(cuda, &cuda->parts, bytes, "matmul");
+        if (!s.parts) return true;
+        addend.parts = s.parts;
     }
-    if (T <= 16)
-        launch<16>(cuda, y, (float *)addend.parts, x, w, bias, T, shares);
-    else
-        launch<STREAM_TOKENS>(cuda, y, (float *)addend.parts, x, w, bias, T, shares);
-    if (shares > 1) cuda_defer(cuda, y, DTYPE_F32, T, w->N, &addend);
+    if (!cuda->left.x || !launch_inside(cuda, &s)) {
+        if (cuda->left.x) lora_make_left(cuda);
+        launch(cuda, &s, lora_not_inside(), tiles * s.shares);
+    }
+    if (s.shares > 1) cuda_defer(cuda, y, DTYPE_F32, T, w->N, &addend);
     return true;
+}
+
+cudaError_t matmul_open(struct cuda_device *cuda)
+{
+    struct exchange *exchange;
+    cudaError_t error = cudaMalloc((void **)&exchange, sizeof *exchange);
+
+    if (error != cudaSuccess) return error;
+    cuda->exchange = exchange;
+    error = cudaMemsetAsync(exchange->h, 0xff, sizeof exchange->h, cuda->stream); /* NOTHING */
+    if (error != cudaSuccess) return error;
+    return cudaMemsetAsync(&exchange->turn, 0, 2 * sizeof(int), cuda->stream);
 }

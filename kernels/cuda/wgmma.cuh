@@ -28,6 +28,16 @@ static inline __device__ void store_shared(uint32_t to, uint4 bits)
                  : "memory");
 }
 
+static inline __device__ uint4 load_shared(uint32_t from)
+{
+    uint4 bits;
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
+                 : "r"(from)
+                 : "memory");
+    return bits;
+}
+
 /* ---- barriers ----------------------------------------------------------------------------- */
 
 /* In shared memory, 8 bytes: a phase ends when `arrivals` have arrived and all bytes that were

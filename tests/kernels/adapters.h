@@ -20,6 +20,10 @@ void adapters_free(struct adapters *adapters);
 void adapters_random(struct adapters *adapters, struct numbers *numbers,
                      const struct lora_site *site);
 
+/* Six whose factors are bf16, with ranks `rank` and 8. */
+void adapters_plain(struct adapters *adapters, struct numbers *numbers,
+                    const struct lora_site *site, int rank);
+
 /* The view of tokens with these slots. */
 struct lora_view view_of(const struct adapters *adapters, const struct lora_site *site,
                          const int32_t *slot, int T);

@@ -1,6 +1,7 @@
 /* What adapters add may be computed beside the base product and be added by the op that reads its
  * result, whichever that is: plain, recorded and replayed, against the way that adds it at once. */
 #include <criterion/criterion.h>
+#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -9,7 +10,8 @@
 
 TestSuite(lora_beside, .init = device_open, .fini = device_close);
 
-enum { K = 512, REPLAYS = 3 /* plain, recorded, replayed */ };
+enum { REPLAYS = 3 /* plain, recorded, replayed */ };
+static int K = 512; /* of the products */
 
 /* Of a run of ops: its pointers belong to no other. */
 struct run_key {
@@ -28,15 +30,32 @@ struct product {
     float *h;
 };
 
+/* Types are a number of product_types[], or -rank: the last of them with adapters that a base product
+ * may take up itself. */
+enum { PLAIN_TYPES = PRODUCT_TYPES - 1 };
+
+static enum dtype product_dtype_of(int type)
+{
+    return product_types[type < 0 ? PLAIN_TYPES : type].product;
+}
+
+static enum dtype dtype_of(int type)
+{
+    return product_types[type < 0 ? PLAIN_TYPES : type].dtype;
+}
+
 static struct product product_random(struct numbers *numbers, const struct lora_site *site, int T,
                                      int type)
 {
-    const enum dtype y_dtype = product_types[type].product, dtype = product_types[type].dtype;
+    const enum dtype y_dtype = product_dtype_of(type), dtype = dtype_of(type);
     struct product p = {.site = *site, .y_dtype = y_dtype, .dtype = dtype, .T = T};
     const size_t n_x = (size_t)(T * K), n_w = (size_t)(site->N * K);
     int32_t slot[T_MAX];
 
-    adapters_random(&p.adapters, numbers, site);
+    if (type < 0)
+        adapters_plain(&p.adapters, numbers, site, -type);
+    else
+        adapters_random(&p.adapters, numbers, site);
     for (int t = 0; t < T; t++) slot[t] = next_int(numbers, -1, S_MAX - 1);
     slot[T - 1] = 1; /* there is one at least */
     p.view = view_of(&p.adapters, site, slot, T);
@@ -76,7 +95,7 @@ static void expect_alike(const void *got, const void *want, enum dtype dtype, si
 
 static void check_silu_mul(int F, int T, int mode, int type)
 {
-    const enum dtype dtype = product_types[type].dtype;
+    const enum dtype dtype = dtype_of(type);
     const struct lora_site site = {LORA_GATE, 2, K, 2 * F, {0, F}, {F, F}, NULL};
     struct numbers numbers = {(uint64_t)(F + T)};
     struct product p = product_random(&numbers, &site, T, type);
@@ -99,7 +118,7 @@ static void check_silu_mul(int F, int T, int mode, int type)
 
 static void check_norm(int D, int T, int mode, int type)
 {
-    const enum dtype dtype = product_types[type].dtype;
+    const enum dtype dtype = dtype_of(type);
     const struct lora_site site = {LORA_O, 1, K, D, {0}, {D}, NULL};
     struct numbers numbers = {(uint64_t)(D + T)};
     struct product p = product_random(&numbers, &site, T, type);
@@ -129,7 +148,7 @@ static void check_norm(int D, int T, int mode, int type)
  * that adds nothing itself. */
 static void check_rope(int d, int n_rows, int mode, bool has_norm, bool turns, int type)
 {
-    const enum dtype dtype = product_types[type].dtype;
+    const enum dtype dtype = dtype_of(type);
     enum { H = 4, G = 2 };
     const struct heads heads = {.H = H, .G = G, .d = d};
     const int N = (H + 2 * G) * d;
@@ -177,7 +196,7 @@ static void check_rope(int d, int n_rows, int mode, bool has_norm, bool turns, i
 /* The next op is one that knows nothing of adapters, or none comes. */
 static void check_copy(int N, int T, bool copies, int type)
 {
-    const enum dtype dtype = product_types[type].product;
+    const enum dtype dtype = product_dtype_of(type);
     const struct lora_site site = {LORA_DOWN, 1, K, N, {0}, {N}, NULL};
     struct numbers numbers = {(uint64_t)(N + T)};
     struct product p = product_random(&numbers, &site, T, type);
@@ -238,4 +257,104 @@ Test(lora_beside, any_other_op_finds_it_added)
         check_copy(37, 3, true, i);
         check_copy(264, 9, false, i);
     }
+}
+
+Test(lora_beside, a_product_takes_it_up)
+{
+    for (int m = 0; m < 2; m++) {
+        check_silu_mul(128, 1, modes[m], -64);
+        check_silu_mul(1024, 3, modes[m], -16);
+        check_silu_mul(2560, 64, modes[m], -16);
+        check_norm(512, 1, modes[m], -40);
+        check_norm(1024, 16, modes[m], -16);
+        check_norm(4096, 17, modes[m], -8);
+        check_norm(4096, 64, modes[m], -16);
+        check_rope(128, 1, modes[m], false, true, -32);
+        check_rope(64, 4, modes[m], true, true, -16);
+    }
+    check_copy(256, 16, true, -16);
+    check_copy(384, 3, false, -16);
+}
+
+Test(lora_beside, a_product_takes_it_up_however_long_a_row_is)
+{
+    static const int lengths[] = {64, 192, 4160};
+
+    for (int i = 0; i < 3; i++) {
+        K = lengths[i];
+        check_norm(1024, 40, MLORA_LORA_AUTO, -16);
+        check_norm(512, 5, MLORA_LORA_AUTO, -8);
+        check_silu_mul(256, 16, MLORA_LORA_AUTO, -16);
+        check_rope(64, 4, MLORA_LORA_AUTO, false, true, -16);
+    }
+}
+
+/* Two devices of a GPU, whose ops run at the same time in any mixture: what a block of one waits for
+ * may find no multiprocessor because of blocks of the other, which wait likewise. */
+enum { SHARERS = 2, ROUNDS = 20, RUNS = 50, SHARED_T = 64, SHARED_N = 4096 };
+
+struct sharer {
+    pthread_t thread;
+    struct device *dev;
+    struct product product; /* y, h: its own */
+    float *first, *got;     /* [SHARED_T, SHARED_N] */
+    int n_different;
+};
+
+static void *run_sharer(void *user)
+{
+    struct sharer *sharer = user;
+    struct product *p = &sharer->product;
+    const struct kernels *op = sharer->dev->ops;
+    const size_t bytes = (size_t)SHARED_T * SHARED_N * sizeof(float);
+    const int runs = device_is_cpu() ? 1 : RUNS, rounds = device_is_cpu() ? 2 : ROUNDS;
+
+    for (int round = 0; round < rounds; round++) {
+        for (int i = 0; i < runs; i++) {
+            op->lora_shrink(sharer->dev, p->h, p->x, &p->view, &p->site, LAYER, p->dtype);
+            op->matmul(sharer->dev, p->y, p->y_dtype, p->x, &p->w, NULL, p->T, p->dtype);
+            op->lora_expand(sharer->dev, p->y, p->h, &p->view, &p->site, LAYER, p->y_dtype);
+        }
+        op->download(sharer->dev, round == 0 ? sharer->first : sharer->got, p->y, bytes);
+        if (op->sync(sharer->dev) != MLORA_OK) sharer->n_different++;
+        if (round > 0 && memcmp(sharer->got, sharer->first, bytes) != 0) sharer->n_different++;
+    }
+    return NULL;
+}
+
+Test(lora_beside, devices_of_one_gpu_do_not_wait_for_each_other, .timeout = 60)
+{
+    const struct lora_site site = {LORA_O, 1, K, SHARED_N, {0}, {SHARED_N}, NULL};
+    const size_t n = (size_t)SHARED_T * SHARED_N;
+    struct numbers numbers = {1};
+    struct product product = product_random(&numbers, &site, SHARED_T, -16);
+    struct sharer sharers[SHARERS];
+
+    product.view.mode = MLORA_LORA_AUTO;
+    cr_assert_eq(dev->ops->sync(dev), MLORA_OK);
+    for (int i = 0; i < SHARERS; i++) {
+        struct sharer *sharer = &sharers[i];
+        *sharer = (struct sharer){.dev = dev, .product = product};
+        sharer->product.y = device_memory(n * sizeof(float));
+        sharer->product.h = device_memory((size_t)SHARED_T * LORA_RANK_MAX * sizeof(float));
+        sharer->first = zeros(n, sizeof(float));
+        sharer->got = zeros(n, sizeof(float));
+        if (i > 0)
+            cr_assert_eq(device_is_cpu() ? cpu_device_open(&sharer->dev, 1)
+                                         : cuda_device_open(&sharer->dev, 0, NULL),
+                         MLORA_OK);
+    }
+    for (int i = 0; i < SHARERS; i++)
+        cr_assert_eq(pthread_create(&sharers[i].thread, NULL, run_sharer, &sharers[i]), 0);
+    for (int i = 0; i < SHARERS; i++) pthread_join(sharers[i].thread, NULL);
+    for (int i = 0; i < SHARERS; i++) {
+        cr_expect_eq(sharers[i].n_different, 0, "device %d", i);
+        cr_expect_arr_eq(sharers[i].first, sharers[0].first, n * sizeof(float));
+    }
+    for (int i = 0; i < SHARERS; i++) {
+        if (i > 0) sharers[i].dev->ops->close(sharers[i].dev);
+        free(sharers[i].first);
+        free(sharers[i].got);
+    }
+    adapters_free(&product.adapters);
 }

@@ -501,6 +501,24 @@ Test(adapter, widens_factors_of_two_types_to_f32)
     cr_expect_eq(host_device_allocations(), 0);
 }
 
+Test(adapter, is_plain_where_its_factors_are_bf16_and_finite)
+{
+    uint16_t a[64] = {0x3f80}, b[64] = {0x3f80};
+    struct adapter adapter;
+
+    for (int i = 0; i < 4; i++) {
+        const char *dtype = i == 3 ? "F16" : "BF16";
+        const struct tensor_data tensors[] = {
+            {"@0.self_attn.q_proj.lora_A.weight", dtype, 8, 8, a},
+            {"@0.self_attn.q_proj.lora_B.weight", dtype, 8, 8, b}};
+        a[63] = i == 1 ? 0xff80 : 0; /* -infinity */
+        b[63] = i == 2 ? 0x7fc0 : 0; /* NaN */
+        load_small(&adapter, "{\"r\": 8}", tensors, 2);
+        cr_expect_eq(adapter.is_plain, i == 0, "case %d", i);
+        adapter_free(&adapter);
+    }
+}
+
 /* BD-LoRA: B [8, 1] of rank 2 in two blocks: rows 0 to 3 are of the first rank. */
 Test(adapter, spreads_blocks_over_the_diagonal)
 {

@@ -1,0 +1,426 @@
+/* LoRA inside the streaming product: four more warps of its blocks make h while the others read the
+ * weights, which takes longer. They ask for A before x is there, like the copy engine for w, and share
+ * out K; then the warps that multiply add B times h to their sums, before the last of w has come. No
+ * launch, nothing read or written but A, B and h.
+ *
+ * Beside a stream every load waits as long as the queue before it: so h passes from block to block in
+ * one store and one load, with no fence and no counter. */
+#ifndef MLORA_KERNELS_CUDA_LORA_INSIDE_CUH
+#define MLORA_KERNELS_CUDA_LORA_INSIDE_CUH
+
+#include "kernels/cuda/lora_tile.cuh"
+#include "kernels/cuda/wgmma.cuh"
+
+enum {
+    SIXTEEN = 16, /* tokens of a tile, and of the rank that a small product takes */
+    INSIDE_WARPS = 4,
+    INSIDE_BLOCK = INSIDE_WARPS * WARP,
+    INSIDE_PARTS = 8, /* of a sum of h, however many tokens and adapters there are */
+    INSIDE_STEP = 32, /* k that a warp takes at once */
+    INSIDE_AHEAD = 4, /* such steps that it asks for at once */
+    INSIDE_STEPS = 8, /* tiles of the rank of all adapters, of a slice, at most */
+    INSIDE_TILES = 2, /* of one adapter, at most */
+    INSIDE_TOKENS = 64,
+    INSIDE_ROW = SIXTEEN * 2,                             /* bytes, in shared memory */
+    INSIDE_STAGED = INSIDE_BLOCK * INSIDE_AHEAD * 2 * 16, /* bytes of A, or of x */
+};
+
+/* Where the blocks of a product leave each other parts of h: [INSIDE_PARTS, T, n_slices tiles_a_slice,
+ * 16]. NOTHING stands where nothing has been stored, so that what has come needs no other sign. A
+ * product uses h[turn] and clears the other one, which the product before it has read. */
+struct exchange {
+    enum { SIZE = INSIDE_PARTS * INSIDE_TOKENS * LORA_SLICES_MAX * INSIDE_TILES * SIXTEEN };
+    uint32_t h[2][SIZE];
+    int turn, arrived;
+};
+static const uint32_t NOTHING = ~0u; /* a NaN that no instruction makes */
+
+/* A product's argument. */
+struct lora_inside {
+    enum { THREADS = INSIDE_BLOCK };
+    struct lora_args args;
+    const bf16 *x;
+    struct exchange *exchange;
+    int T, n_units;
+    int n_blocks;      /* that make h: the first ones */
+    int tiles_a_slice; /* of 16 of the rank */
+    int row_tiles;     /* of all slices */
+    int steps;         /* tiles of all adapters, of a slice */
+};
+struct lora_not_inside {
+    enum { THREADS = 0 };
+};
+
+#ifdef __CUDACC__
+
+/* Rows of 16 of the rank: byte of 16-byte unit `unit` of row `row`. Eight rows' lie in different
+ * banks. */
+static inline __device__ uint32_t inside_at(int row, int unit)
+{
+    return row * INSIDE_ROW + (unit ^ row / 4 % 2) * 16;
+}
+
+/* Rows [n, n + ROWS) of B of all adapters, of which a thread brings 8 elements of some: from one of
+ * them on, R elements apart from the next row's. NULL: zeros. */
+struct b_rows {
+    const bf16 *from;
+    int R;
+};
+
+struct inside_shared {
+    struct b_rows b[INSIDE_BLOCK];
+    float of_warp[INSIDE_WARPS][SIXTEEN * SIXTEEN];
+    signed char segment[INSIDE_TOKENS]; /* of a token; -1: none */
+    short rank[INSIDE_TOKENS];          /* of its adapter, in the block's slice */
+};
+
+static inline __device__ void inside_sync()
+{
+    enum { BARRIER = 1 };
+    threads_sync(BARRIER, INSIDE_BLOCK);
+}
+
+/* Whether it is so for all of these threads. */
+static inline __device__ bool inside_all(bool is_so)
+{
+    int all;
+    asm volatile("{ .reg .pred one, all;\n"
+                 "setp.ne.s32 one, %1, 0;\n"
+                 "bar.red.and.pred all, 1, %2, one;\n"
+                 "selp.s32 %0, 1, 0, all; }"
+                 : "=r"(all)
+                 : "r"((int)is_so), "n"((int)INSIDE_BLOCK)
+                 : "memory");
+    return all;
+}
+
+/* The same number; what follows from it is to be computed anew, not to be kept in registers. */
+static inline __device__ int anew(int number)
+{
+    asm volatile("" : "+r"(number));
+    return number;
+}
+
+/* Of the multiprocessor's clock; it begins anew every few seconds. */
+static inline __device__ uint32_t cycles()
+{
+    uint32_t count;
+    asm volatile("mov.u32 %0, %%clock;" : "=r"(count)::"memory");
+    return count;
+}
+
+static inline __device__ void prefetch_line(const void *line)
+{
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
+}
+
+/* A unit of h: 16 rows of A, 16 tokens of its adapter, a part of K. A lane holds 8 elements of a step
+ * of k of two rows and of two tokens: which k they are does not matter, both are held the same way. They
+ * pass through INSIDE_STAGED bytes each. */
+static inline __device__ void shrink_inside(const struct lora_inside &in, int unit, int thread,
+                                            struct inside_shared *shared, uint32_t a_staged,
+                                            uint32_t x_staged)
+{
+    const struct lora_args &args = in.args;
+    const int lane = thread % WARP, warp = thread / WARP;
+    const int part = unit % INSIDE_PARTS, row_tile = unit / INSIDE_PARTS % in.row_tiles;
+    const int slice = row_tile / in.tiles_a_slice, first = row_tile % in.tiles_a_slice * SIXTEEN;
+    struct lora_tile tokens;
+    if (!lora_find_tile(&tokens, unit / INSIDE_PARTS / in.row_tiles, args, SIXTEEN)) return;
+    const struct lora_factors f = *lora_factors_of(args, tokens.slot, slice);
+    if (!f.a || first >= f.R) return; /* all warps */
+
+    const int steps = args.K / INSIDE_STEP, a_part = ceil_div(steps, INSIDE_PARTS);
+    const int begin = part * a_part, end = min_int(steps, begin + a_part);
+    const bf16 *a_rows[2], *x_rows[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const int r = min_int(first + lane / 4 + i * 8, f.R - 1);
+        const int t = args.order[tokens.first + min_int(lane / 4 + i * 8, tokens.n - 1)];
+        a_rows[i] = (const bf16 *)f.a + (size_t)r * args.K + lane % 4 * GROUP;
+        x_rows[i] = in.x + (size_t)t * args.K + lane % 4 * GROUP;
+    }
+    const uint32_t a_at = a_staged + thread * 16, x_at = x_staged + thread * 16;
+    float sum[2][4] = {};
+    int turn, step = begin + warp;
+#pragma unroll 1
+    do { /* once at least: it may have nothing to do */
+#pragma unroll
+        for (int i = 0; i < 2 * INSIDE_AHEAD; i++) {
+            const int at = step + i / 2 * INSIDE_WARPS;
+            copy_async(a_at + i * (INSIDE_BLOCK * 16),
+                       a_rows[i % 2] + (at < end ? at * INSIDE_STEP : 0), at < end);
+        }
+        grid_wait(); /* x is there, and h has been read */
+        turn = __ldcg(&in.exchange->turn);
+#pragma unroll
+        for (int i = 0; i < 2 * INSIDE_AHEAD; i++) {
+            const int at = step + i / 2 * INSIDE_WARPS;
+            const bool valid = at < end && i % 2 * 8 < tokens.n;
+            copy_async(x_at + i * (INSIDE_BLOCK * 16),
+                       x_rows[i % 2] + (valid ? at * INSIDE_STEP : 0), valid);
+        }
+        copy_commit();
+        copy_wait<0>();
+#pragma unroll
+        for (int i = 0; i < INSIDE_AHEAD; i++) {
+            const uint4 low = load_shared(a_at + 2 * i * (INSIDE_BLOCK * 16));
+            const uint4 high = load_shared(a_at + (2 * i + 1) * (INSIDE_BLOCK * 16));
+            const uint32_t a0[4] = {low.x, high.x, low.y, high.y};
+            const uint32_t a1[4] = {low.z, high.z, low.w, high.w};
+#pragma unroll
+            for (int n = 0; n < 2; n++) {
+                const uint4 b = load_shared(x_at + (2 * i + n) * (INSIDE_BLOCK * 16));
+                mma_bf16(sum[n], a0, b.x, b.y);
+                mma_bf16(sum[n], a1, b.z, b.w);
+            }
+        }
+        step += INSIDE_AHEAD * INSIDE_WARPS;
+    } while (step < end);
+#pragma unroll
+    for (int n = 0; n < 2; n++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            const int token = n * 8 + lane % 4 * 2 + e % 2, r = lane / 4 + e / 2 * 8;
+            shared->of_warp[warp][token * SIXTEEN + r] = sum[n][e];
+        }
+    inside_sync();
+    unit = anew(unit);
+    uint32_t *h = in.exchange->h[turn] + unit % INSIDE_PARTS * (in.T * in.row_tiles * SIXTEEN) +
+                  unit / INSIDE_PARTS % in.row_tiles * SIXTEEN + thread % SIXTEEN;
+#pragma unroll 1
+    for (int i = thread; i < tokens.n * SIXTEEN; i += INSIDE_BLOCK) {
+        float total = 0.0f;
+#pragma unroll
+        for (int w = 0; w < INSIDE_WARPS; w++) total += shared->of_warp[w][i];
+        const uint32_t bits = __float_as_uint(f.scale * total);
+        __stcg(&h[args.order[tokens.first + i / SIXTEEN] * in.row_tiles * SIXTEEN],
+               bits == NOTHING ? bits >> 1 : bits);
+    }
+    inside_sync();
+}
+
+/* The sum of h's parts from `from` on, 8 elements, as parts of bf16. False: they have not come for
+ * long. */
+static inline __device__ bool load_h_unit(uint4 (&part)[H_PARTS], const uint32_t *from,
+                                          int part_size)
+{
+    const uint32_t patience = 1 << 16, start = cycles(); /* four times as long as it takes */
+    float h[GROUP] = {};
+    uint32_t three[4][H_PARTS];
+
+    /* One of them tells when to ask for all. */
+    while (load_now(from).x == NOTHING) {
+        if (cycles() - start > patience) return false;
+        __nanosleep(20);
+    }
+#pragma unroll
+    for (int half = 0; half < GROUP; half += 4) {
+        uint4 four[INSIDE_PARTS];
+        for (bool all = false; !all;) {
+            if (cycles() - start > patience) return false;
+            const int size = anew(part_size);
+            all = true;
+#pragma unroll
+            for (int p = 0; p < INSIDE_PARTS; p++) four[p] = load_now(from + half + p * size);
+#pragma unroll
+            for (int p = 0; p < INSIDE_PARTS; p++)
+                all = all && four[p].x != NOTHING && four[p].y != NOTHING && four[p].z != NOTHING &&
+                      four[p].w != NOTHING;
+        }
+#pragma unroll
+        for (int p = 0; p < INSIDE_PARTS; p++) {
+            h[half] += __uint_as_float(four[p].x);
+            h[half + 1] += __uint_as_float(four[p].y);
+            h[half + 2] += __uint_as_float(four[p].z);
+            h[half + 3] += __uint_as_float(four[p].w);
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) split_pair<H_PARTS>(three[i], h[2 * i], h[2 * i + 1]);
+#pragma unroll
+    for (int i = 0; i < H_PARTS; i++)
+        part[i] = make_uint4(three[0][i], three[1][i], three[2][i], three[3][i]);
+    return true;
+}
+
+/* h of the block's slice, once it has come: [tiles_a_slice, H_PARTS, TOKENS, 16] at `to`. False: some
+ * has not come for long. */
+template <int TOKENS>
+static inline __device__ bool take_h(const struct lora_inside &in, int slice, int thread,
+                                     const struct inside_shared *shared, const uint32_t *parts,
+                                     uint32_t to)
+{
+    const int units = 2 * in.tiles_a_slice;
+#pragma unroll 1
+    for (int first = 0; first < in.T * units; first += INSIDE_BLOCK) {
+        const int t = (first + thread) / units, unit = (first + thread) % units;
+        const int row = t * in.row_tiles + slice * in.tiles_a_slice;
+        uint4 part[H_PARTS] = {};
+        bool is_there = true;
+        if (t < in.T && unit * GROUP < shared->rank[t])
+            is_there = load_h_unit(part, parts + row * SIXTEEN + unit * GROUP,
+                                   in.T * in.row_tiles * SIXTEEN);
+        if (t < in.T)
+#pragma unroll
+            for (int i = 0; i < H_PARTS; i++)
+                store_shared(to + (unit / 2 * H_PARTS + i) * (TOKENS * INSIDE_ROW) +
+                                 inside_at(t, unit % 2),
+                             part[i]);
+        if (!inside_all(is_there)) return false;
+    }
+    return true;
+}
+
+static inline __device__ struct b_rows find_b(const struct lora_inside &in, int slice, int n,
+                                              int thread)
+{
+    const int unit = thread % (2 * in.steps), step = unit / 2;
+    const int r = step % in.tiles_a_slice * SIXTEEN + unit % 2 * GROUP;
+    const int slot = in.args.segment_slot[step / in.tiles_a_slice];
+    struct lora_factors f = {};
+    if (slot >= 0) f = *lora_factors_of(in.args, slot, slice);
+    if (!f.a || r >= f.R) return {NULL, 0};
+    return {(const bf16 *)f.b + (size_t)n * f.R + r, f.R};
+}
+
+/* visit(row, unit) for what is this thread's of `rows` rows. */
+template <typename Visit>
+static inline __device__ void for_b(const struct lora_inside &in, int rows, int thread,
+                                    const Visit &visit)
+{
+    const int units = 2 * in.steps, rows_at_once = INSIDE_BLOCK / units;
+    if (thread >= units * rows_at_once) return;
+#pragma unroll 1
+    for (int row = thread / units; row < rows; row += rows_at_once) visit(row, thread % units);
+}
+
+/* Into [steps, ROWS, 16] at `to`. */
+template <int ROWS>
+static inline __device__ void fetch_b(const struct lora_inside &in, const struct b_rows &rows,
+                                      int thread, uint32_t to)
+{
+    for_b(in, ROWS, thread, [&](int row, int unit) {
+        copy_async(to + unit / 2 * (ROWS * INSIDE_ROW) + inside_at(row, unit % 2),
+                   rows.from ? rows.from + (size_t)row * rows.R : in.x, rows.from);
+    });
+    copy_commit();
+}
+
+/* sum [64, TOKENS] of a warpgroup += rows of B, from `row` on for this warp, times h. Where none of
+ * sixteen tokens has the adapter there is nothing to do, so that it is well to have those of an adapter
+ * side by side. */
+template <int TOKENS, int ROWS>
+static inline __device__ void add_inside(float (&sum)[TOKENS / 2], const struct lora_inside &in,
+                                         const struct inside_shared *shared, int row, uint32_t b,
+                                         uint32_t h)
+{
+    const int lane = threadIdx.x % WARP;
+    uint32_t segments = 0; /* of this lane's tokens, one of each eight, in 4 bits */
+#pragma unroll
+    for (int j = 0; j < TOKENS / 8; j++)
+        segments |= (uint32_t)(shared->segment[j * 8 + lane / 4] & 15) << 4 * j;
+    b += inside_at(row + lane % 16, lane / 16);
+    h += inside_at(lane / 16 * 8 + lane % 8, lane / 8 % 2);
+#pragma unroll 1
+    for (int step = 0; step < in.steps; step++) {
+        const uint32_t segment = step / in.tiles_a_slice, tile = step % in.tiles_a_slice;
+        uint32_t b_part[4];
+        load_matrices(b_part, b + step * (ROWS * INSIDE_ROW));
+#pragma unroll
+        for (int j = 0; j < TOKENS / 8; j += 2) {
+            const bool first = (segments >> 4 * j & 15) == segment;
+            const bool second = (segments >> 4 * (j + 1) & 15) == segment;
+            if (!__any_sync(~0u, first || second)) continue;
+            uint32_t h_part[H_PARTS][4];
+#pragma unroll
+            for (int i = 0; i < H_PARTS; i++)
+                load_matrices(h_part[i], h + (tile * H_PARTS + i) * (TOKENS * INSIDE_ROW) +
+                                             j * (8 * INSIDE_ROW));
+#pragma unroll
+            for (int i = 0; i < H_PARTS; i++) {
+                mma_bf16(sum + 4 * j, b_part, first ? h_part[i][0] : 0, first ? h_part[i][1] : 0);
+                mma_bf16(sum + 4 * j + 4, b_part, second ? h_part[i][2] : 0,
+                         second ? h_part[i][3] : 0);
+            }
+        }
+    }
+}
+
+/* Whose the tokens are. */
+static inline __device__ void find_tokens(const struct lora_inside &in, int slice, int thread,
+                                          struct inside_shared *shared)
+{
+    const struct lora_args &args = in.args;
+    const int n = min_int(args.n_tokens, args.segment_start[args.n_segments]);
+
+    if (thread < INSIDE_TOKENS) shared->segment[thread] = -1, shared->rank[thread] = 0;
+    inside_sync();
+    for (int i = thread; i < n; i += INSIDE_BLOCK) {
+        int segment = 0;
+        while (i >= args.segment_start[segment + 1]) segment++;
+        const int slot = args.segment_slot[segment], t = args.order[i];
+        if (slot < 0) continue;
+        const struct lora_factors *f = lora_factors_of(args, slot, slice);
+        shared->segment[t] = segment;
+        shared->rank[t] = f->a ? f->R : 0;
+    }
+    inside_sync();
+}
+
+/* What these warps do in a block. Where `owns`, it has the ROWS rows of y from n0 on, and `ready` is told
+ * when what add_inside() reads is at b and h. */
+template <int TOKENS, int ROWS>
+static inline __device__ void lora_work(const struct lora_inside &in, int thread,
+                                        struct inside_shared *shared, bool owns, int n0, uint32_t b,
+                                        uint32_t h, uint32_t ready)
+{
+    const struct lora_args &args = in.args;
+    const int block = blockIdx.x;
+    int slice = 0;
+    while (slice + 1 < args.n_slices && n0 >= args.offset[slice + 1]) slice++;
+
+    if (owns) {
+        const struct b_rows rows = find_b(in, slice, n0 - args.offset[slice], thread);
+        shared->b[thread] = rows;
+        if (rows.from)
+            for_b(in, ROWS, thread,
+                  [&](int row, int) { prefetch_line(rows.from + (size_t)row * rows.R); });
+        find_tokens(in, slice, thread, shared);
+    }
+    int unit = block < in.n_blocks ? in.n_blocks - 1 - block : in.n_units, stride = in.n_blocks,
+        turn;
+#pragma unroll 1
+    for (;;) {
+#pragma unroll 1
+        for (; unit < in.n_units; unit += stride)
+            shrink_inside(in, unit, anew(thread), shared, b, h);
+        grid_wait();
+        turn = __ldcg(&in.exchange->turn);
+        if (!owns) break;
+        fetch_b<ROWS>(in, shared->b[thread], anew(thread), b);
+        const bool is_there =
+            take_h<TOKENS>(in, slice, anew(thread), shared, in.exchange->h[turn], h);
+        copy_wait<0>();
+        if (is_there) {
+            barrier_arrive(ready);
+            break;
+        }
+        /* Who is to make it may wait for a multiprocessor that others' kernels hold: make all of it. */
+        inside_sync();
+        unit = 0, stride = 1;
+    }
+    uint4 *other = (uint4 *)in.exchange->h[1 - turn];
+    if (block < in.n_blocks)
+        for (int i = block * INSIDE_BLOCK + thread; i < exchange::SIZE / 4;
+             i += in.n_blocks * INSIDE_BLOCK)
+            __stcg(&other[i], make_uint4(NOTHING, NOTHING, NOTHING, NOTHING));
+    inside_sync();
+    if (thread == 0 && atomicAdd(&in.exchange->arrived, 1) == (int)gridDim.x - 1) {
+        in.exchange->arrived = 0;
+        in.exchange->turn = 1 - turn;
+    }
+}
+
+#endif
+#endif
