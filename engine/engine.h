@@ -51,6 +51,7 @@ struct mlora_engine {
     struct speculation speculation;
     struct batch batch;
     bool lenient;
+    mlora_dtype lora_dtype;
     char *merged; /* an adapter is in the weights, so there is no other: its warnings; or NULL */
     int max_model_len;
     int max_queue;            /* requests that may wait beside max_num_seqs that run */

@@ -205,14 +205,17 @@ static mlora_status load_adapter(mlora_engine *engine, const char *dir, const ch
 {
     struct adapter_plan plan = {0};
     struct adapter adapter = {0};
-    struct source source = {
-        .directory = strdup(dir), .lenient = engine->lenient, .hash_key = engine->hash_key};
+    struct source source = {.directory = strdup(dir),
+                            .lenient = engine->lenient,
+                            .dtype = engine->lora_dtype,
+                            .hash_key = engine->hash_key};
 
     mlora_status status = source.directory ? MLORA_OK : error_set(MLORA_ENOMEM, "out of memory");
     if (status == MLORA_OK) status = check_unmerged(engine);
     if (status == MLORA_OK)
         status = adapter_plan_read(&plan, dir, &engine->config, engine->lenient);
     plan.hash_key = engine->hash_key;
+    if (status == MLORA_OK) adapter_plan_convert(&plan, engine->lora_dtype);
     if (status == MLORA_OK) status = check_norms(engine, &plan, dir);
     if (status == MLORA_OK)
         status = adapter_load(&adapter, engine->dev, &plan, &engine->config, &engine->weights);

@@ -36,6 +36,7 @@ static mlora_status check_options(const mlora_options *o)
         {"backend", (int)o->backend, MLORA_BACKEND_CUDA},
         {"dtype", (int)o->dtype, MLORA_DTYPE_BF16},
         {"lora_mode", (int)o->lora_mode, MLORA_LORA_FUSED},
+        {"lora_dtype", (int)o->lora_dtype, MLORA_DTYPE_BF16},
         {"n_threads", o->n_threads, MAX_THREADS},
         {"max_model_len", o->max_model_len, 1 << 24},
         {"max_num_seqs", o->max_num_seqs, MAX_NUM_SEQS},
@@ -263,6 +264,7 @@ mlora_status engine_open(struct mlora_engine **out, const mlora_options *options
         return error_set(MLORA_ENOMEM, "out of memory: a lock");
     }
     engine->lenient = options->lenient != 0;
+    engine->lora_dtype = options->lora_dtype;
     engine->max_queue = options->max_queue ? options->max_queue : DEFAULT_QUEUE;
     engine->hash_key = fresh_key();
     const int n_seqs = options->max_num_seqs ? options->max_num_seqs : DEFAULT_NUM_SEQS;

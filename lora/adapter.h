@@ -7,6 +7,7 @@
 
 #include "engine/base/buffer.h"
 #include "engine/base/hash.h"
+#include "engine/mlora.h"
 #include "kernels/kernels.h"
 #include "model/config.h"
 #include "model/safetensors.h"
@@ -81,6 +82,10 @@ struct adapter_plan {
 mlora_status adapter_plan_read(struct adapter_plan *out, const char *directory,
                                const struct model_config *config, bool lenient);
 void adapter_plan_free(struct adapter_plan *plan); /* accepts zeroes */
+
+/* Have the factors of a plan that was read loaded in another type, rounded to nearest; AUTO: in that
+ * of the file. Those that are not in the file as they are used (of pooled inputs) stay f32. */
+void adapter_plan_convert(struct adapter_plan *plan, mlora_dtype dtype);
 
 /* Bytes of linears[index] on the device, each part rounded up so that the next one is aligned; of
  * a fused linear A is counted once. Of the whole plan. */

@@ -261,6 +261,15 @@ done:
     return status;
 }
 
+void adapter_plan_convert(struct adapter_plan *plan, mlora_dtype dtype)
+{
+    if (dtype == MLORA_DTYPE_AUTO) return;
+    for (int i = 0; i < (plan->n_layers + 1) * LORA_LINEARS; i++)
+        if (plan->linears[i].rank > 0 && plan->linears[i].a_form != FORM_GROUPS)
+            plan->linears[i].dtype = dtype == MLORA_DTYPE_BF16 ? DTYPE_BF16 : DTYPE_F32;
+    plan->bytes = adapter_bytes(plan);
+}
+
 void adapter_plan_free(struct adapter_plan *plan)
 {
     safetensors_close(&plan->file);

@@ -14,6 +14,7 @@ mlora_status source_read(const struct source *source, struct adapter *adapter,
     if (!source->directory) return adapter_random_image(adapter, source->seed);
     mlora_status status = adapter_plan_read(&plan, source->directory, config, source->lenient);
     plan.hash_key = source->hash_key;
+    if (status == MLORA_OK) adapter_plan_convert(&plan, source->dtype);
     if (status == MLORA_OK) status = adapter_load_again(adapter, &plan);
     adapter_plan_free(&plan);
     return status;

@@ -15,6 +15,7 @@ struct source {
     char *directory; /* owned; NULL: random factors, of */
     uint64_t seed;
     bool lenient;
+    mlora_dtype dtype;        /* of the factors */
     struct hash_key hash_key; /* as in the plan of the first load */
 };
 

@@ -40,8 +40,12 @@ static mlora_status read_elements(struct values *values, const struct safetensor
 
     status = buffer_reserve(&values->wide, (size_t)n * sizeof(float));
     if (status != MLORA_OK) return status;
-    dtype_widen((float *)(void *)values->wide.data, values->read.data, stored, (size_t)n);
-    *out = values->wide.data;
+    float *wide = (float *)(void *)values->wide.data;
+    dtype_widen(wide, values->read.data, stored, (size_t)n);
+    *out = wide;
+    if (dtype == DTYPE_F32) return MLORA_OK;
+    dtype_narrow(values->read.data, dtype, wide, (size_t)n); /* no element is smaller than these */
+    *out = values->read.data;
     return MLORA_OK;
 }
 

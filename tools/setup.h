@@ -13,8 +13,9 @@ struct setup {
     int n_sources;
     mlora_op_source *ops; /* [n_ops] names (NULL: the file's own) and paths are owned */
     int n_ops;
-    bool ops_tried;                /* by setup_try_ops() */
-    int backend, dtype, lora_mode; /* mlora_backend, mlora_dtype, mlora_lora_mode */
+    bool ops_tried;            /* by setup_try_ops() */
+    int backend, dtype;        /* mlora_backend, mlora_dtype */
+    int lora_mode, lora_dtype; /* mlora_lora_mode, mlora_dtype */
     /* 0: default */
     int64_t n_threads, max_model_len, max_num_seqs, max_batch_tokens, kv_blocks, max_queue;
     bool no_prefix_cache;

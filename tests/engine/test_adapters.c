@@ -90,13 +90,14 @@ Test(adapters, by_the_hundred_in_a_pool_of_eight_answer_as_alone, .timeout = 120
 }
 
 /* Files of different ranks and targets under many names, images dropped and read again. */
-Test(adapters, from_files_that_are_read_again_answer_as_alone, .timeout = 120)
+static void check_files_read_again(mlora_dtype dtype)
 {
     static const char *const adapters[] = {"pirate", "json", "mood", "spanish", "count"};
     enum { N = 40 };
     mlora_options options = options_for(LLAMA2);
     char dir[128], name[16];
 
+    options.lora_dtype = dtype;
     for (int pass = 0; pass < 2; pass++) {
         options.adapter_memory = pass ? 2 : 64;
         options.adapter_host_memory = pass ? 1 : 64;
@@ -117,6 +118,40 @@ Test(adapters, from_files_that_are_read_again_answer_as_alone, .timeout = 120)
         mlora_close(engine);
     }
     expect_answers(together, alone, N);
+}
+
+Test(adapters, from_files_that_are_read_again_answer_as_alone, .timeout = 120)
+{
+    check_files_read_again(MLORA_DTYPE_AUTO);
+}
+
+Test(adapters, from_files_that_are_read_and_converted_again_answer_as_alone, .timeout = 120)
+{
+    check_files_read_again(MLORA_DTYPE_F32);
+}
+
+Test(adapters, in_f32_answer_as_they_are_stored_and_take_twice_the_room)
+{
+    static struct answer answers[2];
+    mlora_adapter_info info[2];
+    const double tolerance = backend_under_test() == MLORA_BACKEND_CPU ? 1e-4 : 0.05;
+
+    for (int i = 0; i < 2; i++) {
+        mlora_options options = options_for(LLAMA2);
+        options.lora_dtype = i == 0 ? MLORA_DTYPE_AUTO : MLORA_DTYPE_F32;
+        mlora_engine *engine = open_engine(&options);
+        load_adapter(engine, LLAMA2, "sql");
+        cr_assert_eq(mlora_adapter_describe(engine, "sql", &info[i]), MLORA_OK);
+        const mlora_request request = greedy("sql", prompt_of(1), 24, &answers[i]);
+        submit(engine, &request);
+        run_all(engine);
+        mlora_close(engine);
+    }
+    cr_expect_eq(info[1].bytes, 2 * info[0].bytes);
+    cr_expect_str_eq(answers[1].text, answers[0].text);
+    for (int i = 0; i < answers[0].n; i++)
+        cr_expect_float_eq(answers[1].logprobs[i], answers[0].logprobs[i], tolerance, "token %d",
+                           i);
 }
 
 Test(adapters, replaced_while_a_request_runs_leave_it_as_it_was)

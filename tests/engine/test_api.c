@@ -57,6 +57,10 @@ Test(open, refuses_options_out_of_range)
     options.lora_mode = (mlora_lora_mode)6;
     expect_error(mlora_open(&engine, &options), MLORA_EINVAL,
                  "lora_mode is 6, must be from 0 to 5");
+    options.lora_mode = MLORA_LORA_AUTO;
+    options.lora_dtype = (mlora_dtype)3;
+    expect_error(mlora_open(&engine, &options), MLORA_EINVAL,
+                 "lora_dtype is 3, must be from 0 to 2");
     options = options_for(LLAMA2);
     options.profile = 3;
     expect_error(mlora_open(&engine, &options), MLORA_EINVAL, "profile is 3, must be from 0 to 2");

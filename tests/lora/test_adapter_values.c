@@ -7,8 +7,8 @@
 #include "model/weights.h"
 #include "tests/lora/adapter_files.h"
 
-static void load_small(struct adapter *adapter, const char *changes,
-                       const struct tensor_data *tensors, int n)
+static void load_as(struct adapter *adapter, mlora_dtype dtype, const char *changes,
+                    const struct tensor_data *tensors, int n)
 {
     const struct model_config base = small_model();
     struct adapter_plan plan;
@@ -17,10 +17,18 @@ static void load_small(struct adapter *adapter, const char *changes,
     write_config(directory, changes);
     write_tensor_data(directory, tensors, n);
     cr_assert_eq(adapter_plan_read(&plan, directory, &base, false), MLORA_OK, "%s", error_text());
+    adapter_plan_convert(&plan, dtype);
     cr_assert_eq(adapter_load(adapter, host_device(), &plan, &base, NULL), MLORA_OK, "%s",
                  error_text());
+    cr_expect_eq(adapter->bytes, plan.bytes);
     adapter_plan_free(&plan);
     directory_remove(directory);
+}
+
+static void load_small(struct adapter *adapter, const char *changes,
+                       const struct tensor_data *tensors, int n)
+{
+    load_as(adapter, MLORA_DTYPE_AUTO, changes, tensors, n);
 }
 
 Test(adapter_values, widens_factors_of_two_types_to_f32)
@@ -40,6 +48,30 @@ Test(adapter_values, widens_factors_of_two_types_to_f32)
     cr_expect_arr_eq(adapter.factors[LORA_Q].b, wide_b, sizeof wide_b);
     adapter_free(&adapter);
     cr_expect_eq(host_device_allocations(), 0);
+}
+
+Test(adapter_values, rounds_or_widens_factors_where_it_is_asked_to)
+{
+    const float a[8] = {1, -2, 0x1.01p0f, 0x1.03p0f, 3.14159f, -1e-40f, 1e30f, 0};
+    const uint16_t a_bf16[8] = {0x3f80, 0xc000, 0x3f80, 0x3f82, 0x4049, 0x8001, 0x714a, 0};
+    const uint16_t b[8] = {0x3c00, 0xc000, 0x3555, 0, 0x8000, 0x7bff, 0x0001, 0x5240}; /* f16 */
+    const uint16_t b_bf16[8] = {0x3f80, 0xc000, 0x3eab, 0, 0x8000, 0x4780, 0x3380, 0x4248};
+    const float b_f32[8] = {1, -2, 0x1.554p-2f, 0, -0.0f, 65504, 0x1p-24f, 50};
+    const struct tensor_data tensors[] = {{"@0.self_attn.q_proj.lora_A.weight", "F32", 1, 8, a},
+                                          {"@0.self_attn.q_proj.lora_B.weight", "F16", 8, 1, b}};
+    struct adapter adapter;
+
+    load_as(&adapter, MLORA_DTYPE_BF16, "{\"r\": 1}", tensors, 2);
+    cr_expect_eq(adapter.factors[LORA_Q].dtype, DTYPE_BF16);
+    cr_expect_arr_eq(adapter.factors[LORA_Q].a, a_bf16, sizeof a_bf16);
+    cr_expect_arr_eq(adapter.factors[LORA_Q].b, b_bf16, sizeof b_bf16);
+    adapter_free(&adapter);
+
+    load_as(&adapter, MLORA_DTYPE_F32, "{\"r\": 1}", tensors, 2);
+    cr_expect_eq(adapter.factors[LORA_Q].dtype, DTYPE_F32);
+    cr_expect_arr_eq(adapter.factors[LORA_Q].a, a, sizeof a);
+    cr_expect_arr_eq(adapter.factors[LORA_Q].b, b_f32, sizeof b_f32);
+    adapter_free(&adapter);
 }
 
 Test(adapter_values, is_plain_where_its_factors_are_bf16_and_finite)
@@ -87,9 +119,12 @@ Test(adapter_values, spreads_pooled_inputs_over_their_groups)
                                           {"@0.self_attn.q_proj.lora_B.weight", "F32", 8, 1, b}};
     struct adapter adapter;
 
-    load_small(&adapter, "{\"r\": 1, \"use_qalora\": true, \"qalora_group_size\": 4}", tensors, 2);
-    cr_expect_arr_eq(adapter.factors[LORA_Q].a, want, sizeof want);
-    adapter_free(&adapter);
+    for (int dtype = MLORA_DTYPE_AUTO; dtype <= MLORA_DTYPE_BF16; dtype++) {
+        load_as(&adapter, (mlora_dtype)dtype,
+                "{\"r\": 1, \"use_qalora\": true, \"qalora_group_size\": 4}", tensors, 2);
+        cr_expect_arr_eq(adapter.factors[LORA_Q].a, want, sizeof want);
+        adapter_free(&adapter);
+    }
 }
 
 Test(adapter_values, splits_a_fused_linear_and_shares_its_a)
