@@ -128,14 +128,14 @@ typedef struct mlora_options {
     mlora_backend backend;
     mlora_dtype dtype;
     mlora_lora_mode lora_mode;
-    mlora_dtype
-        lora_dtype;    /* of adapters' factors; AUTO: as their files have them, for what PEFT    */
-                       /* gives. BF16 rounds those of f32 and f16, as other engines do: half the */
-                       /* memory of f32, and the kernels for bf16                                */
-    int n_threads;     /* CPU backend: worker threads; default: one per core                   */
-    int max_model_len; /* tokens of one sequence, prompt and output; default: the model's      */
-                       /* limit, or less where the KV cache would not hold it                  */
-    int max_num_seqs;  /* requests that run at the same time; default 64                       */
+    /* The type of adapters' factors; AUTO: as their files have them, for what PEFT gives. BF16 rounds
+     * those of f32 and f16, as other engines do: half the memory of f32, and the kernels for bf16.
+     * Not of an adapter that is merged. */
+    mlora_dtype lora_dtype;
+    int n_threads;        /* CPU backend: worker threads; default: one per core                   */
+    int max_model_len;    /* tokens of one sequence, prompt and output; default: the model's      */
+                          /* limit, or less where the KV cache would not hold it                  */
+    int max_num_seqs;     /* requests that run at the same time; default 64                       */
     int max_batch_tokens; /* tokens of one step; default 512; at least max_num_seqs               */
     int kv_blocks;       /* KV cache, at most, in blocks of 16 tokens; default: what max_num_seqs */
                          /* sequences can use                                                    */

@@ -104,21 +104,13 @@ static inline void dtype_narrow(void *out, enum dtype dtype, const float *values
         for (size_t i = 0; i < n; i++) half[i] = f16_from_f32(values[i]);
 }
 
-/* Whether none of `n` values of an aligned array is infinite or NaN. */
-static inline bool dtype_is_finite(const void *array, enum dtype dtype, size_t n)
+/* Whether none of the values is infinite or NaN. */
+static inline bool bf16_all_finite(const uint16_t *values, size_t n)
 {
-    const uint32_t exponent = dtype == DTYPE_F32    ? 0x7f800000u
-                              : dtype == DTYPE_BF16 ? 0x7f80u
-                                                    : 0x7c00u;
-    unsigned n_others = 0;
+    unsigned other = 0;
 
-    if (dtype == DTYPE_F32)
-        for (size_t i = 0; i < n; i++)
-            n_others |= (((const uint32_t *)array)[i] & exponent) == exponent;
-    else
-        for (size_t i = 0; i < n; i++)
-            n_others |= (((const uint16_t *)array)[i] & exponent) == exponent;
-    return n_others == 0;
+    for (size_t i = 0; i < n; i++) other |= (values[i] & 0x7f80u) == 0x7f80u;
+    return !other;
 }
 
 /* Element i of an array, which need not be aligned. */

@@ -32,7 +32,7 @@ struct loader {
     struct buffer *derived;                 /* what was computed with the base: floats */
     bool again;                             /* `derived` is there: it is read, else written */
     size_t derived_at;                      /* bytes of it that were read */
-    bool has_infinite;                      /* a factor has, or NaN */
+    bool has_infinite;                      /* a factor of bf16 has, or NaN */
     struct matrix lent;                     /* the adapter's own embedding or head on the device */
 };
 
@@ -113,7 +113,8 @@ static mlora_status put_matrix(struct loader *loader, const struct tensor *tenso
         status = values_shape(&loader->values, &values, rows, tensor->shape[1], form, parts, dtype);
     if (status != MLORA_OK) return status;
     memcpy(to, values, (size_t)bytes);
-    if (!dtype_is_finite(to, dtype, (size_t)(rows * columns))) loader->has_infinite = true;
+    if (dtype == DTYPE_BF16 && !loader->again)
+        loader->has_infinite |= !bf16_all_finite(to, (size_t)(rows * columns));
     return MLORA_OK;
 }
 
