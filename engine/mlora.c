@@ -212,10 +212,7 @@ static mlora_status load_adapter(mlora_engine *engine, const char *dir, const ch
 
     mlora_status status = source.directory ? MLORA_OK : error_set(MLORA_ENOMEM, "out of memory");
     if (status == MLORA_OK) status = check_unmerged(engine);
-    if (status == MLORA_OK)
-        status = adapter_plan_read(&plan, dir, &engine->config, engine->lenient);
-    plan.hash_key = engine->hash_key;
-    if (status == MLORA_OK) adapter_plan_convert(&plan, engine->lora_dtype);
+    if (status == MLORA_OK) status = source_plan(&plan, &source, &engine->config);
     if (status == MLORA_OK) status = check_norms(engine, &plan, dir);
     if (status == MLORA_OK)
         status = adapter_load(&adapter, engine->dev, &plan, &engine->config, &engine->weights);

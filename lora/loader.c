@@ -6,15 +6,24 @@
 #include "engine/base/error.h"
 #include "lora/random.h"
 
+mlora_status source_plan(struct adapter_plan *out, const struct source *source,
+                         const struct model_config *config)
+{
+    const mlora_status status = adapter_plan_read(out, source->directory, config, source->lenient);
+
+    if (status != MLORA_OK) return status;
+    out->hash_key = source->hash_key;
+    adapter_plan_convert(out, source->dtype);
+    return MLORA_OK;
+}
+
 mlora_status source_read(const struct source *source, struct adapter *adapter,
                          const struct model_config *config)
 {
-    struct adapter_plan plan = {0};
+    struct adapter_plan plan;
 
     if (!source->directory) return adapter_random_image(adapter, source->seed);
-    mlora_status status = adapter_plan_read(&plan, source->directory, config, source->lenient);
-    plan.hash_key = source->hash_key;
-    if (status == MLORA_OK) adapter_plan_convert(&plan, source->dtype);
+    mlora_status status = source_plan(&plan, source, config);
     if (status == MLORA_OK) status = adapter_load_again(adapter, &plan);
     adapter_plan_free(&plan);
     return status;

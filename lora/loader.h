@@ -16,8 +16,12 @@ struct source {
     uint64_t seed;
     bool lenient;
     mlora_dtype dtype;        /* of the factors */
-    struct hash_key hash_key; /* as in the plan of the first load */
+    struct hash_key hash_key; /* of the plan */
 };
+
+/* Read the plan of an adapter in a directory. Returns what adapter_plan_read returns. */
+mlora_status source_plan(struct adapter_plan *out, const struct source *source,
+                         const struct model_config *config);
 
 /* Make the image of an adapter that has none. Returns OK, EIO, EFORMAT, EUNSUPPORTED or ENOMEM. */
 mlora_status source_read(const struct source *source, struct adapter *adapter,
