@@ -15,9 +15,9 @@ enum {
     SIXTEEN = 16, /* tokens of a tile, and of the rank that a small product takes */
     INSIDE_WARPS = 4,
     INSIDE_BLOCK = INSIDE_WARPS * WARP,
-    INSIDE_PARTS = 8, /* of a sum of h, however many tokens and adapters there are */
+    INSIDE_PARTS = 4, /* of a sum of h, however many tokens and adapters there are */
     INSIDE_STEP = 32, /* k that a warp takes at once */
-    INSIDE_AHEAD = 4, /* such steps that it asks for at once */
+    INSIDE_AHEAD = 8, /* such steps that it asks for at once */
     INSIDE_STEPS = 8, /* tiles of the rank of all adapters, of a slice, at most */
     INSIDE_TILES = 2, /* of one adapter, at most */
     INSIDE_TOKENS = 64,
@@ -214,28 +214,34 @@ static inline __device__ bool load_h_unit(uint4 (&part)[H_PARTS], const uint32_t
         if (cycles() - start > patience) return false;
         __nanosleep(20);
     }
+    uint4 four[INSIDE_PARTS][2];
+    for (bool all = false; !all;) {
+        if (cycles() - start > patience) return false;
+        const int size = anew(part_size);
+        all = true;
 #pragma unroll
-    for (int half = 0; half < GROUP; half += 4) {
-        uint4 four[INSIDE_PARTS];
-        for (bool all = false; !all;) {
-            if (cycles() - start > patience) return false;
-            const int size = anew(part_size);
-            all = true;
+        for (int p = 0; p < INSIDE_PARTS; p++)
 #pragma unroll
-            for (int p = 0; p < INSIDE_PARTS; p++) four[p] = load_now(from + half + p * size);
+            for (int half = 0; half < 2; half++)
+                four[p][half] = load_now(from + half * 4 + p * size);
 #pragma unroll
-            for (int p = 0; p < INSIDE_PARTS; p++)
-                all = all && four[p].x != NOTHING && four[p].y != NOTHING && four[p].z != NOTHING &&
-                      four[p].w != NOTHING;
-        }
+        for (int p = 0; p < INSIDE_PARTS; p++)
 #pragma unroll
-        for (int p = 0; p < INSIDE_PARTS; p++) {
-            h[half] += __uint_as_float(four[p].x);
-            h[half + 1] += __uint_as_float(four[p].y);
-            h[half + 2] += __uint_as_float(four[p].z);
-            h[half + 3] += __uint_as_float(four[p].w);
-        }
+            for (int half = 0; half < 2; half++) {
+                const uint4 &of = four[p][half];
+                all =
+                    all && of.x != NOTHING && of.y != NOTHING && of.z != NOTHING && of.w != NOTHING;
+            }
     }
+#pragma unroll
+    for (int p = 0; p < INSIDE_PARTS; p++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            h[half * 4] += __uint_as_float(four[p][half].x);
+            h[half * 4 + 1] += __uint_as_float(four[p][half].y);
+            h[half * 4 + 2] += __uint_as_float(four[p][half].z);
+            h[half * 4 + 3] += __uint_as_float(four[p][half].w);
+        }
 #pragma unroll
     for (int i = 0; i < 4; i++) split_pair<H_PARTS>(three[i], h[2 * i], h[2 * i + 1]);
 #pragma unroll
