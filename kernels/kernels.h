@@ -108,7 +108,9 @@ struct kernels {
                       const struct heads *heads, enum dtype dtype);
 
     /* y[t, f] = silu(gate[f]) * up[f], the rows of gate_up being gate [F], up [F].
-     *   y [T, F] dtype    gate_up [T, 2 F] gate_up_dtype */
+     *   y [T, F] dtype    gate_up [T, 2 F] gate_up_dtype
+     * The product that gate_up is the result of, if it is the op before, may make y as it goes; what
+     * gate_up holds after that is undefined. */
     void (*silu_mul)(struct device *dev, void *y, const void *gate_up, enum dtype gate_up_dtype,
                      int T, int F, enum dtype dtype);
 

@@ -40,6 +40,8 @@ void cuda_silu_mul(struct device *dev, void *y, const void *gate_up, enum dtype 
                    int T, int F, enum dtype dtype)
 {
     struct addend addend;
+    if (matmul_takes_silu((struct cuda_device *)dev, y, gate_up, gate_up_dtype, T, F, dtype))
+        return;
     struct cuda_device *cuda = cuda_begin_adding(dev, gate_up, &addend);
     if (!cuda || T == 0) return;
 

@@ -112,6 +112,7 @@ struct left {
 };
 
 struct exchange; /* lora_inside.cuh */
+struct held;     /* matmul_sm90.cu */
 
 struct cuda_device {
     struct device base; /* first: a struct device * is one of these */
@@ -133,6 +134,8 @@ struct cuda_device {
     struct grown scratch;       /* of one op: the next may overwrite it */
     struct grown parts, deltas; /* of `deferred` */
     struct exchange *exchange;  /* of products with LoRA inside */
+    const void *held_y;         /* the result of a product that waits for the op that reads it... */
+    struct held *held;          /* ... which that is; NULL: none waits */
     struct deferred deferred;
     struct delta delta;
     struct left left;
@@ -347,7 +350,13 @@ void clock_close(struct clock_marks *marks); /* accepts NULL */
 /* cuda_matmul of bf16 for few tokens, where it can be bound by one read of w; false elsewhere. */
 bool matmul_stream(struct cuda_device *cuda, float *y, const bf16 *x, const struct matrix *w,
                    const float *bias, int T);
-cudaError_t matmul_open(struct cuda_device *cuda); /* makes `exchange` */
+cudaError_t matmul_open(struct cuda_device *cuda); /* makes `exchange` and `held` */
+
+/* A product whose blocks have whole sums is not started before the next op, which may be a silu_mul of
+ * its result: then the product makes that itself. */
+void matmul_make_held(struct cuda_device *cuda);
+bool matmul_takes_silu(struct cuda_device *cuda, void *y, const void *gate_up,
+                       enum dtype gate_up_dtype, int T, int F, enum dtype dtype);
 /* cublasLt, for cuda->blas, which is to be closed after a failure, too. */
 mlora_status blas_open(struct cuda_device *cuda, const char *cache_dir, const char *gpu);
 void blas_close(struct blas *blas); /* accepts NULL */

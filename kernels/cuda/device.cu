@@ -36,6 +36,7 @@ struct cuda_device *cuda_begin(struct device *dev)
     struct cuda_device *cuda = (struct cuda_device *)dev;
     if (cuda->failure[0]) return NULL;
     cuda_check(cuda, cudaSetDevice(cuda->ordinal), "cudaSetDevice");
+    if (cuda->held_y) matmul_make_held(cuda);
     if (cuda->left.x) lora_make_left(cuda);
     if (cuda->deferred.y) cuda_add_deferred(cuda);
     return cuda->failure[0] ? NULL : cuda;
@@ -216,6 +217,7 @@ static void device_close(struct device *dev)
     for (int i = 0; i < cuda->parts.n; i++) cudaFree(cuda->parts.memory[i]);
     cudaFree(cuda->counters);
     cudaFree(cuda->exchange);
+    free(cuda->held);
     cudaFreeHost(cuda->staging.up);
     cudaFreeHost(cuda->staging.down);
     for (int half = 0; half < 2; half++)

@@ -68,6 +68,7 @@ void lora_make_left(struct cuda_device *cuda)
 void cuda_lora_expand(struct device *dev, void *y, const float *h, const struct lora_view *lora,
                       const struct lora_site *site, int layer, enum dtype dtype)
 {
+    if (lora_is_added((struct cuda_device *)dev, h, site, layer)) return;
     struct cuda_device *cuda = lora->expands_more ? cuda_begin(dev) : cuda_begin_beside(dev);
     if (!cuda || lora->n_segments == 0 || lora->n_tokens == 0) return;
     if (lora_defers(cuda, y, h, site, layer, dtype)) return;

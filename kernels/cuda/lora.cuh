@@ -78,6 +78,8 @@ static inline int lora_chunks(const struct lora_args *args, int size)
 bool lora_begins_delta(struct cuda_device *cuda, const float *h, const struct lora_view *lora,
                        const struct lora_site *site, int layer, enum dtype dtype);
 void lora_delta(struct cuda_device *cuda, float *z, const float *h, const struct lora_args *args);
+bool lora_is_added(struct cuda_device *cuda, const float *h, const struct lora_site *site,
+                   int layer);
 bool lora_defers(struct cuda_device *cuda, void *y, const float *h, const struct lora_site *site,
                  int layer, enum dtype y_dtype);
 

@@ -134,17 +134,30 @@ void lora_delta(struct cuda_device *cuda, float *z, const float *h, const struct
     cuda_launch(cuda, "lora_delta", kernel, grid, DELTA_BLOCK, 0, 1, z, h, *args, eights);
 }
 
+static bool is_of(const struct delta *delta, const float *h, const struct lora_site *site,
+                  int layer)
+{
+    return delta->z && delta->h == h && delta->linear == site->linear && delta->layer == layer;
+}
+
+bool lora_is_added(struct cuda_device *cuda, const float *h, const struct lora_site *site,
+                   int layer)
+{
+    if (!is_of(&cuda->delta, h, site, layer) || !cuda->delta.is_added) return false;
+    cuda->delta.z = NULL;
+    return true;
+}
+
 bool lora_defers(struct cuda_device *cuda, void *y, const float *h, const struct lora_site *site,
                  int layer, enum dtype y_dtype)
 {
     const struct delta delta = cuda->delta;
     struct addend addend = {};
 
-    if (!delta.z || delta.h != h || delta.linear != site->linear || delta.layer != layer)
-        return false;
+    if (!is_of(&delta, h, site, layer)) return false;
     addend.z = delta.z;
     addend.slot = delta.slot;
-    if (!delta.is_added) cuda_defer(cuda, y, y_dtype, delta.T, delta.N, &addend);
+    cuda_defer(cuda, y, y_dtype, delta.T, delta.N, &addend);
     cuda->delta.z = NULL;
     return true;
 }

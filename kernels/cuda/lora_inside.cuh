@@ -60,8 +60,10 @@ static inline __device__ uint32_t inside_at(int row, int unit)
     return row * INSIDE_ROW + (unit ^ row / 4 % 2) * 16;
 }
 
-/* Rows [n, n + ROWS) of B of all adapters, of which a thread brings 8 elements of some: from one of
- * them on, R elements apart from the next row's. NULL: zeros. */
+/* A block has ROWS rows of one slice, or, where HALVES is 2, half as many of each of two.
+ *
+ * Rows of B of all adapters, of which a thread brings 8 elements of some: from one of them on, R elements
+ * apart from the next row's. NULL: zeros. */
 struct b_rows {
     const bf16 *from;
     int R;
@@ -71,7 +73,7 @@ struct inside_shared {
     struct b_rows b[INSIDE_BLOCK];
     float of_warp[INSIDE_WARPS][SIXTEEN * SIXTEEN];
     signed char segment[INSIDE_TOKENS]; /* of a token; -1: none */
-    short rank[INSIDE_TOKENS];          /* of its adapter, in the block's slice */
+    short rank[2][INSIDE_TOKENS];       /* of its adapter, in the block's slices */
 };
 
 static inline __device__ void inside_sync()
@@ -250,27 +252,29 @@ static inline __device__ bool load_h_unit(uint4 (&part)[H_PARTS], const uint32_t
     return true;
 }
 
-/* h of the block's slice, once it has come: [tiles_a_slice, H_PARTS, TOKENS, 16] at `to`. False: some
- * has not come for long. */
-template <int TOKENS>
+/* h of the block's slices, from `slice` on, once it has come: [HALVES, tiles_a_slice, H_PARTS, TOKENS,
+ * 16] at `to`. False: some has not come for long. */
+template <int TOKENS, int HALVES>
 static inline __device__ bool take_h(const struct lora_inside &in, int slice, int thread,
                                      const struct inside_shared *shared, const uint32_t *parts,
                                      uint32_t to)
 {
-    const int units = 2 * in.tiles_a_slice;
+    const int units = 2 * in.tiles_a_slice * HALVES; /* of a token */
 #pragma unroll 1
     for (int first = 0; first < in.T * units; first += INSIDE_BLOCK) {
-        const int t = (first + thread) / units, unit = (first + thread) % units;
-        const int row = t * in.row_tiles + slice * in.tiles_a_slice;
+        const int t = (first + thread) / units, at = (first + thread) % units;
+        const int half = HALVES > 1 ? at / (2 * in.tiles_a_slice) : 0;
+        const int unit = HALVES > 1 ? at % (2 * in.tiles_a_slice) : at;
+        const int row = t * in.row_tiles + (slice + half) * in.tiles_a_slice;
         uint4 part[H_PARTS] = {};
         bool is_there = true;
-        if (t < in.T && unit * GROUP < shared->rank[t])
+        if (t < in.T && unit * GROUP < shared->rank[half][t])
             is_there = load_h_unit(part, parts + row * SIXTEEN + unit * GROUP,
                                    in.T * in.row_tiles * SIXTEEN);
         if (t < in.T)
 #pragma unroll
             for (int i = 0; i < H_PARTS; i++)
-                store_shared(to + (unit / 2 * H_PARTS + i) * (TOKENS * INSIDE_ROW) +
+                store_shared(to + (at / 2 * H_PARTS + i) * (TOKENS * INSIDE_ROW) +
                                  inside_at(t, unit % 2),
                              part[i]);
         if (!inside_all(is_there)) return false;
@@ -278,36 +282,39 @@ static inline __device__ bool take_h(const struct lora_inside &in, int slice, in
     return true;
 }
 
+/* Eight elements of rank are unit `thread` % 2 of a step, steps of all adapters follow one another, and
+ * the second slice's those of the first. n is the first row in a slice. */
+template <int HALVES>
 static inline __device__ struct b_rows find_b(const struct lora_inside &in, int slice, int n,
                                               int thread)
 {
-    const int unit = thread % (2 * in.steps), step = unit / 2;
+    const int unit = thread % (2 * in.steps * HALVES), step = unit / 2 % in.steps;
     const int r = step % in.tiles_a_slice * SIXTEEN + unit % 2 * GROUP;
     const int slot = in.args.segment_slot[step / in.tiles_a_slice];
     struct lora_factors f = {};
-    if (slot >= 0) f = *lora_factors_of(in.args, slot, slice);
+    if (slot >= 0) f = *lora_factors_of(in.args, slot, slice + unit / 2 / in.steps);
     if (!f.a || r >= f.R) return {NULL, 0};
     return {(const bf16 *)f.b + (size_t)n * f.R + r, f.R};
 }
 
 /* visit(row, unit) for what is this thread's of `rows` rows. */
-template <typename Visit>
+template <int HALVES, typename Visit>
 static inline __device__ void for_b(const struct lora_inside &in, int rows, int thread,
                                     const Visit &visit)
 {
-    const int units = 2 * in.steps, rows_at_once = INSIDE_BLOCK / units;
+    const int units = 2 * in.steps * HALVES, rows_at_once = INSIDE_BLOCK / units;
     if (thread >= units * rows_at_once) return;
 #pragma unroll 1
     for (int row = thread / units; row < rows; row += rows_at_once) visit(row, thread % units);
 }
 
-/* Into [steps, ROWS, 16] at `to`. */
-template <int ROWS>
+/* Into [HALVES, steps, ROWS / HALVES, 16] at `to`. */
+template <int ROWS, int HALVES>
 static inline __device__ void fetch_b(const struct lora_inside &in, const struct b_rows &rows,
                                       int thread, uint32_t to)
 {
-    for_b(in, ROWS, thread, [&](int row, int unit) {
-        copy_async(to + unit / 2 * (ROWS * INSIDE_ROW) + inside_at(row, unit % 2),
+    for_b<HALVES>(in, ROWS / HALVES, thread, [&](int row, int unit) {
+        copy_async(to + unit / 2 * (ROWS / HALVES * INSIDE_ROW) + inside_at(row, unit % 2),
                    rows.from ? rows.from + (size_t)row * rows.R : in.x, rows.from);
     });
     copy_commit();
@@ -316,23 +323,25 @@ static inline __device__ void fetch_b(const struct lora_inside &in, const struct
 /* sum [64, TOKENS] of a warpgroup += rows of B, from `row` on for this warp, times h. Where none of
  * sixteen tokens has the adapter there is nothing to do, so that it is well to have those of an adapter
  * side by side. */
-template <int TOKENS, int ROWS>
+template <int TOKENS, int ROWS, int HALVES>
 static inline __device__ void add_inside(float (&sum)[TOKENS / 2], const struct lora_inside &in,
                                          const struct inside_shared *shared, int row, uint32_t b,
                                          uint32_t h)
 {
+    enum { HALF = ROWS / HALVES };
     const int lane = threadIdx.x % WARP;
     uint32_t segments = 0; /* of this lane's tokens, one of each eight, in 4 bits */
 #pragma unroll
     for (int j = 0; j < TOKENS / 8; j++)
         segments |= (uint32_t)(shared->segment[j * 8 + lane / 4] & 15) << 4 * j;
-    b += inside_at(row + lane % 16, lane / 16);
-    h += inside_at(lane / 16 * 8 + lane % 8, lane / 8 % 2);
+    b += row / HALF * in.steps * (HALF * INSIDE_ROW) + inside_at(row % HALF + lane % 16, lane / 16);
+    h += row / HALF * in.tiles_a_slice * (H_PARTS * TOKENS * INSIDE_ROW) +
+         inside_at(lane / 16 * 8 + lane % 8, lane / 8 % 2);
 #pragma unroll 1
     for (int step = 0; step < in.steps; step++) {
         const uint32_t segment = step / in.tiles_a_slice, tile = step % in.tiles_a_slice;
         uint32_t b_part[4];
-        load_matrices(b_part, b + step * (ROWS * INSIDE_ROW));
+        load_matrices(b_part, b + step * (HALF * INSIDE_ROW));
 #pragma unroll
         for (int j = 0; j < TOKENS / 8; j += 2) {
             const bool first = (segments >> 4 * j & 15) == segment;
@@ -354,45 +363,57 @@ static inline __device__ void add_inside(float (&sum)[TOKENS / 2], const struct 
 }
 
 /* Whose the tokens are. */
+template <int HALVES>
 static inline __device__ void find_tokens(const struct lora_inside &in, int slice, int thread,
                                           struct inside_shared *shared)
 {
     const struct lora_args &args = in.args;
     const int n = min_int(args.n_tokens, args.segment_start[args.n_segments]);
 
-    if (thread < INSIDE_TOKENS) shared->segment[thread] = -1, shared->rank[thread] = 0;
+    if (thread < INSIDE_TOKENS) {
+        shared->segment[thread] = -1;
+        shared->rank[0][thread] = shared->rank[1][thread] = 0;
+    }
     inside_sync();
     for (int i = thread; i < n; i += INSIDE_BLOCK) {
         int segment = 0;
         while (i >= args.segment_start[segment + 1]) segment++;
         const int slot = args.segment_slot[segment], t = args.order[i];
         if (slot < 0) continue;
-        const struct lora_factors *f = lora_factors_of(args, slot, slice);
         shared->segment[t] = segment;
-        shared->rank[t] = f->a ? f->R : 0;
+        for (int half = 0; half < HALVES; half++) {
+            const struct lora_factors *f = lora_factors_of(args, slot, slice + half);
+            shared->rank[half][t] = f->a ? f->R : 0;
+        }
     }
     inside_sync();
 }
 
-/* What these warps do in a block. Where `owns`, it has the ROWS rows of y from n0 on, and `ready` is told
- * when what add_inside() reads is at b and h. */
-template <int TOKENS, int ROWS>
+static inline __device__ int slice_of(const struct lora_args &args, int n0)
+{
+    int slice = 0;
+    while (slice + 1 < args.n_slices && n0 >= args.offset[slice + 1]) slice++;
+    return slice;
+}
+
+/* What these warps do in a block. Where `owns`, it has rows of y from n0 on: ROWS, or half as many of
+ * each of two slices; and `ready` is told when what add_inside() reads is at b and h. */
+template <int TOKENS, int ROWS, int HALVES>
 static inline __device__ void lora_work(const struct lora_inside &in, int thread,
                                         struct inside_shared *shared, bool owns, int n0, uint32_t b,
                                         uint32_t h, uint32_t ready)
 {
     const struct lora_args &args = in.args;
     const int block = blockIdx.x;
-    int slice = 0;
-    while (slice + 1 < args.n_slices && n0 >= args.offset[slice + 1]) slice++;
 
     if (owns) {
-        const struct b_rows rows = find_b(in, slice, n0 - args.offset[slice], thread);
+        const int slice = slice_of(args, n0);
+        const struct b_rows rows = find_b<HALVES>(in, slice, n0 - args.offset[slice], thread);
         shared->b[thread] = rows;
         if (rows.from)
-            for_b(in, ROWS, thread,
-                  [&](int row, int) { prefetch_line(rows.from + (size_t)row * rows.R); });
-        find_tokens(in, slice, thread, shared);
+            for_b<HALVES>(in, ROWS / HALVES, thread,
+                          [&](int row, int) { prefetch_line(rows.from + (size_t)row * rows.R); });
+        find_tokens<HALVES>(in, slice, thread, shared);
     }
     int unit = block < in.n_blocks ? in.n_blocks - 1 - block : in.n_units, stride = in.n_blocks,
         turn;
@@ -404,9 +425,9 @@ static inline __device__ void lora_work(const struct lora_inside &in, int thread
         grid_wait();
         turn = __ldcg(&in.exchange->turn);
         if (!owns) break;
-        fetch_b<ROWS>(in, shared->b[thread], anew(thread), b);
-        const bool is_there =
-            take_h<TOKENS>(in, slice, anew(thread), shared, in.exchange->h[turn], h);
+        fetch_b<ROWS, HALVES>(in, shared->b[thread], anew(thread), b);
+        const bool is_there = take_h<TOKENS, HALVES>(in, slice_of(args, anew(n0)), anew(thread),
+                                                     shared, in.exchange->h[turn], h);
         copy_wait<0>();
         if (is_there) {
             barrier_arrive(ready);

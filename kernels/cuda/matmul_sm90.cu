@@ -17,6 +17,7 @@ enum {
     CONSUMERS = ROWS / 64 * 128,
     STREAM_BLOCK = CONSUMERS + 2 * WARP,
     STREAM_TOKENS = 64,
+    FEW_TOKENS = 16,
     /* Panels of w that a block has asked for and has not got: they keep the memory busy. With more of
      * them all that others read beside it, and x, would wait longer. */
     IN_FLIGHT = 4,
@@ -27,25 +28,30 @@ enum {
 
 /* Rings of buffers: panels of ROWS rows of w, and of TOKENS of x. More would keep small kernels, and
  * LoRA's beside this one, out. */
-template <int TOKENS, typename Lora> struct ring {
+template <int TOKENS, typename Lora, bool IS_GATE> struct ring {
     enum {
+        HALVES = IS_GATE ? 2 : 1,
         W_BYTES = ROWS * PANEL_ROW,
         X_BYTES = TOKENS * PANEL_ROW,
-        W_STAGES = TOKENS > 16 ? 6 : 7,
-        X_STAGES = TOKENS > 16 ? 4 : 7,
+        W_STAGES = TOKENS > FEW_TOKENS ? 6 : 7,
+        X_STAGES = TOKENS > FEW_TOKENS ? 4 : 7,
         X_AT = W_STAGES * W_BYTES,
         B_AT = X_AT + X_STAGES * X_BYTES,
         B_BYTES = Lora::THREADS > 0 ? INSIDE_STEPS *ROWS *INSIDE_ROW : 0,
         H_AT = B_AT + B_BYTES,
-        H_BYTES = Lora::THREADS > 0 ? INSIDE_STAGED : 0,
+        H_OF_ALL = HALVES * INSIDE_TILES * H_PARTS * TOKENS * INSIDE_ROW,
+        H_BYTES = Lora::THREADS == 0         ? 0
+                  : H_OF_ALL > INSIDE_STAGED ? H_OF_ALL
+                                             : INSIDE_STAGED,
         SHARED = H_AT + H_BYTES + 1024, /* to begin at a multiple of 1,024 */
     };
 };
 
-/* The thread that copies w: panels [begin, begin + n) from row n0 on. */
+/* The thread that copies w: panels [begin, begin + n) from row n0 on, the second half of the rows,
+ * where that is another box, from n1 on. */
 template <typename R>
 static __device__ void copy_w(uint32_t stages, uint32_t w_full, uint32_t empty,
-                              const CUtensorMap *w, int n0, int begin, int n)
+                              const CUtensorMap *w, int n0, int n1, int begin, int n)
 {
     for (int i = 0; i < n; i++) {
         const int s = i % R::W_STAGES, before = i - IN_FLIGHT;
@@ -53,6 +59,9 @@ static __device__ void copy_w(uint32_t stages, uint32_t w_full, uint32_t empty,
         if (i >= R::W_STAGES) barrier_wait(empty + s * 8, i / R::W_STAGES - 1);
         barrier_expect(w_full + s * 8, R::W_BYTES);
         copy_box(stages + s * R::W_BYTES, w, n0, (begin + i) * PANEL, w_full + s * 8);
+        if (R::HALVES > 1)
+            copy_box(stages + s * R::W_BYTES + R::W_BYTES / 2, w, n1, (begin + i) * PANEL,
+                     w_full + s * 8);
     }
 }
 
@@ -70,6 +79,58 @@ static __device__ void copy_x(uint32_t stages, uint32_t x_full, uint32_t empty,
     }
 }
 
+/* The end of a block that has 64 rows of gate and the same of up: out[t, n0 + i] = silu(gate) up, through
+ * `room`, shared memory that nobody reads any more once all are here.
+ *
+ *   out [T, F]    bias [2 F] or NULL */
+template <int TOKENS>
+static __device__ void store_gated(bf16 *out, float (&sum)[TOKENS / 2], const float *bias, int T,
+                                   int F, int n0, uint32_t room, unsigned char *room_memory)
+{
+    enum { HERE = 2, UP, GATED, ROW = 72 /* elements: rows in different banks */ };
+    enum { UP_BYTES = TOKENS / 8 * 128 * 16 };
+    const int thread = threadIdx.x % 128, lane = threadIdx.x % WARP;
+    const int row = thread / WARP * 16 + lane / 4; /* and 8 below */
+    const bool is_up = threadIdx.x >= 128;
+    bf16 *gated = (bf16 *)(room_memory + UP_BYTES); /* [TOKENS, ROW] */
+
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const float b = bias ? bias[(is_up ? F : 0) + n0 + row + half * 8] : 0.0f;
+#pragma unroll
+        for (int j = 0; j < TOKENS / 8; j++)
+#pragma unroll
+            for (int e = 0; e < 2; e++) sum[4 * j + 2 * half + e] += b;
+    }
+    threads_sync(HERE, CONSUMERS);
+    if (is_up) {
+#pragma unroll
+        for (int j = 0; j < TOKENS / 8; j++)
+            store_shared(room + (j * 128 + thread) * 16,
+                         make_uint4(__float_as_uint(sum[4 * j]), __float_as_uint(sum[4 * j + 1]),
+                                    __float_as_uint(sum[4 * j + 2]),
+                                    __float_as_uint(sum[4 * j + 3])));
+        threads_arrive(UP, CONSUMERS);
+        return;
+    }
+    threads_sync(UP, CONSUMERS);
+#pragma unroll
+    for (int j = 0; j < TOKENS / 8; j++) {
+        const uint4 bits = load_shared(room + (j * 128 + thread) * 16);
+        const float up[4] = {__uint_as_float(bits.x), __uint_as_float(bits.y),
+                             __uint_as_float(bits.z), __uint_as_float(bits.w)};
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+            gated[(j * 8 + lane % 4 * 2 + e % 2) * ROW + row + e / 2 * 8] =
+                __float2bfloat16_rn(silu<bf16>(sum[4 * j + e]) * up[e]);
+    }
+    threads_sync(GATED, 128);
+    grid_wait(); /* out may have been read until now */
+    for (int i = thread; i < T * 8; i += 128)
+        *(uint4 *)(out + (size_t)(i / 8) * F + n0 + i % 8 * GROUP) =
+            *(const uint4 *)(gated + i / 8 * ROW + i % 8 * GROUP);
+}
+
 /* y[t, n] = dot(w[n, :], x[t, :]) + bias[n] over the first share of k, parts[p, t, n] the same without
  * a bias over share p + 1, for t < T <= TOKENS
  *
@@ -78,22 +139,22 @@ static __device__ void copy_x(uint32_t stages, uint32_t x_full, uint32_t empty,
  *   grid tiles of N / ROWS times shares, and what more blocks `lora` gets
  *   block STREAM_BLOCK + Lora::THREADS    shared ring<TOKENS, Lora>::SHARED
  * With LoRA it takes as many registers as leave room for small kernels beside it: half of them. */
-template <int TOKENS, typename Lora>
+template <int TOKENS, typename Lora, bool IS_GATE>
 static __global__ void __launch_bounds__(STREAM_BLOCK + Lora::THREADS, Lora::THREADS > 0 ? 2 : 1)
-    matmul_stream_kernel(float *y, float *parts, const __grid_constant__ CUtensorMap x,
+    matmul_stream_kernel(void *result, float *parts, const __grid_constant__ CUtensorMap x,
                          const __grid_constant__ CUtensorMap w, const float *__restrict__ bias,
                          int T, int N, int n_panels, int x_bytes, int tiles, int shares,
                          const __grid_constant__ Lora lora)
 {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    using R = ring<TOKENS, Lora>;
+    using R = ring<TOKENS, Lora, IS_GATE>;
     extern __shared__ unsigned char unaligned[];
     __shared__ uint64_t barriers[2 * R::W_STAGES + 2 * R::X_STAGES + 1];
     const uint32_t stages = (shared_address(unaligned) + 1023) / 1024 * 1024;
     const uint32_t w_full = shared_address(barriers), w_empty = w_full + R::W_STAGES * 8;
     const uint32_t x_full = w_empty + R::W_STAGES * 8, x_empty = x_full + R::X_STAGES * 8;
     const uint32_t ready = x_empty + R::X_STAGES * 8; /* what LoRA adds */
-    const int n0 = blockIdx.x % tiles * ROWS, share = blockIdx.x / tiles;
+    const int n0 = blockIdx.x % tiles * (ROWS / R::HALVES), share = blockIdx.x / tiles;
     const int begin = n_panels * share / shares, n = n_panels * (share + 1) / shares - begin;
 
     if (threadIdx.x == 0) {
@@ -112,8 +173,9 @@ static __global__ void __launch_bounds__(STREAM_BLOCK + Lora::THREADS, Lora::THR
     __shared__ struct inside_shared shared;
     if constexpr (Lora::THREADS > 0) {
         if (threadIdx.x >= STREAM_BLOCK) {
-            lora_work<TOKENS, ROWS>(lora, threadIdx.x - STREAM_BLOCK, &shared, share == 0, n0,
-                                    stages + R::B_AT, stages + R::H_AT, ready);
+            lora_work<TOKENS, ROWS, R::HALVES>(lora, threadIdx.x - STREAM_BLOCK, &shared,
+                                               share == 0, n0, stages + R::B_AT, stages + R::H_AT,
+                                               ready);
             return;
         }
         if (share >= shares) {
@@ -122,7 +184,8 @@ static __global__ void __launch_bounds__(STREAM_BLOCK + Lora::THREADS, Lora::THR
         }
     }
     if (threadIdx.x >= CONSUMERS) {
-        if (threadIdx.x == CONSUMERS) copy_w<R>(stages, w_full, w_empty, &w, n0, begin, n);
+        if (threadIdx.x == CONSUMERS)
+            copy_w<R>(stages, w_full, w_empty, &w, n0, N / 2 + n0, begin, n);
         if (threadIdx.x == CONSUMERS + WARP)
             copy_x<R>(stages, x_full, x_empty, &x, begin, n, x_bytes);
         return;
@@ -138,8 +201,8 @@ static __global__ void __launch_bounds__(STREAM_BLOCK + Lora::THREADS, Lora::THR
         if constexpr (Lora::THREADS > 0)
             if (i == late) {
                 barrier_wait(ready, 0);
-                add_inside<TOKENS, ROWS>(sum, lora, &shared, threadIdx.x / WARP * 16,
-                                         stages + R::B_AT, stages + R::H_AT);
+                add_inside<TOKENS, ROWS, R::HALVES>(sum, lora, &shared, threadIdx.x / WARP * 16,
+                                                    stages + R::B_AT, stages + R::H_AT);
             }
         barrier_wait(w_full + ws * 8, i / R::W_STAGES);
         barrier_wait(x_full + xs * 8, i / R::X_STAGES);
@@ -156,6 +219,12 @@ static __global__ void __launch_bounds__(STREAM_BLOCK + Lora::THREADS, Lora::THR
         }
     }
     products_land(sum);
+    if constexpr (IS_GATE) {
+        store_gated<TOKENS>((bf16 *)result, sum, bias, T, N / 2, n0, stages,
+                            unaligned + (stages - shared_address(unaligned)));
+        return;
+    }
+    float *y = (float *)result;
     grid_wait(); /* y and parts may have been read until now */
 
     const int lane = threadIdx.x % WARP, row = n0 + threadIdx.x / WARP * 16 + lane / 4;
@@ -190,65 +259,84 @@ static int shares_of(const struct cuda_device *cuda, int tiles, int n_panels)
     return shares;
 }
 
-/* Everything but LoRA that a launch needs to know. */
+/* A product, as a launch needs to know it. */
 struct stream {
-    float *y, *parts;
+    void *y;
+    float *parts;
     const bf16 *x;
-    const struct matrix *w;
+    struct matrix w;
     const float *bias;
     int T, tiles, shares;
+    bool has_lora;
+    struct lora_inside lora;
 };
 
-template <int TOKENS, typename Lora>
-static void launch(struct cuda_device *cuda, const struct stream *s, const Lora &lora, int blocks)
+/* One that waits for the op that reads y. */
+struct held {
+    struct stream stream;
+};
+
+template <int TOKENS, typename Lora, bool IS_GATE>
+static void launch_kernel(struct cuda_device *cuda, const struct stream *s, const Lora &lora)
 {
-    const int K = s->w->K, N = s->w->N, x_rows = ceil_div(s->T, 8) * 8;
+    using R = ring<TOKENS, Lora, IS_GATE>;
+    const int K = s->w.K, N = s->w.N, x_rows = ceil_div(s->T, 8) * 8;
+    const int blocks = max_int(s->tiles * s->shares, Lora::THREADS > 0 ? cuda->n_sms : 0);
     const CUtensorMapL2promotion promotion = CU_TENSOR_MAP_L2_PROMOTION_L2_128B;
     const CUtensorMap x_map = map_panels(cuda, s->x, s->T, K, x_rows, promotion, "matmul");
     const CUtensorMap w_map =
-        map_panels(cuda, (const bf16 *)s->w->data, N, K, ROWS, promotion, "matmul");
-    const auto kernel = matmul_stream_kernel<TOKENS, Lora>;
+        map_panels(cuda, (const bf16 *)s->w.data, N, K, ROWS / R::HALVES, promotion, "matmul");
+    const auto kernel = matmul_stream_kernel<TOKENS, Lora, IS_GATE>;
 
-    cuda_allow_shared(cuda, kernel, ring<TOKENS, Lora>::SHARED, "matmul");
-    cuda_launch(cuda, "matmul", kernel, blocks, STREAM_BLOCK + Lora::THREADS,
-                ring<TOKENS, Lora>::SHARED, 1, s->y, s->parts, x_map, w_map, s->bias, s->T, N,
-                ceil_div(K, PANEL), x_rows * PANEL_ROW, s->tiles, s->shares, lora);
+    cuda_allow_shared(cuda, kernel, R::SHARED, "matmul");
+    cuda_launch(cuda, "matmul", kernel, blocks, STREAM_BLOCK + Lora::THREADS, R::SHARED, 1, s->y,
+                s->parts, x_map, w_map, s->bias, s->T, N, ceil_div(K, PANEL), x_rows * PANEL_ROW,
+                s->tiles, s->shares, lora);
 }
 
-template <typename Lora>
-static void launch(struct cuda_device *cuda, const struct stream *s, const Lora &lora, int blocks)
+template <typename Lora, bool IS_GATE>
+static void launch_tokens(struct cuda_device *cuda, const struct stream *s, const Lora &lora)
 {
-    if (s->T <= 16)
-        launch<16>(cuda, s, lora, blocks);
+    if constexpr (!IS_GATE || Lora::THREADS == 0)
+        if (s->T <= FEW_TOKENS) {
+            launch_kernel<FEW_TOKENS, Lora, IS_GATE>(cuda, s, lora);
+            return;
+        }
+    launch_kernel<STREAM_TOKENS, Lora, IS_GATE>(cuda, s, lora);
+}
+
+template <bool IS_GATE> static void launch(struct cuda_device *cuda, const struct stream *s)
+{
+    if (s->has_lora)
+        launch_tokens<struct lora_inside, IS_GATE>(cuda, s, s->lora);
     else
-        launch<STREAM_TOKENS>(cuda, s, lora, blocks);
+        launch_tokens<struct lora_not_inside, IS_GATE>(cuda, s, lora_not_inside());
 }
 
 /* Take up what lora_shrink left, if it is for this x and w, and no more than a block has room for. */
-static bool launch_inside(struct cuda_device *cuda, const struct stream *s)
+static bool take_up_lora(struct cuda_device *cuda, struct stream *s)
 {
     const struct left *left = &cuda->left;
     const struct lora_args *args = &left->args;
-    const int blocks = s->tiles * s->shares;
-    struct lora_inside lora = {};
+    struct lora_inside *lora = &s->lora;
 
-    if (!left->is_plain || left->x != s->x || args->K != s->w->K || args->K % INSIDE_STEP != 0)
+    if (!left->x || !left->is_plain || left->x != s->x || args->K != s->w.K ||
+        args->K % INSIDE_STEP != 0)
         return false;
     for (int i = 0; i < args->n_slices; i++)
         if (args->width[i] % ROWS != 0) return false; /* a tile would be of two slices */
-    lora.args = *args;
-    lora.x = s->x;
-    lora.exchange = cuda->exchange;
-    lora.T = s->T;
-    lora.n_blocks = cuda->n_sms;
-    lora.tiles_a_slice = ceil_div(args->max_rank, SIXTEEN);
-    lora.row_tiles = args->n_slices * lora.tiles_a_slice;
-    lora.n_units = lora_tiles(args, SIXTEEN) * lora.row_tiles * INSIDE_PARTS;
-    lora.steps = args->n_segments * lora.tiles_a_slice;
-    if (lora.steps > INSIDE_STEPS || lora.tiles_a_slice > INSIDE_TILES) return false;
+    lora->args = *args;
+    lora->x = s->x;
+    lora->exchange = cuda->exchange;
+    lora->T = s->T;
+    lora->n_blocks = cuda->n_sms;
+    lora->tiles_a_slice = ceil_div(args->max_rank, SIXTEEN);
+    lora->row_tiles = args->n_slices * lora->tiles_a_slice;
+    lora->n_units = lora_tiles(args, SIXTEEN) * lora->row_tiles * INSIDE_PARTS;
+    lora->steps = args->n_segments * lora->tiles_a_slice;
+    if (lora->steps > INSIDE_STEPS || lora->tiles_a_slice > INSIDE_TILES) return false;
     cuda->left.x = NULL;
     cuda->delta.is_added = true;
-    launch(cuda, s, lora, max_int(blocks, cuda->n_sms));
     return true;
 }
 
@@ -257,7 +345,7 @@ bool matmul_stream(struct cuda_device *cuda, float *y, const bf16 *x, const stru
 {
     enum { WAVES_MAX = 4 }; /* what a block brings in ahead is worth less in later ones */
     const int tiles = ceil_div(w->N, ROWS);
-    struct stream s = {y, NULL, x, w, bias, T, tiles, 1};
+    struct stream s = {y, NULL, x, *w, bias, T, tiles, 1, false, {}};
     struct addend addend = {};
 
     if (!cuda->encode_tensor_map || cuda->is_lent || T > STREAM_TOKENS || w->K % GROUP != 0 ||
@@ -272,19 +360,48 @@ bool matmul_stream(struct cuda_device *cuda, float *y, const bf16 *x, const stru
         if (!s.parts) return true;
         addend.parts = s.parts;
     }
-    if (!cuda->left.x || !launch_inside(cuda, &s)) {
-        if (cuda->left.x) lora_make_left(cuda);
-        launch(cuda, &s, lora_not_inside(), tiles * s.shares);
+    s.has_lora = take_up_lora(cuda, &s);
+    if (cuda->left.x) lora_make_left(cuda);
+    /* With LoRA a block would wait for h of both slices: longer than few tokens' silu_mul takes. */
+    const bool is_held = s.shares == 1 && w->N % ROWS == 0 && (!s.has_lora || T > FEW_TOKENS);
+    if (is_held) {
+        cuda->held->stream = s;
+        cuda->held_y = y;
+        return true;
     }
+    launch<false>(cuda, &s);
     if (s.shares > 1) cuda_defer(cuda, y, DTYPE_F32, T, w->N, &addend);
+    return true;
+}
+
+void matmul_make_held(struct cuda_device *cuda)
+{
+    cuda->held_y = NULL;
+    launch<false>(cuda, &cuda->held->stream);
+}
+
+bool matmul_takes_silu(struct cuda_device *cuda, void *y, const void *gate_up,
+                       enum dtype gate_up_dtype, int T, int F, enum dtype dtype)
+{
+    struct stream *s = &cuda->held->stream;
+
+    if (!cuda->held_y || cuda->held_y != gate_up || gate_up_dtype != DTYPE_F32 ||
+        dtype != DTYPE_BF16 || s->T != T || s->w.N != 2 * F || !is_aligned(y))
+        return false;
+    if (s->has_lora && s->lora.args.n_slices != 2) return false;
+    cuda->held_y = NULL;
+    s->y = y;
+    launch<true>(cuda, s);
     return true;
 }
 
 cudaError_t matmul_open(struct cuda_device *cuda)
 {
     struct exchange *exchange;
-    cudaError_t error = cudaMalloc((void **)&exchange, sizeof *exchange);
 
+    cuda->held = (struct held *)calloc(1, sizeof *cuda->held);
+    if (!cuda->held) return cudaErrorMemoryAllocation;
+    cudaError_t error = cudaMalloc((void **)&exchange, sizeof *exchange);
     if (error != cudaSuccess) return error;
     cuda->exchange = exchange;
     error = cudaMemsetAsync(exchange->h, 0xff, sizeof exchange->h, cuda->stream); /* NOTHING */

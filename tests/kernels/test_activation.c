@@ -53,3 +53,46 @@ Test(silu_mul, is_right_for_odd_widths_in_all_types)
         }
     }
 }
+
+/* A product may make it as it goes, if nothing comes between: the same bits as from its result. */
+static void check_after_product(int T, int K, int F, bool has_bias)
+{
+    enum { REPLAYS = 3 /* plain, recorded, replayed */ };
+    struct numbers numbers = {(uint64_t)(T + K + F)};
+    const size_t n_x = (size_t)(T * K), n_w = (size_t)(2 * F * K), n = (size_t)(T * F);
+    float *x = next_floats(&numbers, n_x, DTYPE_BF16), *w = next_floats(&numbers, n_w, DTYPE_BF16);
+    float *b = next_floats(&numbers, (size_t)(2 * F), DTYPE_F32);
+    float *got = zeros(n, sizeof *got), *want = zeros(n, sizeof *want);
+    const struct matrix matrix = {upload_as(DTYPE_BF16, w, n_w), DTYPE_BF16, 2 * F, K};
+    const void *x_there = upload_as(DTYPE_BF16, x, n_x);
+    const float *bias = has_bias ? upload(b, (size_t)(2 * F) * sizeof *b) : NULL;
+    void *gate_up = device_memory(2 * n * sizeof(float)), *y = device_memory(n * 2);
+
+    for (int i = -1; i < REPLAYS; i++) {
+        if (i >= 0 && dev->ops->replay(dev, &y, sizeof y)) break;
+        dev->ops->matmul(dev, gate_up, DTYPE_F32, x_there, &matrix, bias, T, DTYPE_BF16);
+        if (i < 0) cr_assert_eq(dev->ops->sync(dev), MLORA_OK);
+        dev->ops->silu_mul(dev, y, gate_up, DTYPE_F32, T, F, DTYPE_BF16);
+        if (i < 0)
+            download_f32(want, y, DTYPE_BF16, n);
+        else
+            dev->ops->record_end(dev);
+    }
+    download_f32(got, y, DTYPE_BF16, n);
+    cr_expect_arr_eq(got, want, n * sizeof *got, "%d x %d, gate %d", T, K, F);
+    free(x);
+    free(w);
+    free(b);
+    free(got);
+    free(want);
+}
+
+Test(silu_mul, of_a_product_has_the_same_bits)
+{
+    check_after_product(1, 64, 128, false);
+    check_after_product(3, 200, 64, true);
+    check_after_product(16, 192, 320, true);
+    check_after_product(17, 64, 96, false); /* half a tile more: nobody's */
+    check_after_product(40, 512, 4352, true);
+    check_after_product(64, 136, 512, false);
+}

@@ -285,6 +285,7 @@ Test(lora_beside, a_product_takes_it_up_however_long_a_row_is)
         check_norm(1024, 40, MLORA_LORA_AUTO, -16);
         check_norm(512, 5, MLORA_LORA_AUTO, -8);
         check_silu_mul(256, 16, MLORA_LORA_AUTO, -16);
+        check_silu_mul(384, 50, MLORA_LORA_AUTO, -32);
         check_rope(64, 4, MLORA_LORA_AUTO, false, true, -16);
     }
 }
