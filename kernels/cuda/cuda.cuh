@@ -112,7 +112,7 @@ struct left {
 };
 
 struct exchange; /* lora_inside.cuh */
-struct held;     /* matmul_sm90.cu */
+struct streamed; /* matmul_sm90.cu */
 
 struct cuda_device {
     struct device base; /* first: a struct device * is one of these */
@@ -135,7 +135,7 @@ struct cuda_device {
     struct grown parts, deltas; /* of `deferred` */
     struct exchange *exchange;  /* of products with LoRA inside */
     const void *held_y;         /* the result of a product that waits for the op that reads it... */
-    struct held *held;          /* ... which that is; NULL: none waits */
+    struct streamed *held;      /* ... which that is; held_y NULL: none waits */
     struct deferred deferred;
     struct delta delta;
     struct left left;
@@ -164,7 +164,11 @@ void lora_make_left(struct cuda_device *cuda);
 void cuda_defer(struct cuda_device *cuda, void *y, enum dtype y_dtype, int T, int N,
                 const struct addend *addend);
 
-/* Add to y what is deferred for it: cuda_begin() calls it, so that every other op finds it done. */
+/* Start what was left to a next op, which is not this one: cuda_begin() calls it, so that every op
+ * finds it done. */
+void cuda_catch_up(struct cuda_device *cuda);
+
+/* Add to y what is deferred for it. */
 void cuda_add_deferred(struct cuda_device *cuda);
 
 /* Keep `error` as the device's failure if it is one and the first. */

@@ -27,6 +27,13 @@ static __global__ void add_kernel(Y *y, struct addend addend, int N, bool aligne
 
 /* ---- launchers ---------------------------------------------------------------------------- */
 
+void cuda_catch_up(struct cuda_device *cuda)
+{
+    if (cuda->held_y) matmul_make_held(cuda);
+    if (cuda->left.x) lora_make_left(cuda);
+    if (cuda->deferred.y) cuda_add_deferred(cuda);
+}
+
 struct cuda_device *cuda_begin_adding(struct device *dev, const void *y, struct addend *addend)
 {
     struct cuda_device *cuda = (struct cuda_device *)dev;

@@ -36,9 +36,7 @@ struct cuda_device *cuda_begin(struct device *dev)
     struct cuda_device *cuda = (struct cuda_device *)dev;
     if (cuda->failure[0]) return NULL;
     cuda_check(cuda, cudaSetDevice(cuda->ordinal), "cudaSetDevice");
-    if (cuda->held_y) matmul_make_held(cuda);
-    if (cuda->left.x) lora_make_left(cuda);
-    if (cuda->deferred.y) cuda_add_deferred(cuda);
+    cuda_catch_up(cuda);
     return cuda->failure[0] ? NULL : cuda;
 }
 

@@ -23,6 +23,15 @@ static void check_sizes(const struct lora_view *lora, const struct lora_site *si
     assert(site->n_slices > 0 && site->n_slices <= LORA_SLICES_MAX);
 }
 
+static void shrink(struct cuda_device *cuda, float *h, const void *x, const struct lora_args *args,
+                   bool has_tiles, enum dtype dtype)
+{
+    if (has_tiles)
+        lora_shrink_by_tile(cuda, h, (const bf16 *)x, args);
+    else
+        lora_shrink_by_row(cuda, h, x, args, dtype);
+}
+
 void cuda_lora_shrink(struct device *dev, float *h, const void *x, const struct lora_view *lora,
                       const struct lora_site *site, int layer, enum dtype dtype)
 {
@@ -42,12 +51,8 @@ void cuda_lora_shrink(struct device *dev, float *h, const void *x, const struct 
         return;
     }
     cuda_fork(cuda); /* the base product reads the same x and writes another y */
-    for_parts(lora, &args, [&](const struct lora_args *part) {
-        if (tiles)
-            lora_shrink_by_tile(cuda, h, (const bf16 *)x, part);
-        else
-            lora_shrink_by_row(cuda, h, x, part, dtype);
-    });
+    for_parts(lora, &args,
+              [&](const struct lora_args *part) { shrink(cuda, h, x, part, tiles, dtype); });
     cuda_fork_end(cuda);
 }
 
@@ -57,10 +62,7 @@ void lora_make_left(struct cuda_device *cuda)
 
     cuda->left.x = NULL;
     cuda_fork(cuda); /* the base product reads the same x and writes another y */
-    if (left.has_tiles)
-        lora_shrink_by_tile(cuda, left.h, left.x, &left.args);
-    else
-        lora_shrink_by_row(cuda, left.h, left.x, &left.args, DTYPE_BF16);
+    shrink(cuda, left.h, left.x, &left.args, left.has_tiles, DTYPE_BF16);
     lora_delta(cuda, left.z, left.h, &left.args);
     cuda_fork_end(cuda);
 }

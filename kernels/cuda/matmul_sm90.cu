@@ -16,7 +16,7 @@ enum {
     ROWS = 128, /* of w, a block: a warpgroup has 64 */
     CONSUMERS = ROWS / 64 * 128,
     STREAM_BLOCK = CONSUMERS + 2 * WARP,
-    STREAM_TOKENS = 64,
+    STREAM_TOKENS = INSIDE_TOKENS,
     FEW_TOKENS = 16,
     /* Panels of w that a block has asked for and has not got: they keep the memory busy. With more of
      * them all that others read beside it, and x, would wait longer. */
@@ -132,12 +132,12 @@ static __device__ void store_gated(bf16 *out, float (&sum)[TOKENS / 2], const fl
 }
 
 /* y[t, n] = dot(w[n, :], x[t, :]) + bias[n] over the first share of k, parts[p, t, n] the same without
- * a bias over share p + 1, for t < T <= TOKENS
+ * a bias over share p + 1, for t < T <= TOKENS; of a gate, which has one share, silu_mul of that
  *
- *   y [T, N]    parts [shares - 1, T, N]    bias [N] or NULL
- *   x [T, K], w [N, K]: maps with boxes of x_bytes / PANEL_ROW and ROWS rows    n_panels of k
+ *   result: y [T, N], or [T, N / 2] bf16    parts [shares - 1, T, N]    bias [N] or NULL
+ *   x [T, K], w [N, K]: maps with boxes of x_bytes / PANEL_ROW and ROWS / HALVES rows    n_panels of k
  *   grid tiles of N / ROWS times shares, and what more blocks `lora` gets
- *   block STREAM_BLOCK + Lora::THREADS    shared ring<TOKENS, Lora>::SHARED
+ *   block STREAM_BLOCK + Lora::THREADS    shared ring<...>::SHARED
  * With LoRA it takes as many registers as leave room for small kernels beside it: half of them. */
 template <int TOKENS, typename Lora, bool IS_GATE>
 static __global__ void __launch_bounds__(STREAM_BLOCK + Lora::THREADS, Lora::THREADS > 0 ? 2 : 1)
@@ -260,7 +260,7 @@ static int shares_of(const struct cuda_device *cuda, int tiles, int n_panels)
 }
 
 /* A product, as a launch needs to know it. */
-struct stream {
+struct streamed {
     void *y;
     float *parts;
     const bf16 *x;
@@ -271,13 +271,8 @@ struct stream {
     struct lora_inside lora;
 };
 
-/* One that waits for the op that reads y. */
-struct held {
-    struct stream stream;
-};
-
 template <int TOKENS, typename Lora, bool IS_GATE>
-static void launch_kernel(struct cuda_device *cuda, const struct stream *s, const Lora &lora)
+static void launch_kernel(struct cuda_device *cuda, const struct streamed *s, const Lora &lora)
 {
     using R = ring<TOKENS, Lora, IS_GATE>;
     const int K = s->w.K, N = s->w.N, x_rows = ceil_div(s->T, 8) * 8;
@@ -295,7 +290,7 @@ static void launch_kernel(struct cuda_device *cuda, const struct stream *s, cons
 }
 
 template <typename Lora, bool IS_GATE>
-static void launch_tokens(struct cuda_device *cuda, const struct stream *s, const Lora &lora)
+static void launch_tokens(struct cuda_device *cuda, const struct streamed *s, const Lora &lora)
 {
     if constexpr (!IS_GATE || Lora::THREADS == 0)
         if (s->T <= FEW_TOKENS) {
@@ -305,7 +300,7 @@ static void launch_tokens(struct cuda_device *cuda, const struct stream *s, cons
     launch_kernel<STREAM_TOKENS, Lora, IS_GATE>(cuda, s, lora);
 }
 
-template <bool IS_GATE> static void launch(struct cuda_device *cuda, const struct stream *s)
+template <bool IS_GATE> static void launch(struct cuda_device *cuda, const struct streamed *s)
 {
     if (s->has_lora)
         launch_tokens<struct lora_inside, IS_GATE>(cuda, s, s->lora);
@@ -314,7 +309,7 @@ template <bool IS_GATE> static void launch(struct cuda_device *cuda, const struc
 }
 
 /* Take up what lora_shrink left, if it is for this x and w, and no more than a block has room for. */
-static bool take_up_lora(struct cuda_device *cuda, struct stream *s)
+static bool take_up_lora(struct cuda_device *cuda, struct streamed *s)
 {
     const struct left *left = &cuda->left;
     const struct lora_args *args = &left->args;
@@ -345,7 +340,7 @@ bool matmul_stream(struct cuda_device *cuda, float *y, const bf16 *x, const stru
 {
     enum { WAVES_MAX = 4 }; /* what a block brings in ahead is worth less in later ones */
     const int tiles = ceil_div(w->N, ROWS);
-    struct stream s = {y, NULL, x, *w, bias, T, tiles, 1, false, {}};
+    struct streamed s = {y, NULL, x, *w, bias, T, tiles, 1, false, {}};
     struct addend addend = {};
 
     if (!cuda->encode_tensor_map || cuda->is_lent || T > STREAM_TOKENS || w->K % GROUP != 0 ||
@@ -365,7 +360,7 @@ bool matmul_stream(struct cuda_device *cuda, float *y, const bf16 *x, const stru
     /* With LoRA a block would wait for h of both slices: longer than few tokens' silu_mul takes. */
     const bool is_held = s.shares == 1 && w->N % ROWS == 0 && (!s.has_lora || T > FEW_TOKENS);
     if (is_held) {
-        cuda->held->stream = s;
+        *cuda->held = s;
         cuda->held_y = y;
         return true;
     }
@@ -377,13 +372,13 @@ bool matmul_stream(struct cuda_device *cuda, float *y, const bf16 *x, const stru
 void matmul_make_held(struct cuda_device *cuda)
 {
     cuda->held_y = NULL;
-    launch<false>(cuda, &cuda->held->stream);
+    launch<false>(cuda, cuda->held);
 }
 
 bool matmul_takes_silu(struct cuda_device *cuda, void *y, const void *gate_up,
                        enum dtype gate_up_dtype, int T, int F, enum dtype dtype)
 {
-    struct stream *s = &cuda->held->stream;
+    struct streamed *s = cuda->held;
 
     if (!cuda->held_y || cuda->held_y != gate_up || gate_up_dtype != DTYPE_F32 ||
         dtype != DTYPE_BF16 || s->T != T || s->w.N != 2 * F || !is_aligned(y))
@@ -399,7 +394,7 @@ cudaError_t matmul_open(struct cuda_device *cuda)
 {
     struct exchange *exchange;
 
-    cuda->held = (struct held *)calloc(1, sizeof *cuda->held);
+    cuda->held = (struct streamed *)calloc(1, sizeof *cuda->held);
     if (!cuda->held) return cudaErrorMemoryAllocation;
     cudaError_t error = cudaMalloc((void **)&exchange, sizeof *exchange);
     if (error != cudaSuccess) return error;

@@ -151,9 +151,7 @@ void cuda_record_end(struct device *dev)
     cudaGraph_t graph = NULL;
 
     if (!item) return;
-    if (cuda->held_y) matmul_make_held(cuda);
-    if (cuda->left.x) lora_make_left(cuda);
-    if (cuda->deferred.y) cuda_add_deferred(cuda);
+    cuda_catch_up(cuda);
     cuda->delta.z = NULL;
     cuda->recordings->open = NULL;
     cuda->beside.n = 0;
