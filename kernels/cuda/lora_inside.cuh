@@ -15,14 +15,16 @@ enum {
     SIXTEEN = 16, /* tokens of a tile, and of the rank that a small product takes */
     INSIDE_WARPS = 4,
     INSIDE_BLOCK = INSIDE_WARPS * WARP,
-    INSIDE_PARTS = 4, /* of a sum of h, however many tokens and adapters there are */
-    INSIDE_STEP = 32, /* k that a warp takes at once */
-    INSIDE_AHEAD = 8, /* such steps that it asks for at once */
-    INSIDE_STEPS = 8, /* tiles of the rank of all adapters, of a slice, at most */
-    INSIDE_TILES = 2, /* of one adapter, at most */
+    INSIDE_PARTS = 4,  /* of a sum of h, however many tokens and adapters there are */
+    INSIDE_STEP = 32,  /* k that a warp takes at once */
+    INSIDE_AHEAD = 8,  /* such steps that it asks for at once */
+    INSIDE_STEPS = 16, /* tiles of the rank of all adapters, of a slice, at most */
+    INSIDE_TILES = 4,  /* of one adapter, at most */
+    INSIDE_ADAPTERS = 12,
     INSIDE_TOKENS = 64,
     INSIDE_ROW = SIXTEEN * 2,                             /* bytes, in shared memory */
     INSIDE_STAGED = INSIDE_BLOCK * INSIDE_AHEAD * 2 * 16, /* bytes of A, or of x */
+    INSIDE_ROOM = 104 * 1024,                             /* in shared memory, for B and h */
 };
 
 /* Where the blocks of a product leave each other parts of h: [INSIDE_PARTS, T, n_slices tiles_a_slice,
@@ -42,10 +44,11 @@ struct lora_inside {
     const bf16 *x;
     struct exchange *exchange;
     int T, n_units;
-    int n_blocks;      /* that make h: the first ones */
-    int tiles_a_slice; /* of 16 of the rank */
-    int row_tiles;     /* of all slices */
-    int steps;         /* tiles of all adapters, of a slice */
+    int n_blocks;         /* that make h: the first ones */
+    int tiles_a_slice;    /* of 16 of the rank */
+    int row_tiles;        /* of all slices */
+    int steps;            /* tiles of all adapters, of a slice */
+    int b_bytes, h_bytes; /* in shared memory: B, then h; before them, A and x */
 };
 struct lora_not_inside {
     enum { THREADS = 0 };
@@ -202,17 +205,17 @@ static inline __device__ void shrink_inside(const struct lora_inside &in, int un
     inside_sync();
 }
 
-/* The sum of h's parts from `from` on, 8 elements, as parts of bf16. False: they have not come for
- * long. */
+/* The sum of h's parts from `from` on, 8 elements, as parts of bf16. is_early: they can hardly be there
+ * yet. False: they have not come for long. */
 static inline __device__ bool load_h_unit(uint4 (&part)[H_PARTS], const uint32_t *from,
-                                          int part_size)
+                                          int part_size, bool is_early)
 {
     const uint32_t patience = 1 << 16, start = cycles(); /* four times as long as it takes */
     float h[GROUP] = {};
     uint32_t three[4][H_PARTS];
 
     /* One of them tells when to ask for all. */
-    while (load_now(from).x == NOTHING) {
+    while (is_early && load_now(from).x == NOTHING) {
         if (cycles() - start > patience) return false;
         __nanosleep(20);
     }
@@ -260,6 +263,7 @@ static inline __device__ bool take_h(const struct lora_inside &in, int slice, in
                                      uint32_t to)
 {
     const int units = 2 * in.tiles_a_slice * HALVES; /* of a token */
+    bool is_there = true;
 #pragma unroll 1
     for (int first = 0; first < in.T * units; first += INSIDE_BLOCK) {
         const int t = (first + thread) / units, at = (first + thread) % units;
@@ -267,19 +271,17 @@ static inline __device__ bool take_h(const struct lora_inside &in, int slice, in
         const int unit = HALVES > 1 ? at % (2 * in.tiles_a_slice) : at;
         const int row = t * in.row_tiles + (slice + half) * in.tiles_a_slice;
         uint4 part[H_PARTS] = {};
-        bool is_there = true;
-        if (t < in.T && unit * GROUP < shared->rank[half][t])
+        if (is_there && t < in.T && unit * GROUP < shared->rank[half][t])
             is_there = load_h_unit(part, parts + row * SIXTEEN + unit * GROUP,
-                                   in.T * in.row_tiles * SIXTEEN);
+                                   in.T * in.row_tiles * SIXTEEN, first == 0);
         if (t < in.T)
 #pragma unroll
             for (int i = 0; i < H_PARTS; i++)
                 store_shared(to + (at / 2 * H_PARTS + i) * (TOKENS * INSIDE_ROW) +
                                  inside_at(t, unit % 2),
                              part[i]);
-        if (!inside_all(is_there)) return false;
     }
-    return true;
+    return inside_all(is_there);
 }
 
 /* Eight elements of rank are unit `thread` % 2 of a step, steps of all adapters follow one another, and
@@ -325,18 +327,18 @@ static inline __device__ void fetch_b(const struct lora_inside &in, const struct
  * side by side. */
 template <int TOKENS, int ROWS, int HALVES>
 static inline __device__ void add_inside(float (&sum)[TOKENS / 2], const struct lora_inside &in,
-                                         const struct inside_shared *shared, int row, uint32_t b,
-                                         uint32_t h)
+                                         const struct inside_shared *shared, int row, uint32_t b)
 {
     enum { HALF = ROWS / HALVES };
     const int lane = threadIdx.x % WARP;
-    uint32_t segments = 0; /* of this lane's tokens, one of each eight, in 4 bits */
+    uint32_t segments = 0; /* of this lane's tokens, one of each eight, in 4 bits; 15: none */
 #pragma unroll
     for (int j = 0; j < TOKENS / 8; j++)
         segments |= (uint32_t)(shared->segment[j * 8 + lane / 4] & 15) << 4 * j;
+    const uint32_t h = b + in.b_bytes +
+                       row / HALF * in.tiles_a_slice * (H_PARTS * TOKENS * INSIDE_ROW) +
+                       inside_at(lane / 16 * 8 + lane % 8, lane / 8 % 2);
     b += row / HALF * in.steps * (HALF * INSIDE_ROW) + inside_at(row % HALF + lane % 16, lane / 16);
-    h += row / HALF * in.tiles_a_slice * (H_PARTS * TOKENS * INSIDE_ROW) +
-         inside_at(lane / 16 * 8 + lane % 8, lane / 8 % 2);
 #pragma unroll 1
     for (int step = 0; step < in.steps; step++) {
         const uint32_t segment = step / in.tiles_a_slice, tile = step % in.tiles_a_slice;
@@ -401,7 +403,7 @@ static inline __device__ int slice_of(const struct lora_args &args, int n0)
 template <int TOKENS, int ROWS, int HALVES>
 static inline __device__ void lora_work(const struct lora_inside &in, int thread,
                                         struct inside_shared *shared, bool owns, int n0, uint32_t b,
-                                        uint32_t h, uint32_t ready)
+                                        uint32_t ready)
 {
     const struct lora_args &args = in.args;
     const int block = blockIdx.x;
@@ -421,13 +423,13 @@ static inline __device__ void lora_work(const struct lora_inside &in, int thread
     for (;;) {
 #pragma unroll 1
         for (; unit < in.n_units; unit += stride)
-            shrink_inside(in, unit, anew(thread), shared, b, h);
+            shrink_inside(in, unit, anew(thread), shared, b, b + INSIDE_STAGED);
         grid_wait();
         turn = __ldcg(&in.exchange->turn);
         if (!owns) break;
         fetch_b<ROWS, HALVES>(in, shared->b[thread], anew(thread), b);
         const bool is_there = take_h<TOKENS, HALVES>(in, slice_of(args, anew(n0)), anew(thread),
-                                                     shared, in.exchange->h[turn], h);
+                                                     shared, in.exchange->h[turn], b + in.b_bytes);
         copy_wait<0>();
         if (is_there) {
             barrier_arrive(ready);

@@ -33,17 +33,11 @@ template <int TOKENS, typename Lora, bool IS_GATE> struct ring {
         HALVES = IS_GATE ? 2 : 1,
         W_BYTES = ROWS * PANEL_ROW,
         X_BYTES = TOKENS * PANEL_ROW,
-        W_STAGES = TOKENS > FEW_TOKENS ? 6 : 7,
+        W_STAGES = (TOKENS > FEW_TOKENS ? 6 : 7) - (Lora::THREADS > 0),
         X_STAGES = TOKENS > FEW_TOKENS ? 4 : 7,
         X_AT = W_STAGES * W_BYTES,
         B_AT = X_AT + X_STAGES * X_BYTES,
-        B_BYTES = Lora::THREADS > 0 ? INSIDE_STEPS *ROWS *INSIDE_ROW : 0,
-        H_AT = B_AT + B_BYTES,
-        H_OF_ALL = HALVES * INSIDE_TILES * H_PARTS * TOKENS * INSIDE_ROW,
-        H_BYTES = Lora::THREADS == 0         ? 0
-                  : H_OF_ALL > INSIDE_STAGED ? H_OF_ALL
-                                             : INSIDE_STAGED,
-        SHARED = H_AT + H_BYTES + 1024, /* to begin at a multiple of 1,024 */
+        SHARED = B_AT + 1024, /* to begin at a multiple of 1,024; and what LoRA has */
     };
 };
 
@@ -174,8 +168,7 @@ static __global__ void __launch_bounds__(STREAM_BLOCK + Lora::THREADS, Lora::THR
     if constexpr (Lora::THREADS > 0) {
         if (threadIdx.x >= STREAM_BLOCK) {
             lora_work<TOKENS, ROWS, R::HALVES>(lora, threadIdx.x - STREAM_BLOCK, &shared,
-                                               share == 0, n0, stages + R::B_AT, stages + R::H_AT,
-                                               ready);
+                                               share == 0, n0, stages + R::B_AT, ready);
             return;
         }
         if (share >= shares) {
@@ -202,7 +195,7 @@ static __global__ void __launch_bounds__(STREAM_BLOCK + Lora::THREADS, Lora::THR
             if (i == late) {
                 barrier_wait(ready, 0);
                 add_inside<TOKENS, ROWS, R::HALVES>(sum, lora, &shared, threadIdx.x / WARP * 16,
-                                                    stages + R::B_AT, stages + R::H_AT);
+                                                    stages + R::B_AT);
             }
         barrier_wait(w_full + ws * 8, i / R::W_STAGES);
         barrier_wait(x_full + xs * 8, i / R::X_STAGES);
@@ -275,16 +268,19 @@ template <int TOKENS, typename Lora, bool IS_GATE>
 static void launch_kernel(struct cuda_device *cuda, const struct streamed *s, const Lora &lora)
 {
     using R = ring<TOKENS, Lora, IS_GATE>;
+    const bool has_lora = Lora::THREADS > 0;
     const int K = s->w.K, N = s->w.N, x_rows = ceil_div(s->T, 8) * 8;
-    const int blocks = max_int(s->tiles * s->shares, Lora::THREADS > 0 ? cuda->n_sms : 0);
+    const int blocks = max_int(s->tiles * s->shares, has_lora ? cuda->n_sms : 0);
     const CUtensorMapL2promotion promotion = CU_TENSOR_MAP_L2_PROMOTION_L2_128B;
     const CUtensorMap x_map = map_panels(cuda, s->x, s->T, K, x_rows, promotion, "matmul");
     const CUtensorMap w_map =
         map_panels(cuda, (const bf16 *)s->w.data, N, K, ROWS / R::HALVES, promotion, "matmul");
     const auto kernel = matmul_stream_kernel<TOKENS, Lora, IS_GATE>;
 
-    cuda_allow_shared(cuda, kernel, R::SHARED, "matmul");
-    cuda_launch(cuda, "matmul", kernel, blocks, STREAM_BLOCK + Lora::THREADS, R::SHARED, 1, s->y,
+    const int shared = R::SHARED + (has_lora ? s->lora.b_bytes + s->lora.h_bytes : 0);
+
+    cuda_allow_shared(cuda, kernel, R::SHARED + (has_lora ? INSIDE_ROOM : 0), "matmul");
+    cuda_launch(cuda, "matmul", kernel, blocks, STREAM_BLOCK + Lora::THREADS, shared, 1, s->y,
                 s->parts, x_map, w_map, s->bias, s->T, N, ceil_div(K, PANEL), x_rows * PANEL_ROW,
                 s->tiles, s->shares, lora);
 }
@@ -329,7 +325,15 @@ static bool take_up_lora(struct cuda_device *cuda, struct streamed *s)
     lora->row_tiles = args->n_slices * lora->tiles_a_slice;
     lora->n_units = lora_tiles(args, SIXTEEN) * lora->row_tiles * INSIDE_PARTS;
     lora->steps = args->n_segments * lora->tiles_a_slice;
-    if (lora->steps > INSIDE_STEPS || lora->tiles_a_slice > INSIDE_TILES) return false;
+    if (args->n_segments > INSIDE_ADAPTERS || lora->steps > INSIDE_STEPS ||
+        lora->tiles_a_slice > INSIDE_TILES)
+        return false;
+    const int tokens = s->T <= FEW_TOKENS ? FEW_TOKENS : STREAM_TOKENS;
+    const int slices = args->n_slices == 2 ? 2 : 1; /* of a block, where it may be a gate's */
+    lora->b_bytes = max_int(INSIDE_STAGED, lora->steps * ROWS * INSIDE_ROW);
+    lora->h_bytes =
+        max_int(INSIDE_STAGED, slices * lora->tiles_a_slice * H_PARTS * tokens * INSIDE_ROW);
+    if (lora->b_bytes + lora->h_bytes > INSIDE_ROOM) return false;
     cuda->left.x = NULL;
     cuda->delta.is_added = true;
     return true;
