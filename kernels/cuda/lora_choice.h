@@ -52,6 +52,15 @@ static inline bool lora_wants_tiles(const struct lora_view *lora)
     return lora->n_tokens >= lora_tokens_for_tiles(lora->n_segments, lora->max_rank);
 }
 
+/* Whether expand, too, runs beside the base product; so many adapters' B holds the product up longer
+ * than it takes after it: tests/kernels/test_lora_choice.c. */
+static inline bool lora_expands_beside(const struct lora_view *lora)
+{
+    enum { ADAPTERS_MAX = 40 };
+    if (lora->mode == MLORA_LORA_FUSED) return true;
+    return lora->mode == MLORA_LORA_AUTO && lora->n_segments <= ADAPTERS_MAX;
+}
+
 /* Whether expand is made inside the op that reads its result. */
 static inline bool lora_is_fused(const struct lora_view *lora)
 {

@@ -109,12 +109,12 @@ static __global__ void __launch_bounds__(DELTA_BLOCK, STEPS == 0 ? 4 : 3)
 bool lora_begins_delta(struct cuda_device *cuda, const float *h, const struct lora_view *lora,
                        const struct lora_site *site, int layer, enum dtype dtype)
 {
-    const bool picks = lora->mode == MLORA_LORA_AUTO || lora->mode == MLORA_LORA_FUSED;
     const bool is_in_layer = layer < lora->L - 1; /* the head's product has been before */
 
     memset(&cuda->delta, 0, sizeof cuda->delta);
-    if (!cuda->is_hopper || cuda->is_lent || !picks || !is_in_layer || lora->expands_more ||
-        lora->n_rows < 1 || lora->n_rows > DELTA_TOKENS || dtype != DTYPE_BF16)
+    if (!cuda->is_hopper || cuda->is_lent || !lora_expands_beside(lora) || !is_in_layer ||
+        lora->expands_more || lora->n_rows < 1 || lora->n_rows > DELTA_TOKENS ||
+        dtype != DTYPE_BF16)
         return false;
     const size_t bytes = (size_t)DELTA_TOKENS * site->N * sizeof(float);
     float *z = (float *)cuda_grow(cuda, &cuda->deltas, bytes, "lora_shrink");

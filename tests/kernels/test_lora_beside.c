@@ -11,7 +11,9 @@
 TestSuite(lora_beside, .init = device_open, .fini = device_close);
 
 enum { REPLAYS = 3 /* plain, recorded, replayed */ };
-static int K = 512; /* of the products */
+static int K = 512;            /* of the products */
+static int n_slots = S_MAX;    /* that their tokens use */
+static bool has_many_segments; /* each token has one of its own */
 
 /* Of a run of ops: its pointers belong to no other. */
 struct run_key {
@@ -44,6 +46,27 @@ static enum dtype dtype_of(int type)
     return product_types[type < 0 ? PLAIN_TYPES : type].dtype;
 }
 
+/* The same tokens, the last first, each a segment of its own: as many adapters, of which some are the
+ * same. */
+static void give_each_a_segment(struct lora_view *view, const int32_t *slot, int T)
+{
+    int32_t order[T_MAX], segment_slot[T_MAX], segment_start[T_MAX + 1] = {0};
+    int n = 0;
+
+    for (int t = T - 1; t >= 0; t--) {
+        if (slot[t] < 0) continue;
+        order[n] = t;
+        segment_slot[n] = slot[t];
+        n++;
+        segment_start[n] = n;
+    }
+    view->n_segments = view->n_tokens = n;
+    view->max_segment = 1;
+    view->order = upload(order, sizeof order);
+    view->segment_slot = upload(segment_slot, sizeof segment_slot);
+    view->segment_start = upload(segment_start, sizeof segment_start);
+}
+
 static struct product product_random(struct numbers *numbers, const struct lora_site *site, int T,
                                      int type)
 {
@@ -56,9 +79,10 @@ static struct product product_random(struct numbers *numbers, const struct lora_
         adapters_plain(&p.adapters, numbers, site, -type);
     else
         adapters_random(&p.adapters, numbers, site);
-    for (int t = 0; t < T; t++) slot[t] = next_int(numbers, -1, S_MAX - 1);
-    slot[T - 1] = 1; /* there is one at least */
+    for (int t = 0; t < T; t++) slot[t] = next_int(numbers, -1, n_slots - 1);
+    slot[T - 1] = n_slots > 1; /* there is one at least */
     p.view = view_of(&p.adapters, site, slot, T);
+    if (has_many_segments) give_each_a_segment(&p.view, slot, T);
     p.view.n_rows = T;
     float *x = next_floats(numbers, n_x, dtype), *w = next_floats(numbers, n_w, dtype);
     for (size_t i = 0; i < n_x; i++) x[i] *= 0.125f;
@@ -287,6 +311,46 @@ Test(lora_beside, a_product_takes_it_up_however_long_a_row_is)
         check_silu_mul(256, 16, MLORA_LORA_AUTO, -16);
         check_silu_mul(384, 50, MLORA_LORA_AUTO, -32);
         check_rope(64, 4, MLORA_LORA_AUTO, false, true, -16);
+    }
+}
+
+Test(lora_beside, a_product_takes_up_high_ranks)
+{
+    for (n_slots = 1; n_slots <= 3; n_slots++) {
+        check_silu_mul(1024, 64, MLORA_LORA_AUTO, -64);
+        check_silu_mul(256, 17, MLORA_LORA_FUSED, -56);
+        check_norm(4096, 64, MLORA_LORA_AUTO, -64);
+        check_norm(1024, 16, MLORA_LORA_AUTO, -48);
+        check_norm(512, 1, MLORA_LORA_AUTO, -64);
+        check_rope(128, 4, MLORA_LORA_AUTO, false, true, -64);
+        K = 4160;
+        check_norm(2048, 50, MLORA_LORA_AUTO, -64);
+        K = 512;
+    }
+}
+
+Test(lora_beside, a_product_takes_up_many_adapters)
+{
+    has_many_segments = true;
+    check_silu_mul(1024, 14, MLORA_LORA_AUTO, -16);
+    check_silu_mul(128, 8, MLORA_LORA_AUTO, -32);
+    check_norm(4096, 13, MLORA_LORA_AUTO, -16);
+    check_norm(1024, 12, MLORA_LORA_FUSED, -16);
+    check_norm(512, 9, MLORA_LORA_AUTO, -8);
+    check_rope(128, 4, MLORA_LORA_AUTO, false, true, -64);
+    K = 4160;
+    check_norm(2048, 11, MLORA_LORA_AUTO, -16);
+    check_norm(2048, 9, MLORA_LORA_AUTO, -32);
+}
+
+/* Beyond forty adapters expand comes after the product. */
+Test(lora_beside, of_many_adapters_half_of_it)
+{
+    has_many_segments = true;
+    for (int T = 40; T <= 64; T += 8) {
+        check_silu_mul(512, T, MLORA_LORA_AUTO, -16);
+        check_norm(1000, T, MLORA_LORA_AUTO, 0);
+        check_copy(264, T, true, 1);
     }
 }
 
