@@ -112,7 +112,7 @@ void cuda_attention(struct device *dev, void *y, const void *qkv, enum dtype qkv
         batch->Q,           heads->H,
         heads->G,           heads->d,
         heads->window,      heads->scale * 1.44269504088896f,
-        qkv_dtype != dtype,
+        qkv_dtype != dtype, !cuda->is_lent,
     };
     if (dtype == DTYPE_BF16 && kv->dtype == DTYPE_BF16 && has_kernel(heads->d) && is_aligned(qkv) &&
         is_aligned(kv->k) && is_aligned(kv->v)) {

@@ -12,6 +12,7 @@ struct attention_args {
     int window;
     float scale;          /* times log2(e), for exp2 */
     bool has_f32_queries; /* qkv is f32, y is not: queries are rounded as they are read */
+    bool keeps_pages;     /* the kernels before write to no page of a row but its last */
 };
 
 /* First position that the token at `position` sees. */

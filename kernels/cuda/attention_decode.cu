@@ -2,8 +2,12 @@
  * heads of a group share what is loaded: they are the columns of small matrix products, padded to
  * eight, and the tokens or the elements of a head are the rows. Each warp works on a block of the
  * cache (16 tokens, contiguous for a head) at a time with its own queue of copies, so that no
- * barrier stands in the loop. */
+ * barrier stands in the loop.
+ *
+ * In a step nothing writes to pages of a row of one token but the last one: copies of the others begin
+ * while the kernels before this one still run. */
 #include "kernels/cuda/attention.cuh"
+#include "kernels/cuda/wgmma.cuh"
 
 #include <math.h>
 
@@ -18,7 +22,7 @@ enum {
     WARPS_MIN = 4,
     WARP_PAGES_MIN = 2,
     WARP_PAGES_MAX = 16,
-    DECODE_STATIC = DECODE_HEADS * SPLITS_MAX * 4 + 64, /* shared memory that has a name */
+    DECODE_STATIC = DECODE_HEADS * SPLITS_MAX * 4 + 2048, /* shared memory beside queues, at most */
 };
 
 /* Rows of shared memory are 16 bytes longer than a head: an odd number of 16-byte units, so that
@@ -34,22 +38,41 @@ static constexpr __host__ __device__ int queue(int d)
     return d <= 80 ? 5 : 3;
 }
 
-static constexpr __host__ __device__ int queue_bytes(int d)
-{
-    return queue(d) * KV_BLOCK * pitch(d) * 2; /* of a warp */
-}
-
 /* Warps of a block, for which there are registers. */
 static constexpr __host__ __device__ int max_warps(int d)
 {
     return d <= 128 ? 16 : 8;
 }
 
-static constexpr __host__ __device__ int decode_shared(int d, int n_warps)
+/* How a warp's pages come to shared memory: in 16-byte units, to rows of pitch() elements... */
+struct page_rows {
+    enum { ARE_BOXES = 0 };
+    const bf16 *k, *v;
+};
+
+/* ... or by the copy engine, to panels as in wgmma.cuh. */
+struct page_boxes {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+    enum { ARE_BOXES = 0 }; /* there is none: never launched */
+#else
+    enum { ARE_BOXES = 1 };
+#endif
+    const bf16 *k, *v;
+    CUtensorMap keys, values; /* [. G KV_BLOCK, D] in boxes of [KV_BLOCK, PANEL] */
+};
+
+/* Bytes of 16 keys or values in shared memory. */
+template <int D, typename Pages> static constexpr __host__ __device__ int unit_bytes()
 {
-    const int queues = n_warps * queue_bytes(d);
-    const int merge = n_warps * DECODE_HEADS * (d + 2) * 4;
-    return queues > merge ? queues : merge;
+    return KV_BLOCK * (Pages::ARE_BOXES ? D : pitch(D)) * 2;
+}
+
+template <int D, typename Pages> static constexpr __host__ __device__ int decode_shared(int n_warps)
+{
+    const int queues = n_warps * queue(D) * unit_bytes<D, Pages>();
+    const int merge = n_warps * DECODE_HEADS * (D + 2) * 4;
+    const int rest = Pages::ARE_BOXES ? 1024 : 0; /* to begin at a multiple of 1,024 */
+    return (queues > merge ? queues : merge) + rest;
 }
 
 /* A row's partial results: sums [Q, H, splits, d], and their largest score and total weight
@@ -61,14 +84,15 @@ struct decode_parts {
 };
 
 /* The pages of the cache that one warp reads, keys and values in turn, copied queue() - 1 ahead. */
-template <int D> struct page_reader {
-    const bf16 *k, *v;    /* of this head in block 0 */
+template <int D, typename Pages> struct page_reader {
+    enum { QUEUE = queue(D), UNIT = unit_bytes<D, Pages>() };
     const int32_t *table; /* of the row */
-    size_t block_stride;  /* elements from block to block */
-    uint32_t copies;      /* [queue(), KV_BLOCK, pitch] in shared memory */
-    int first, step, n;   /* pages first, first + step, ...: n of them */
-    int end;              /* positions from here on are zeros */
-    int ids;              /* in lane l: table entry of page base + l, of this warp's */
+    int G, g;
+    uint32_t copies;    /* [QUEUE, UNIT] in shared memory */
+    uint32_t barriers;  /* [QUEUE] of boxes: of their arrival */
+    int first, step, n; /* pages first, first + step, ...: n of them */
+    int end;            /* positions from here on are zeros */
+    int ids;            /* in lane l: table entry of page base + l, of this warp's */
 
     __device__ void look_up(int i)
     {
@@ -76,32 +100,85 @@ template <int D> struct page_reader {
         ids = i + lane < n ? table[first + (i + lane) * step] : 0;
     }
 
-    /* Bring the first page as near as it can be while others may still write to it. */
-    __device__ void prefetch() const
+    /* The first row, of the cache's, of page i of those looked up. */
+    __device__ int row_of(int i) const
     {
-        if (threadIdx.x % WARP > 0 || n == 0) return;
-        prefetch_bulk(k + ids * block_stride, KV_BLOCK * D * 2);
-        prefetch_bulk(v + ids * block_stride, KV_BLOCK * D * 2);
+        return (__shfl_sync(~0u, ids, i % WARP) * G + g) * KV_BLOCK;
+    }
+
+    __device__ void make_barriers() const
+    {
+        if (threadIdx.x % WARP == 0) {
+            for (int i = 0; i < QUEUE; i++) barrier_make(barriers + i * 8, 1);
+            asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        }
+        __syncwarp();
+    }
+
+    /* Bring page i, one of the first, as near as it can be while others may still write to it. */
+    __device__ void prefetch(const Pages &pages, int i) const
+    {
+        const size_t at = (size_t)row_of(i) * D;
+        if (threadIdx.x % WARP > 0) return;
+        prefetch_bulk(pages.k + at, KV_BLOCK * D * 2);
+        prefetch_bulk(pages.v + at, KV_BLOCK * D * 2);
     }
 
     /* Begin to copy half `unit`: of this warp's page unit / 2, the keys or the values. */
-    __device__ void start(int unit)
+    __device__ void start(const Pages &pages, int unit)
     {
         const int i = unit / 2, lane = threadIdx.x % WARP;
         if (i < n) {
-            const int page = first + i * step;
             if (unit % 2 == 0 && i > 0 && i % WARP == 0) look_up(i);
-            const int block = __shfl_sync(~0u, ids, i % WARP);
-            const bf16 *from = (unit % 2 ? v : k) + block * block_stride;
-            const uint32_t to = copies + unit % queue(D) * (KV_BLOCK * pitch(D) * 2);
+            const int row = row_of(i);
+            const uint32_t to = copies + unit % QUEUE * UNIT;
+            if constexpr (Pages::ARE_BOXES) {
+                const uint32_t barrier = barriers + unit % QUEUE * 8;
+                if (lane == 0) {
+                    barrier_expect(barrier, UNIT);
 #pragma unroll
-            for (int j = 0; j < D / 16; j++) {
-                const int part = j * WARP + lane, row = part / (D / 8), column = part % (D / 8) * 8;
-                copy_async(to + (row * pitch(D) + column) * 2, from + part * 8,
-                           page * KV_BLOCK + row < end);
+                    for (int c = 0; c < D / PANEL; c++)
+                        copy_box(to + c * (KV_BLOCK * PANEL_ROW),
+                                 unit % 2 ? &pages.values : &pages.keys, row, c * PANEL, barrier);
+                }
+            } else {
+                const bf16 *from = (unit % 2 ? pages.v : pages.k) + (size_t)row * D;
+                const int left = end - (first + i * step) * KV_BLOCK;
+#pragma unroll
+                for (int j = 0; j < D / 16; j++) {
+                    const int part = j * WARP + lane, r = part / (D / 8);
+                    copy_async(to + (r * pitch(D) + part % (D / 8) * 8) * 2, from + part * 8,
+                               r < left);
+                }
             }
         }
-        copy_commit();
+        if constexpr (!Pages::ARE_BOXES) copy_commit();
+    }
+
+    /* Wait for it. The copy engine brings whatever is past the row's end, and NaN times a weight of zero
+     * is NaN: values are made zeros there. */
+    __device__ void wait(int unit) const
+    {
+        if constexpr (Pages::ARE_BOXES) {
+            barrier_wait(barriers + unit % QUEUE * 8, unit / QUEUE);
+            const int left = end - (first + unit / 2 * step) * KV_BLOCK;
+            if (unit % 2 == 0 || left >= KV_BLOCK) return;
+            for (int i = left * (D / 8) + threadIdx.x % WARP; i < KV_BLOCK * (D / 8); i += WARP)
+                store_shared(at(unit, i / (D / 8), i % (D / 8)), make_uint4(0, 0, 0, 0));
+            __syncwarp();
+        } else {
+            copy_wait<QUEUE - 2>();
+            __syncwarp();
+        }
+    }
+
+    /* Where 16-byte unit `column` of a row of it lies. */
+    __device__ uint32_t at(int unit, int row, int column) const
+    {
+        const uint32_t to = copies + unit % QUEUE * UNIT;
+        if (!Pages::ARE_BOXES) return to + row * (pitch(D) * 2) + column * 16;
+        return to + column / (PANEL / 8) * (KV_BLOCK * PANEL_ROW) +
+               panel_at(row, column % (PANEL / 8));
     }
 };
 
@@ -147,15 +224,19 @@ static __device__ void combine(bf16 *y, const struct decode_parts &parts, size_t
 /* Of a row of one token, up to eight heads of a group, one split of its positions.
  * Scores of 16 tokens: S [16 tokens, 8 heads] = K Q^T; then O [D, 8 heads] += V^T P.
  *
- *   y [T, H, D]    qkv [T, H + 2 G, D], or f32    k, v [., G, KV_BLOCK, D]
- *   grid (splits, G * heads / 8, Q)    block: some warps    shared decode_shared(D, warps) */
-template <int D>
+ *   y [T, H, D]    qkv [T, H + 2 G, D], or f32    pages: k, v [., G, KV_BLOCK, D]
+ *   grid (splits, G * heads / 8, Q)    block: some warps    shared decode_shared<D, Pages>(warps) */
+template <int D, typename Pages>
 static __global__ void __launch_bounds__(max_warps(D) * WARP)
-    attention_decode_kernel(bf16 *y, const void *qkv, const bf16 *k, const bf16 *v,
+    attention_decode_kernel(bf16 *y, const void *qkv, const __grid_constant__ Pages pages,
                             const struct attention_args args, const struct decode_parts parts,
                             int *counters)
 {
-    extern __shared__ __align__(16) unsigned char shared[];
+    enum { QUEUE = queue(D) };
+    extern __shared__ __align__(16) unsigned char unaligned[];
+    __shared__ uint64_t barriers[Pages::ARE_BOXES ? max_warps(D) : 1][QUEUE];
+    const uint32_t to_align = Pages::ARE_BOXES ? -shared_address(unaligned) % 1024 : 0;
+    unsigned char *shared = unaligned + to_align;
     const int row = blockIdx.z, H = args.H, G = args.G, group = H / G;
     const int head_parts = ceil_div(group, DECODE_HEADS);
     const int g = blockIdx.y / head_parts, in_group = blockIdx.y % head_parts * DECODE_HEADS;
@@ -173,22 +254,33 @@ static __global__ void __launch_bounds__(max_warps(D) * WARP)
     const int split_begin = page0 + blockIdx.x * parts.pages;
     const int split_end = min_int(split_begin + parts.pages, page0 + n_pages);
 
-    page_reader<D> reader;
-    reader.k = k + (size_t)g * KV_BLOCK * D;
-    reader.v = v + (size_t)g * KV_BLOCK * D;
+    page_reader<D, Pages> reader;
     reader.table = args.block_table + (size_t)row * args.max_blocks;
-    reader.block_stride = (size_t)G * KV_BLOCK * D;
-    reader.copies = shared_address(shared) + warp * queue_bytes(D);
+    reader.G = G;
+    reader.g = g;
+    reader.copies = shared_address(shared) + warp * (QUEUE * reader.UNIT);
     reader.first = split_begin + warp;
     reader.step = n_warps;
     reader.n = ceil_div(max_int(0, split_end - reader.first), n_warps);
     reader.end = end;
+    if constexpr (Pages::ARE_BOXES) {
+        reader.barriers = shared_address(barriers[warp]);
+        reader.make_barriers();
+    }
     reader.look_up(0); /* the table was uploaded */
-    if (n_tokens == 1) reader.prefetch();
-    grid_wait();
     /* The whole block: a longer row is attention_prefill's. */
-    if (n_tokens != 1 || (int)blockIdx.x >= splits) return;
-    for (int unit = 0; unit < queue(D) - 1; unit++) reader.start(unit);
+    const bool is_used = n_tokens == 1 && (int)blockIdx.x < splits;
+    int unit = 0;
+    if (is_used) {
+        const int written = args.keeps_pages ? (end - 1) / KV_BLOCK : 0; /* from this page on */
+        while (unit < QUEUE - 1 && unit / 2 < reader.n &&
+               reader.first + unit / 2 * n_warps < written)
+            reader.start(pages, unit++);
+        if (unit / 2 < reader.n) reader.prefetch(pages, unit / 2);
+    }
+    grid_wait();
+    if (!is_used) return;
+    while (unit < QUEUE - 1) reader.start(pages, unit++);
 
     /* Q^T: column lane / 4 is head h0 + lane / 4. */
     uint32_t q[D / 16][2];
@@ -204,18 +296,15 @@ static __global__ void __launch_bounds__(max_warps(D) * WARP)
     float max[2] = {-INFINITY, -INFINITY}, total[2] = {}; /* of heads 2 (lane % 4) and the next */
     for (int i = 0; i < reader.n; i++) {
         float score[2][4] = {};
-        copy_wait<queue(D) - 2>();
-        __syncwarp();
-        const uint32_t key = reader.copies + 2 * i % queue(D) * (KV_BLOCK * pitch(D) * 2) +
-                             (lane % 16 * pitch(D) + lane / 16 * 8) * 2;
+        reader.wait(2 * i);
 #pragma unroll
         for (int s = 0; s < D / 16; s++) {
             uint32_t a[4];
-            load_matrices(a, key + s * 32);
+            load_matrices(a, reader.at(2 * i, lane % 16, 2 * s + lane / 16));
             mma_bf16(score[s % 2], a, q[s][0], q[s][1]);
         }
         __syncwarp(); /* all lanes have read what the next copy overwrites later */
-        reader.start(2 * i + queue(D) - 1);
+        reader.start(pages, 2 * i + QUEUE - 1);
 
         const int p = (reader.first + i * n_warps) * KV_BLOCK + lane / 4;
         float weight[4]; /* of (token p, two heads), (token p + 8, two heads) */
@@ -243,20 +332,18 @@ static __global__ void __launch_bounds__(max_warps(D) * WARP)
         const uint32_t p0 = transpose_matrix(pack_bf16(weight[0], weight[1]));
         const uint32_t p1 = transpose_matrix(pack_bf16(weight[2], weight[3]));
 
-        copy_wait<queue(D) - 2>();
-        __syncwarp();
-        const uint32_t value = reader.copies + (2 * i + 1) % queue(D) * (KV_BLOCK * pitch(D) * 2) +
-                               ((lane % 8 + lane / 16 * 8) * pitch(D) + lane / 8 % 2 * 8) * 2;
+        reader.wait(2 * i + 1);
 #pragma unroll
         for (int s = 0; s < D / 16; s++) {
             uint32_t a[4];
-            load_matrices_transposed(a, value + s * 32);
+            load_matrices_transposed(
+                a, reader.at(2 * i + 1, lane % 8 + lane / 16 * 8, 2 * s + lane / 8 % 2));
             mma_bf16(out[s], a, p0, p1);
         }
         __syncwarp();
-        reader.start(2 * i + 1 + queue(D) - 1);
+        reader.start(pages, 2 * i + 1 + QUEUE - 1);
     }
-    copy_wait<0>();
+    if constexpr (!Pages::ARE_BOXES) copy_wait<0>();
     __syncthreads(); /* the queues become the place where the warps' results are merged */
 
     float *merge = (float *)shared;                    /* [warps, heads, D] */
@@ -328,7 +415,7 @@ static struct shares shares_of(const struct cuda_device *cuda, int rows_of_heads
 
     if (cudaDeviceGetAttribute(&room, cudaDevAttrMaxSharedMemoryPerBlockOptin, cuda->ordinal))
         room = 0;
-    const int fit = (room - DECODE_STATIC) / queue_bytes(d);
+    const int fit = (room - DECODE_STATIC) / (queue(d) * KV_BLOCK * pitch(d) * 2);
     const int most_warps = min_int(fit, max_int(WARPS_MIN, max_warps(d) / blocks));
     shares.pages = ceil_div(max_pages, splits);
     shares.warps = min_int(most_warps, max_int(WARPS_MIN, shares.pages / WARP_PAGES_MIN));
@@ -346,15 +433,16 @@ size_t attention_decode_bytes(const struct cuda_device *cuda, int Q, int H, int 
     return shares.splits > 1 ? (size_t)Q * H * shares.splits * (d + 2) * sizeof(float) : 0;
 }
 
-template <int D>
-static void launch(struct cuda_device *cuda, bf16 *y, const void *qkv, const bf16 *k, const bf16 *v,
-                   const struct attention_args *args, int max_kv)
+template <int D, typename Pages>
+static void launch_pages(struct cuda_device *cuda, bf16 *y, const void *qkv, const Pages &pages,
+                         const struct attention_args *args, int max_kv)
 {
     const int head_parts = ceil_div(args->H / args->G, DECODE_HEADS);
     const struct shares shares = shares_of(cuda, args->Q * args->G * head_parts, D, max_kv);
     struct decode_parts parts = {NULL, NULL, shares.pages, shares.splits};
     const dim3 grid(parts.max_splits, args->G * head_parts, args->Q);
-    const int shared = decode_shared(D, shares.warps);
+    const int shared = decode_shared<D, Pages>(shares.warps);
+    const auto kernel = attention_decode_kernel<D, Pages>;
 
     if (parts.max_splits > 1) {
         assert(args->Q * args->G * head_parts <= COUNTERS);
@@ -363,9 +451,23 @@ static void launch(struct cuda_device *cuda, bf16 *y, const void *qkv, const bf1
         if (!parts.sums) return;
         parts.stats = parts.sums + n * D;
     }
-    cuda_allow_shared(cuda, attention_decode_kernel<D>, shared, "attention");
-    cuda_launch(cuda, "attention", attention_decode_kernel<D>, grid, shares.warps * WARP, shared, 1,
-                y, qkv, k, v, *args, parts, cuda->counters);
+    cuda_allow_shared(cuda, kernel, shared, "attention");
+    cuda_launch(cuda, "attention", kernel, grid, shares.warps * WARP, shared, 1, y, qkv, pages,
+                *args, parts, cuda->counters);
+}
+
+template <int D>
+static void launch(struct cuda_device *cuda, bf16 *y, const void *qkv, const bf16 *k, const bf16 *v,
+                   const struct attention_args *args, int max_kv)
+{
+    if constexpr (D % (2 * PANEL) == 0) /* of 64 the units come sooner */
+        if (cuda->encode_tensor_map) {
+            const struct page_boxes boxes = {k, v, map_cache(cuda, k, D), map_cache(cuda, v, D)};
+            launch_pages<D>(cuda, y, qkv, boxes, args, max_kv);
+            return;
+        }
+    const struct page_rows rows = {k, v};
+    launch_pages<D>(cuda, y, qkv, rows, args, max_kv);
 }
 
 void attention_decode(struct cuda_device *cuda, bf16 *y, const void *qkv, const bf16 *k,

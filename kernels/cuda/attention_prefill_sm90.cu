@@ -336,14 +336,6 @@ static __global__ void __launch_bounds__(block_threads<D>(), 1)
 
 /* ---- launchers ---------------------------------------------------------------------------- */
 
-/* The keys or values of a cache, [. G KV_BLOCK, d], for copy_box(). How many rows there are does
- * not matter: the block table is right. */
-static CUtensorMap map_cache(struct cuda_device *cuda, const bf16 *cache, int d)
-{
-    return map_panels(cuda, cache, INT32_MAX, d, KV_BLOCK, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                      "attention");
-}
-
 template <int D>
 static void launch(struct cuda_device *cuda, bf16 *y, const void *qkv, const bf16 *k, const bf16 *v,
                    const struct attention_args *args, int T)

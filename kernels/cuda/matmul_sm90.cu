@@ -271,12 +271,10 @@ static void launch_kernel(struct cuda_device *cuda, const struct streamed *s, co
     const bool has_lora = Lora::THREADS > 0;
     const int K = s->w.K, N = s->w.N, x_rows = ceil_div(s->T, 8) * 8;
     const int blocks = max_int(s->tiles * s->shares, has_lora ? cuda->n_sms : 0);
-    const CUtensorMapL2promotion promotion = CU_TENSOR_MAP_L2_PROMOTION_L2_128B;
-    const CUtensorMap x_map = map_panels(cuda, s->x, s->T, K, x_rows, promotion, "matmul");
+    const CUtensorMap x_map = map_panels(cuda, s->x, s->T, K, x_rows, "matmul");
     const CUtensorMap w_map =
-        map_panels(cuda, (const bf16 *)s->w.data, N, K, ROWS / R::HALVES, promotion, "matmul");
+        map_panels(cuda, (const bf16 *)s->w.data, N, K, ROWS / R::HALVES, "matmul");
     const auto kernel = matmul_stream_kernel<TOKENS, Lora, IS_GATE>;
-
     const int shared = R::SHARED + (has_lora ? s->lora.b_bytes + s->lora.h_bytes : 0);
 
     cuda_allow_shared(cuda, kernel, R::SHARED + (has_lora ? INSIDE_ROOM : 0), "matmul");
