@@ -35,10 +35,12 @@
  * between what was measured: tests/kernels/test_lora_choice.c. */
 static inline int lora_tokens_for_tiles(int n_adapters, int max_rank)
 {
-    static const int of_few[] = {3, 3, 5, 9, 10, 12, 14, 18, 22}; /* adapters */
+    enum { FEW = 8 };
+    static const int low[FEW + 1] = {3, 8, 8, 10, 11, 14, 19, 22, 25}; /* by adapters */
+    static const int high[FEW + 1] = {3, 6, 8, 12, 15, 19, 20, 21, 22};
     const int n = n_adapters;
 
-    if (n <= 8) return of_few[n];
+    if (n <= FEW) return max_rank <= 32 ? low[n] : high[n];
     if (max_rank <= 8) return n <= 64 ? 3 * n + 15 : 5 * n - 113;
     if (max_rank <= 32) return n <= 64 ? 7 * n / 3 + 5 : 7 * n / 2 - 70;
     return 5 * n / 2;

@@ -295,10 +295,10 @@ template <typename Y> static __device__ void expand_any(const struct expand_tile
     }
 }
 
-enum { SIXTEENS_MAX = 8 }; /* of tokens in a tile */
+enum { TOKENS_MIN = 8, TOKENS_MAX = 128 }; /* of a tile */
 
 /* The same for segments of several tokens on tensor cores: a block does TILE_N outputs of a slice
- * for a tile of 16 `sixteens` tokens of one adapter, sixteen at a time.
+ * for a tile of `size` tokens of one adapter, sixteen at a time.
  *
  *   y [T, N] Y, in and out    h [T, n_slices, max_rank]
  *   grid (chunks, tiles)    block TILE_BLOCK, a warp for WARP_N outputs
@@ -308,13 +308,13 @@ static __global__ void __launch_bounds__(TILE_BLOCK, STEPS < 2                ? 
                                                      : STEPS * sizeof(Y) < 16 ? 3
                                                                               : 2)
     lora_expand_tile_kernel(Y *y, const float *h, const __grid_constant__ struct lora_args args,
-                            int sixteens)
+                            int size)
 {
     grid_release();
     struct lora_chunk chunk = {};
     struct lora_tile tokens;
     struct lora_factors f = {};
-    const bool found = lora_find_tile(&tokens, blockIdx.y, args, SIXTEEN * sixteens);
+    const bool found = lora_find_tile(&tokens, blockIdx.y, args, size);
     if (lora_find_chunk(&chunk, blockIdx.x, args, TILE_N) && found)
         f = *lora_factors_of(args, tokens.slot, chunk.slice);
     const int slice = chunk.slice, first = chunk.first;
@@ -368,22 +368,25 @@ static void expand_by_row(struct cuda_device *cuda, X *y, const float *h,
                 chunk);
 }
 
-/* Tiles of as many tokens as leave a wave of blocks: B is read once for each. */
+/* Tiles of as many tokens as leave a wave of blocks: B is read once for each. Where that is small, half
+ * of what a block does at once is better than multiprocessors that have none. */
 template <typename Y>
 static void expand_by_tile(struct cuda_device *cuda, Y *y, const float *h,
                            const struct lora_args *args)
 {
     const int chunks = lora_chunks(args, TILE_N);
-    int sixteens = min_int(SIXTEENS_MAX, ceil_div(args->max_segment, SIXTEEN));
-    while (sixteens > 1 && lora_tiles(args, SIXTEEN * sixteens) * chunks < WAVE / 2 * cuda->n_sms)
-        sixteens /= 2;
-    const dim3 grid(chunks, lora_tiles(args, SIXTEEN * sixteens));
+    int size = min_int(TOKENS_MAX, ceil_div(args->max_segment, SIXTEEN) * SIXTEEN);
+    while (size > SIXTEEN && lora_tiles(args, size) * chunks < WAVE / 2 * cuda->n_sms)
+        size = size / SIXTEEN / 2 * SIXTEEN;
+    if (size == SIXTEEN && args->max_rank <= 16 && lora_tiles(args, size) * chunks < cuda->n_sms)
+        size = TOKENS_MIN;
+    const dim3 grid(chunks, lora_tiles(args, size));
     assert(grid.y <= 65535);
     const auto kernel = args->max_rank <= 16   ? lora_expand_tile_kernel<Y, 1>
                         : args->max_rank <= 32 ? lora_expand_tile_kernel<Y, 2>
                         : args->max_rank <= 64 ? lora_expand_tile_kernel<Y, 4>
                                                : lora_expand_tile_kernel<Y, 0>;
-    cuda_launch(cuda, "lora_expand", kernel, grid, TILE_BLOCK, 0, 1, y, h, *args, sixteens);
+    cuda_launch(cuda, "lora_expand", kernel, grid, TILE_BLOCK, 0, 1, y, h, *args, size);
 }
 
 void lora_expand_by_row(struct cuda_device *cuda, void *y, const float *h,
