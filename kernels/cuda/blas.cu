@@ -114,20 +114,20 @@ cublasStatus_t blas_start(struct cuda_device *cuda, struct blas_layouts *layouts
                              BLAS_WORKSPACE, cuda->stream);
 }
 
-void blas_batched(struct cuda_device *cuda, const char *op, float *y, const float *w,
-                  const float *x, int n, int N, int K)
+void blas_batched(struct cuda_device *cuda, const char *op, float *y, const void *w, const void *x,
+                  int n, const struct product *one)
 {
     const struct blas *blas = cuda->blas;
     const struct blas_functions *call = &blas->call;
-    const struct product one = {1, N, K, DTYPE_F32, DTYPE_F32};
     const uint64_t workspace = BLAS_WORKSPACE;
-    const int64_t strides[3] = {(int64_t)N * K, K, N};
+    const int64_t strides[3] = {(int64_t)one->N * one->K, (int64_t)one->T * one->K,
+                                (int64_t)one->T * one->N};
     cublasLtMatmulPreferenceOpaque_t preference;
     cublasLtMatmulHeuristicResult_t found;
     struct blas_layouts layouts;
     int n_found = 0;
 
-    blas_layouts_init(&layouts, blas, &one);
+    blas_layouts_init(&layouts, blas, one);
     cublasLtMatrixLayoutOpaque_t *const of[3] = {&layouts.w, &layouts.x, &layouts.y};
     for (int i = 0; i < 3; i++) {
         call->layout_set(of[i], CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &n, sizeof n);

@@ -54,10 +54,11 @@ void blas_layouts_init(struct blas_layouts *out, const struct blas *blas,
 cublasStatus_t blas_start(struct cuda_device *cuda, struct blas_layouts *layouts, void *y,
                           const void *x, const void *w, const cublasLtMatmulAlgo_t *algorithm);
 
-/* n small products of f32, y[j, :] = w[j] x[j, :], one after another in memory, by cublasLt's first
- * choice.       y [n, N]    w [n, N, K]    x [n, K] */
-void blas_batched(struct cuda_device *cuda, const char *op, float *y, const float *w,
-                  const float *x, int n, int N, int K);
+/* n small products, y[j] = x[j] w[j]^T, one after another in memory, by cublasLt's first choice.
+ *
+ *   y [n, T, N] f32    w [n, N, K]    x [n, T, K]    of `one` */
+void blas_batched(struct cuda_device *cuda, const char *op, float *y, const void *w, const void *x,
+                  int n, const struct product *one);
 
 /* The algorithm for a product; false where cublasLt has none. The first call for a shape may time
  * several on `w`, which takes some milliseconds; never while a step is recorded. */

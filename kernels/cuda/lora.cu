@@ -42,7 +42,7 @@ void cuda_lora_shrink(struct device *dev, float *h, const void *x, const struct 
 
     const struct lora_args args = lora_args(lora, site, layer);
     if (lora->mode == MLORA_LORA_GBMM) {
-        lora_shrink_gathered(cuda, h, x, &args, dtype);
+        lora_shrink_gathered(cuda, h, x, &args, dtype, lora->is_plain);
         return;
     }
     const bool tiles = lora_wants_tiles(lora) && lora_shrink_has_tiles(x, &args, dtype);
@@ -84,7 +84,7 @@ void cuda_lora_expand(struct device *dev, void *y, const float *h, const struct 
 
     const struct lora_args args = lora_args(lora, site, layer);
     if (lora->mode == MLORA_LORA_GBMM) {
-        lora_expand_gathered(cuda, y, h, &args, dtype);
+        lora_expand_gathered(cuda, y, h, &args, dtype, lora->is_plain);
         return;
     }
     const bool tiles = lora_wants_tiles(lora);

@@ -95,9 +95,9 @@ void lora_shrink_by_tile(struct cuda_device *cuda, float *h, const bf16 *x,
 void lora_expand_by_tile(struct cuda_device *cuda, void *y, const float *h,
                          const struct lora_args *args, enum dtype dtype);
 void lora_shrink_gathered(struct cuda_device *cuda, float *h, const void *x,
-                          const struct lora_args *args, enum dtype dtype);
+                          const struct lora_args *args, enum dtype dtype, bool is_plain);
 void lora_expand_gathered(struct cuda_device *cuda, void *y, const float *h,
-                          const struct lora_args *args, enum dtype dtype);
+                          const struct lora_args *args, enum dtype dtype, bool is_plain);
 
 /* Scratch that the two take at most; what lora_shrink_by_tile() takes. */
 size_t lora_gathered_bytes(const struct lora_args *args);

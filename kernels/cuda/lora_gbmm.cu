@@ -1,13 +1,16 @@
 /* LoRA as gathered, batched products, the way of frameworks: each token's factors are copied
  * beside the others', filled up with zeros to the largest rank, and cublasLt multiplies them all
- * in one call. Bound by that copy; a mode to compare the others with. All of it is f32, so that
- * factors of any type keep every bit. Chunks of tokens keep the copy within CHUNK_BYTES. */
+ * in one call. Bound by that copy; a mode to compare the others with. Where all factors are plain
+ * bf16 the copies are, too, and h goes in as three parts; else all is f32, so that factors of any
+ * type keep every bit. Chunks of tokens keep the copy within CHUNK_BYTES. */
 #include "kernels/cuda/blas.cuh"
 #include "kernels/cuda/lora.cuh"
 
 /* ---- kernels ------------------------------------------------------------------------------ */
 
-enum { GATHER_BLOCK = 256, CHUNK_BYTES = 64 << 20 };
+enum { GATHER_BLOCK = 256, GATHER_UNITS = 4 * GATHER_BLOCK, CHUNK_BYTES = 64 << 20 };
+
+enum { PARTS = 3 }; /* of h, in bf16 */
 
 /* Element i of a factor. */
 static __device__ float factor_at(const void *factor, int dtype, size_t i)
@@ -47,43 +50,96 @@ static __global__ void gather_b_kernel(float *to, const __grid_constant__ struct
         f.a && r < f.R ? factor_at(f.b, f.dtype, (size_t)n * f.R + r) : 0.0f;
 }
 
-/* to[j, k] = x[token first + j, k]        to [n, K]    grid (K / GATHER_BLOCK, n) */
-template <typename X>
-static __global__ void gather_x_kernel(float *to, const X *x,
+/* Either, of plain factors, in units of eight elements: rows of `units`, of which the factor has its
+ * own number; where `is_a`, it has f.R rows, else all.
+ *
+ *   to [n, rows, units]    grid (rows units / GATHER_UNITS, n)    block GATHER_BLOCK */
+static __global__ void gather_plain_kernel(uint4 *to, const __grid_constant__ struct lora_args args,
+                                           int slice, int first, int rows, int units, bool is_a)
+{
+    grid_begin();
+    const int t = lora_token(args, first + blockIdx.y);
+    const struct lora_factors f = lora_factors_of_token(args, t, slice);
+    const uint4 *from = (const uint4 *)(is_a ? f.a : f.b);
+    const int own_rows = is_a ? f.R : rows, own = is_a ? units : f.R / GROUP;
+    uint4 bits[GATHER_UNITS / GATHER_BLOCK];
+
+#pragma unroll
+    for (int j = 0; j < GATHER_UNITS / GATHER_BLOCK; j++) {
+        const int i = blockIdx.x * GATHER_UNITS + j * GATHER_BLOCK + threadIdx.x;
+        const int row = i / units, unit = i % units;
+        bits[j] = make_uint4(0, 0, 0, 0);
+        if (f.a && row < own_rows && unit < own) bits[j] = from[(size_t)row * own + unit];
+    }
+#pragma unroll
+    for (int j = 0; j < GATHER_UNITS / GATHER_BLOCK; j++) {
+        const int i = blockIdx.x * GATHER_UNITS + j * GATHER_BLOCK + threadIdx.x;
+        if (i < rows * units) to[(size_t)blockIdx.y * rows * units + i] = bits[j];
+    }
+}
+
+/* to[j, k] = x[token first + j, k]        to [n, K] W    grid (K / GATHER_BLOCK, n) */
+template <typename W, typename X>
+static __global__ void gather_x_kernel(W *to, const X *x,
                                        const __grid_constant__ struct lora_args args, int first)
 {
     grid_begin();
     const int k = blockIdx.x * GATHER_BLOCK + threadIdx.x;
     if (k >= args.K) return;
     const int t = lora_token(args, first + blockIdx.y);
-    to[(size_t)blockIdx.y * args.K + k] = widen(x[(size_t)t * args.K + k]);
+    to[(size_t)blockIdx.y * args.K + k] = narrow<W>(widen(x[(size_t)t * args.K + k]));
 }
 
-/* Between h[t, slice, r] and a row of `chunk`, r below the rank of t's adapter: to h, or from it
- * with zeros after.        chunk [n, max_rank]    grid n    block GATHER_BLOCK */
-static __global__ void move_h_kernel(float *chunk, float *h, bool to_h,
-                                     const __grid_constant__ struct lora_args args, int slice,
-                                     int first)
+/* h[t, slice, r] = sum[j, r], r below the rank of t's adapter, t = token first + j
+ *
+ *   sum [n, max_rank]    grid n    block GATHER_BLOCK */
+static __global__ void store_h_kernel(float *h, const float *sum,
+                                      const __grid_constant__ struct lora_args args, int slice,
+                                      int first)
 {
     grid_begin();
     const int t = lora_token(args, first + blockIdx.x);
     const struct lora_factors f = lora_factors_of_token(args, t, slice);
-    float *here = chunk + (size_t)blockIdx.x * args.max_rank;
-    float *there = h + lora_h_row(args, t, slice);
-    for (int r = threadIdx.x; r < args.max_rank; r += GATHER_BLOCK) {
-        const bool has = f.a && r < f.R;
-        if (!to_h)
-            here[r] = has ? there[r] : 0.0f;
-        else if (has)
-            there[r] = here[r];
+    for (int r = threadIdx.x; f.a && r < f.R; r += GATHER_BLOCK)
+        h[lora_h_row(args, t, slice) + r] = sum[(size_t)blockIdx.x * args.max_rank + r];
+}
+
+/* Element r of a row of R: in f32, or in rows of bf16 that add up to it. */
+static __device__ void keep_row(float *to, float value, int r, int)
+{
+    to[r] = value;
+}
+static __device__ void keep_row(bf16 *to, float value, int r, int R)
+{
+#pragma unroll
+    for (int i = 0; i < PARTS; i++) {
+        to[i * R + r] = narrow<bf16>(value);
+        value -= widen(to[i * R + r]);
     }
 }
 
-/* y[t, offset + n] = round(y + scale * sum[j, n])    t = token first + j
+/* Row j, or its PARTS: h[t, slice, :], then zeros, t = token first + j
  *
- *   y [T, N] X    sum [n, width]    grid (width / GATHER_BLOCK, n)    block GATHER_BLOCK */
+ *   to [n, max_rank], or [n, PARTS, max_rank] bf16    grid n    block GATHER_BLOCK */
+template <typename W>
+static __global__ void gather_h_kernel(W *to, const float *h,
+                                       const __grid_constant__ struct lora_args args, int slice,
+                                       int first)
+{
+    enum { ROWS = sizeof(W) == sizeof(float) ? 1 : PARTS };
+    grid_begin();
+    const int t = lora_token(args, first + blockIdx.x), R = args.max_rank;
+    const struct lora_factors f = lora_factors_of_token(args, t, slice);
+    for (int r = threadIdx.x; r < R; r += GATHER_BLOCK)
+        keep_row(to + (size_t)blockIdx.x * ROWS * R,
+                 f.a && r < f.R ? h[lora_h_row(args, t, slice) + r] : 0.0f, r, R);
+}
+
+/* y[t, offset + n] = round(y + scale * the sum of sum[j, :, n])    t = token first + j
+ *
+ *   y [T, N] X    sum [n, rows, width]    grid (width / GATHER_BLOCK, n)    block GATHER_BLOCK */
 template <typename X>
-static __global__ void add_sums_kernel(X *y, const float *sum,
+static __global__ void add_sums_kernel(X *y, const float *sum, int rows,
                                        const __grid_constant__ struct lora_args args, int slice,
                                        int first)
 {
@@ -93,93 +149,171 @@ static __global__ void add_sums_kernel(X *y, const float *sum,
     const int t = lora_token(args, first + blockIdx.y);
     const struct lora_factors f = lora_factors_of_token(args, t, slice);
     if (!f.a) return;
+    float total = 0.0f;
+    for (int i = rows - 1; i >= 0; i--) total += sum[((size_t)blockIdx.y * rows + i) * N + n];
     X *out = y + (size_t)t * args.N + args.offset[slice] + n;
-    *out = narrow<X>(widen(*out) + f.scale * sum[(size_t)blockIdx.y * N + n]);
+    *out = narrow<X>(widen(*out) + f.scale * total);
 }
 
 /* ---- launchers ---------------------------------------------------------------------------- */
 
-/* Tokens whose gathered factor, input and output take CHUNK_BYTES together, or one. */
-static int tokens_a_chunk(const struct lora_args *args, int N, int K)
+/* The memory of a chunk of n tokens: w [n, N, K], x [n, rows, K], both of one type, sum [n, rows, N]. */
+struct chunk {
+    int n, rows;
+    size_t w, x, sum; /* bytes, of which each part begins aligned */
+};
+
+/* As many tokens as take CHUNK_BYTES together, or one. x has one row for shrink, and h's parts for
+ * expand. */
+static struct chunk chunk_of(const struct lora_args *args, int N, int K, int rows, bool is_plain)
 {
-    const size_t bytes = ((size_t)N * K + N + K) * sizeof(float);
-    return max_int(1, min_int(args->n_tokens, (int)(CHUNK_BYTES / bytes)));
+    const size_t size = is_plain ? sizeof(bf16) : sizeof(float);
+    const size_t w = (size_t)N * K * size, x = (size_t)rows * K * size;
+    const size_t sum = (size_t)rows * N * sizeof(float), pad = 255;
+    struct chunk chunk = {};
+
+    chunk.n = max_int(1, min_int(args->n_tokens, (int)(CHUNK_BYTES / (w + x + sum))));
+    chunk.rows = rows;
+    chunk.w = (chunk.n * w + pad) / (pad + 1) * (pad + 1);
+    chunk.x = (chunk.n * x + pad) / (pad + 1) * (pad + 1);
+    chunk.sum = chunk.n * sum;
+    return chunk;
+}
+
+static struct chunk shrink_chunk(const struct lora_args *args, bool is_plain)
+{
+    return chunk_of(args, args->max_rank, args->K, 1, is_plain);
+}
+
+static struct chunk expand_chunk(const struct lora_args *args, int slice, bool is_plain)
+{
+    return chunk_of(args, args->width[slice], args->max_rank, is_plain ? PARTS : 1, is_plain);
 }
 
 size_t lora_gathered_bytes(const struct lora_args *args)
 {
     size_t most = 0;
-    for (int i = -1; i < args->n_slices; i++) { /* -1: shrink */
-        const size_t N = i < 0 ? args->max_rank : args->width[i];
-        const size_t K = i < 0 ? args->K : args->max_rank;
-        const size_t n = tokens_a_chunk(args, (int)N, (int)K), pads = 2 * 64;
-        const size_t bytes = (n * N * K + n * K + n * N + pads) * sizeof(float);
-        if (bytes > most) most = bytes;
-    }
+    for (int is_plain = 0; is_plain < 2; is_plain++)
+        for (int i = -1; i < args->n_slices; i++) { /* -1: shrink */
+            const struct chunk chunk =
+                i < 0 ? shrink_chunk(args, is_plain) : expand_chunk(args, i, is_plain);
+            const size_t bytes = chunk.w + chunk.x + chunk.sum;
+            if (bytes > most) most = bytes;
+        }
     return most;
 }
 
-/* Memory for n tokens: w [n, N, K], x [n, K], y [n, N]. */
-static bool chunk_memory(float **w, float **x, float **y, struct cuda_device *cuda, const char *op,
-                         int n, int N, int K)
+static bool chunk_memory(void **w, void **x, float **sum, struct cuda_device *cuda, const char *op,
+                         const struct chunk *chunk)
 {
-    const size_t pad = 64; /* floats: each part begins aligned */
-    const size_t w_size = ((size_t)n * N * K + pad - 1) / pad * pad;
-    const size_t x_size = ((size_t)n * K + pad - 1) / pad * pad;
-    *w = (float *)cuda_scratch(cuda, (w_size + x_size + (size_t)n * N) * sizeof(float), op);
-    if (!*w) return false;
-    *x = *w + w_size;
-    *y = *x + x_size;
+    char *memory = (char *)cuda_scratch(cuda, chunk->w + chunk->x + chunk->sum, op);
+    if (!memory) return false;
+    *w = memory;
+    *x = memory + chunk->w;
+    *sum = (float *)(memory + chunk->w + chunk->x);
     return true;
 }
 
-void lora_shrink_gathered(struct cuda_device *cuda, float *h, const void *x,
-                          const struct lora_args *args, enum dtype dtype)
+/* Whether the copies are bf16, in units of eight elements. */
+static bool has_plain_copies(const struct lora_args *args, bool is_plain)
+{
+    return is_plain && args->K % GROUP == 0 && args->max_rank % GROUP == 0;
+}
+
+static void gather_plain(struct cuda_device *cuda, const char *op, void *to,
+                         const struct lora_args *args, int slice, int first, int n, bool is_a)
+{
+    const int rows = is_a ? args->max_rank : args->width[slice];
+    const int units = (is_a ? args->K : args->max_rank) / GROUP;
+    cuda_launch(cuda, op, gather_plain_kernel, dim3(ceil_div(rows * units, GATHER_UNITS), n),
+                GATHER_BLOCK, 0, 1, (uint4 *)to, *args, slice, first, rows, units, is_a);
+}
+
+/* Of one chunk. */
+static void shrink_chunk_of(struct cuda_device *cuda, float *h, void *w, void *rows, float *sum,
+                            const struct lora_args *args, int first, int n, bool is_plain)
 {
     const char *op = "lora_shrink";
-    const int K = args->K, R = args->max_rank, chunk = tokens_a_chunk(args, R, K);
-    float *a, *rows, *sums;
-    if (!chunk_memory(&a, &rows, &sums, cuda, op, chunk, R, K)) return;
+    const int K = args->K, R = args->max_rank;
+    const struct product one = {1, R, K, is_plain ? DTYPE_BF16 : DTYPE_F32, DTYPE_F32};
 
-    for (int first = 0; first < args->n_tokens; first += chunk) {
-        const int n = min_int(chunk, args->n_tokens - first), blocks = ceil_div(K, GATHER_BLOCK);
-        with_activation(dtype, [&](auto type) {
-            using X = decltype(type);
-            cuda_launch(cuda, op, gather_x_kernel<X>, dim3(blocks, n), GATHER_BLOCK, 0, 1, rows,
-                        (const X *)x, *args, first);
-        });
-        for (int slice = 0; slice < args->n_slices; slice++) {
-            cuda_launch(cuda, op, gather_a_kernel, dim3(blocks, R, n), GATHER_BLOCK, 0, 1, a, *args,
-                        slice, first);
-            blas_batched(cuda, op, sums, a, rows, n, R, K);
-            cuda_launch(cuda, op, move_h_kernel, n, GATHER_BLOCK, 0, 1, sums, h, true, *args, slice,
-                        first);
-        }
+    for (int slice = 0; slice < args->n_slices; slice++) {
+        if (is_plain)
+            gather_plain(cuda, op, w, args, slice, first, n, true);
+        else
+            cuda_launch(cuda, op, gather_a_kernel, dim3(ceil_div(K, GATHER_BLOCK), R, n),
+                        GATHER_BLOCK, 0, 1, (float *)w, *args, slice, first);
+        blas_batched(cuda, op, sum, w, rows, n, &one);
+        cuda_launch(cuda, op, store_h_kernel, n, GATHER_BLOCK, 0, 1, h, (const float *)sum, *args,
+                    slice, first);
     }
 }
 
-void lora_expand_gathered(struct cuda_device *cuda, void *y, const float *h,
-                          const struct lora_args *args, enum dtype dtype)
+void lora_shrink_gathered(struct cuda_device *cuda, float *h, const void *x,
+                          const struct lora_args *args, enum dtype dtype, bool is_plain)
 {
-    const char *op = "lora_expand";
-    const int R = args->max_rank;
+    const char *op = "lora_shrink";
+    const bool copies = has_plain_copies(args, is_plain) && dtype == DTYPE_BF16;
+    const struct chunk chunk = shrink_chunk(args, copies);
+    const int blocks = ceil_div(args->K, GATHER_BLOCK);
+    void *w, *rows;
+    float *sum;
+    if (!chunk_memory(&w, &rows, &sum, cuda, op, &chunk)) return;
 
-    for (int slice = 0; slice < args->n_slices; slice++) {
-        const int N = args->width[slice], chunk = tokens_a_chunk(args, N, R);
-        float *b, *rows, *sums;
-        if (!chunk_memory(&b, &rows, &sums, cuda, op, chunk, N, R)) return;
-        for (int first = 0; first < args->n_tokens; first += chunk) {
-            const int n = min_int(chunk, args->n_tokens - first);
-            cuda_launch(cuda, op, move_h_kernel, n, GATHER_BLOCK, 0, 1, rows, (float *)h, false,
-                        *args, slice, first);
-            cuda_launch(cuda, op, gather_b_kernel, dim3(ceil_div(N * R, GATHER_BLOCK), n),
-                        GATHER_BLOCK, 0, 1, b, *args, slice, first);
-            blas_batched(cuda, op, sums, b, rows, n, N, R);
+    for (int first = 0; first < args->n_tokens; first += chunk.n) {
+        const int n = min_int(chunk.n, args->n_tokens - first);
+        if (copies)
+            cuda_launch(cuda, op, gather_x_kernel<bf16, bf16>, dim3(blocks, n), GATHER_BLOCK, 0, 1,
+                        (bf16 *)rows, (const bf16 *)x, *args, first);
+        else
             with_activation(dtype, [&](auto type) {
                 using X = decltype(type);
-                cuda_launch(cuda, op, add_sums_kernel<X>, dim3(ceil_div(N, GATHER_BLOCK), n),
-                            GATHER_BLOCK, 0, 1, (X *)y, sums, *args, slice, first);
+                cuda_launch(cuda, op, gather_x_kernel<float, X>, dim3(blocks, n), GATHER_BLOCK, 0,
+                            1, (float *)rows, (const X *)x, *args, first);
             });
-        }
+        shrink_chunk_of(cuda, h, w, rows, sum, args, first, n, copies);
+    }
+}
+
+/* Of one chunk and slice. */
+static void expand_chunk_of(struct cuda_device *cuda, void *y, const float *h, void *w, void *rows,
+                            float *sum, const struct lora_args *args, int slice, int first, int n,
+                            bool is_plain, enum dtype dtype)
+{
+    const char *op = "lora_expand";
+    const int R = args->max_rank, N = args->width[slice], parts = is_plain ? PARTS : 1;
+    const struct product one = {parts, N, R, is_plain ? DTYPE_BF16 : DTYPE_F32, DTYPE_F32};
+
+    if (is_plain) {
+        cuda_launch(cuda, op, gather_h_kernel<bf16>, n, GATHER_BLOCK, 0, 1, (bf16 *)rows, h, *args,
+                    slice, first);
+        gather_plain(cuda, op, w, args, slice, first, n, false);
+    } else {
+        cuda_launch(cuda, op, gather_h_kernel<float>, n, GATHER_BLOCK, 0, 1, (float *)rows, h,
+                    *args, slice, first);
+        cuda_launch(cuda, op, gather_b_kernel, dim3(ceil_div(N * R, GATHER_BLOCK), n), GATHER_BLOCK,
+                    0, 1, (float *)w, *args, slice, first);
+    }
+    blas_batched(cuda, op, sum, w, rows, n, &one);
+    with_activation(dtype, [&](auto type) {
+        using X = decltype(type);
+        cuda_launch(cuda, op, add_sums_kernel<X>, dim3(ceil_div(N, GATHER_BLOCK), n), GATHER_BLOCK,
+                    0, 1, (X *)y, (const float *)sum, parts, *args, slice, first);
+    });
+}
+
+void lora_expand_gathered(struct cuda_device *cuda, void *y, const float *h,
+                          const struct lora_args *args, enum dtype dtype, bool is_plain)
+{
+    const bool copies = has_plain_copies(args, is_plain);
+
+    for (int slice = 0; slice < args->n_slices; slice++) {
+        const struct chunk chunk = expand_chunk(args, slice, copies);
+        void *w, *rows;
+        float *sum;
+        if (!chunk_memory(&w, &rows, &sum, cuda, "lora_expand", &chunk)) return;
+        for (int first = 0; first < args->n_tokens; first += chunk.n)
+            expand_chunk_of(cuda, y, h, w, rows, sum, args, slice, first,
+                            min_int(chunk.n, args->n_tokens - first), copies, dtype);
     }
 }

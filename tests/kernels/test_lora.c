@@ -158,6 +158,8 @@ static void run(float *y_out, const struct adapters *adapters, const struct lora
     run_mode(y_out, MLORA_LORA_AUTO, adapters, site, slot, x, y0, T, dtype, dtype);
 }
 
+static int plain_rank; /* of adapters whose factors are bf16; 0: of all kinds */
+
 static void check_random(const struct lora_site *site, int T, int n_kinds, int type,
                          mlora_lora_mode mode)
 {
@@ -165,7 +167,10 @@ static void check_random(const struct lora_site *site, int T, int n_kinds, int t
     struct numbers numbers = {(uint64_t)T};
     struct adapters adapters;
     int32_t slot[T_MAX];
-    adapters_random(&adapters, &numbers, site);
+    if (plain_rank > 0)
+        adapters_plain(&adapters, &numbers, site, plain_rank);
+    else
+        adapters_random(&adapters, &numbers, site);
     for (int t = 0; t < T; t++) slot[t] = next_int(&numbers, -1, n_kinds - 2);
     float *x = next_floats(&numbers, (size_t)(T * site->K), dtype);
     float *y0 = next_floats(&numbers, (size_t)(T * site->N), y_dtype);
@@ -227,6 +232,36 @@ Test(lora, is_right_for_mixed_adapters_ranks_and_types_in_every_mode)
             check_random(&even, 1, 3, type, (mlora_lora_mode)mode);
             check_random(&long_k, 60, 3, type, (mlora_lora_mode)mode);
         }
+    }
+}
+
+Test(lora, is_right_for_plain_adapters_in_every_mode)
+{
+    const struct lora_site qkv = {LORA_Q, 3, 128, 192, {0, 128, 160}, {128, 32, 32}, NULL};
+    const struct lora_site gate_up = {LORA_GATE, 2, 72, 1998, {0, 999}, {999, 999}, NULL};
+    const struct lora_site down = {LORA_DOWN, 1, 1056, 129, {0}, {129}, NULL};
+    const struct lora_site odd = {LORA_O, 1, 70, 40, {0}, {40}, NULL};
+    const int n_modes = device_is_cpu() ? 1 : MLORA_LORA_FUSED + 1;
+
+    for (int mode = 0; mode < n_modes; mode++)
+        for (int type = 0; type < PRODUCT_TYPES; type++)
+            for (plain_rank = 8; plain_rank <= 64; plain_rank *= 2) {
+                check_random(&qkv, 40, S_MAX + 1, type, (mlora_lora_mode)mode);
+                check_random(&gate_up, 17, S_MAX + 1, type, (mlora_lora_mode)mode);
+                check_random(&down, 60, 3, type, (mlora_lora_mode)mode);
+                check_random(&odd, 5, 2, type, (mlora_lora_mode)mode);
+            }
+}
+
+/* What gbmm copies for all tokens is more than it keeps at once. */
+Test(lora, is_right_in_several_copies)
+{
+    const struct lora_site wide = {LORA_O, 1, 96, 2000, {0}, {2000}, NULL};
+    const struct lora_site deep = {LORA_DOWN, 1, 1056, 129, {0}, {129}, NULL};
+
+    for (plain_rank = 0; plain_rank <= LORA_RANK_MAX; plain_rank += LORA_RANK_MAX) {
+        check_random(&wide, 100, S_MAX + 1, PRODUCT_TYPES - 1, MLORA_LORA_GBMM);
+        check_random(&deep, 150, S_MAX + 1, PRODUCT_TYPES - 1, MLORA_LORA_GBMM);
     }
 }
 

@@ -114,6 +114,7 @@ static void make_view(struct addon *addon, int A, bool prefill)
         .max_rank = addon->R,
         .max_segment = longest,
         .mode = addon->mode >= 0 ? addon->mode : 0,
+        .is_plain = addon->R % 8 == 0,
         .slot = ops_upload(bench, slot, bytes),
         .order = ops_upload(bench, order, bytes),
         .segment_slot = ops_upload(bench, segment_slot, bytes),
