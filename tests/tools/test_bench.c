@@ -286,6 +286,22 @@ Test(bench, adapters_asks_for_popular_ones_more_often)
     json_decref(report);
 }
 
+/* Of 16 requests of 10 tokens, 5 more or less: the same for every case, and not 10 each. */
+Test(bench, adapters_may_have_requests_of_different_lengths)
+{
+    json_t *report = bench("adapters", "--config llama-test --load-format dummy --num-adapters 1,4 "
+                                       "--batch-size 3 --requests 16 --max-new-tokens 10 "
+                                       "--vary 0.5 --rank 2");
+    const json_t *rows = cases(report, 2);
+    const double n_tokens = number(json_array_get(rows, 0), "tokens");
+
+    cr_expect_geq(n_tokens, 16 * 5);
+    cr_expect_leq(n_tokens, 16 * 15);
+    cr_expect_neq(n_tokens, 16 * 10);
+    cr_expect_eq(number(json_array_get(rows, 1), "tokens"), n_tokens);
+    json_decref(report);
+}
+
 Test(bench, load_adds_up_to_the_first_token)
 {
     size_t i;

@@ -16,7 +16,7 @@ struct bench {
     struct bench_output output;
     const char *counts;
     int64_t batch, waiting, n_requests, rank, prompt_tokens, max_tokens;
-    double skew;
+    double skew, vary;
 };
 
 /* clang-format off */
@@ -39,6 +39,9 @@ static const struct option_spec specs[] = {
     {.name = "max-new-tokens", .aliases = {"max-tokens"}, .kind = OPTION_INT, AT(max_tokens),
      .argument = "N", .min = 1, .max = 1 << 20, .help = "that each request generates",
      .fallback = "64"},
+    {.name = "vary", .kind = OPTION_NUMBER, AT(vary), .argument = "PART", .min = 0, .max = 1,
+     .help = "requests generate up to this part more or less, other ones in each run",
+     .fallback = "0"},
     {.name = NULL},
 };
 static const struct option_group groups[] = {
@@ -102,6 +105,7 @@ static mlora_status run_case(json_t *report, const struct bench *bench, mlora_en
                  .temperature = 0.7,
                  .top_p = 0.9},
         .n_requests = (int)(bench->n_requests > 0 ? bench->n_requests : 4 * bench->batch),
+        .vary = bench->vary,
         .adapter = asked_adapter,
         .user = &demand,
     };
@@ -110,6 +114,7 @@ static mlora_status run_case(json_t *report, const struct bench *bench, mlora_en
     for (int i = -WARM_UPS; i <= 0 && status == MLORA_OK; i++) { /* the last counts */
         stream_free(&times);
         mlora_engine_stats(engine, &before);
+        load.draw = i + WARM_UPS;
         status = stream_run(&times, engine, &load);
     }
     mlora_engine_stats(engine, &after);
@@ -206,7 +211,8 @@ const struct command bench_adapters = {
     .description = "Keep a number of requests running that ask for random adapters, the popular "
                    "ones more often than the others (Zipf's law). Each case runs four times with "
                    "the same requests: three warm up, so that its adapters are loaded, plans and "
-                   "recordings of its steps made; the fourth counts.",
+                   "recordings of its steps made; the fourth counts. With --vary their lengths "
+                   "are others each time, so that no run has the steps of another.",
     .groups = groups,
     .examples = "  mlora bench adapters -m llama --num-adapters 8,64,512,2000 --plot many.svg\n",
     .run = run,

@@ -123,6 +123,8 @@ mlora_status workload_run(struct measure *out, mlora_engine *engine, const struc
 struct stream_load {
     struct workload work;
     int n_requests;
+    double vary; /* by which part of max_tokens requests are longer or shorter, at most... */
+    int draw;    /* ... each in its own way in every draw */
     /* The adapter of request i, "" for the base model, made ready if it is not; the request's time
      * begins before the call. */
     mlora_status (*adapter)(void *user, mlora_engine *engine, int i, char name[ADAPTER_NAME]);

@@ -42,6 +42,18 @@ static void on_event(void *user, const mlora_event *event)
     if (event->finish != MLORA_FINISH_LENGTH) run->finish = event->finish;
 }
 
+/* Tokens that request i generates: evenly spread around max_tokens. */
+static int length_of(const struct stream_load *load, int i)
+{
+    uint64_t bits = (uint64_t)i + ((uint64_t)load->draw << 32) + 1;
+
+    bits = (bits ^ bits >> 30) * 0xbf58476d1ce4e5b9u; /* SplitMix64 */
+    bits = (bits ^ bits >> 27) * 0x94d049bb133111ebu;
+    const double at = (double)((bits ^ bits >> 31) >> 11) * 0x1p-53; /* [0, 1) */
+    const double n = (double)load->work.max_tokens * (1 + load->vary * (2 * at - 1));
+    return n < 1 ? 1 : (int)(n + 0.5);
+}
+
 static mlora_status submit(struct run *run, mlora_engine *engine, const struct stream_load *load,
                            int i, int32_t *ids)
 {
@@ -55,6 +67,7 @@ static mlora_status submit(struct run *run, mlora_engine *engine, const struct s
     mlora_status status = load->adapter(load->user, engine, i, name);
     if (status != MLORA_OK) return status;
     workload_request(&request, work, i, ids, info.vocab_size);
+    request.max_tokens = length_of(load, i);
     request.adapter = name;
     request.on_event = on_event;
     request.user = &run->requests[i];
@@ -71,7 +84,8 @@ mlora_status stream_run(struct stream_times *out, mlora_engine *engine,
     *out = (struct stream_times){0};
     run.requests = calloc(n, sizeof *run.requests);
     out->first = calloc(n, sizeof *out->first);
-    out->next = calloc(n * (size_t)load->work.max_tokens, sizeof *out->next);
+    const double most = (double)load->work.max_tokens * (1 + load->vary) + 1;
+    out->next = calloc(n * (size_t)most, sizeof *out->next);
     int32_t *ids = calloc((size_t)load->work.prompt_tokens, sizeof *ids);
     mlora_status status = run.requests && out->first && out->next && ids
                               ? MLORA_OK
