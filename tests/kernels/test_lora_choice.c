@@ -75,10 +75,15 @@ static const struct measured {
 };
 enum { N_MEASURED = sizeof measured / sizeof measured[0] };
 
+static struct lora_view view(mlora_lora_mode mode, int n_tokens, int n_adapters, int rank)
+{
+    return (struct lora_view){
+        .mode = mode, .n_tokens = n_tokens, .n_segments = n_adapters, .max_rank = rank};
+}
+
 static bool chooses_tiles(mlora_lora_mode mode, int n_tokens, int n_adapters, int rank)
 {
-    const struct lora_view lora = {
-        .mode = mode, .n_tokens = n_tokens, .n_segments = n_adapters, .max_rank = rank};
+    const struct lora_view lora = view(mode, n_tokens, n_adapters, rank);
     return lora_wants_tiles(&lora);
 }
 
@@ -138,7 +143,7 @@ Test(lora_choice, expands_inside_the_op_that_reads_in_large_steps_of_tiles)
     cr_expect(!lora_is_fused(&lora), "token by token");
 }
 
-/* The same, added to a step of as many rows with 32 new tokens, expand beside the base product or after
+/* The same, added to a step of as many rows with 32 or 48 new tokens, expand beside the base product or after
  * it. They vary by 2 us from run to run. */
 static const struct beside {
     int n_rows, n_adapters, rank;
@@ -155,10 +160,7 @@ Test(lora_choice, of_what_runs_beside_the_product_is_the_best_measured)
 {
     for (size_t i = 0; i < sizeof beside / sizeof beside[0]; i++) {
         const struct beside *b = &beside[i];
-        const struct lora_view lora = {.mode = MLORA_LORA_AUTO,
-                                       .n_tokens = b->n_rows,
-                                       .n_segments = b->n_adapters,
-                                       .max_rank = b->rank};
+        const struct lora_view lora = view(MLORA_LORA_AUTO, b->n_rows, b->n_adapters, b->rank);
         const double best = b->beside < b->after ? b->beside : b->after;
         cr_expect_leq(lora_expands_beside(&lora) ? b->beside : b->after, best + 2.0,
                       "%d rows of %d adapters of rank %d", b->n_rows, b->n_adapters, b->rank);

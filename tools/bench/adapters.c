@@ -69,8 +69,7 @@ static mlora_status demand_make(struct demand *out, int n_requests, int n_adapte
         if (i == 0)
             for (int k = 0; k < n_adapters; k++)
                 sum[k] = pow(k + 1, -skew) + (k > 0 ? sum[k - 1] : 0);
-        state = state * 6364136223846793005u + 1442695040888963407u; /* Knuth's MMIX */
-        const double at = (double)(state >> 11) * 0x1p-53 * sum[n_adapters - 1];
+        const double at = random_part(&state) * sum[n_adapters - 1];
         int k = 0;
         while (k < n_adapters - 1 && sum[k] <= at) k++;
         out->adapter[i] = k;

@@ -95,6 +95,10 @@ struct workload {
     double temperature, top_p;
 };
 
+/* The next random number, whose high bits are the good ones; and in [0, 1). */
+uint64_t random_next(uint64_t *state);
+double random_part(uint64_t *state);
+
 /* Request number i of the work, for the base model: a prompt that no other seed has, in `ids`
  * [prompt_tokens], which is to stay until it is submitted, and nothing that ends it early. */
 void workload_request(mlora_request *out, const struct workload *work, int64_t i, int32_t *ids,

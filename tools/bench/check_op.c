@@ -31,8 +31,7 @@ struct check {
 
 static int pick(uint64_t *state, int min, int max)
 {
-    *state = *state * 6364136223846793005u + 1442695040888963407u; /* Knuth's MMIX */
-    return min + (int)((*state >> 33) % (uint64_t)(max - min + 1));
+    return min + (int)((random_next(state) >> 33) % (uint64_t)(max - min + 1));
 }
 
 /* Odd sizes and round ones by turns. */

@@ -151,7 +151,7 @@ static void make_requests(struct requests *requests, int n, int longest, bool ra
         return;
     }
     for (int b = 0; b < n; b++) {
-        state = state * 6364136223846793005u + 1442695040888963407u; /* Knuth's MMIX */
+        random_next(&state);
         const int length = random ? 1 + (int)((state >> 33) % (uint64_t)longest) : longest;
         requests->extend_len[b] = length;
         requests->kv_len[b] = 1024 + (int)((state >> 40) % 2048);

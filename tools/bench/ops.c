@@ -70,8 +70,7 @@ void *ops_random(struct ops_bench *bench, size_t n, enum dtype dtype)
         return NULL;
     }
     for (size_t i = 0; i < first; i++) {
-        state = state * 6364136223846793005u + 1442695040888963407u; /* Knuth's MMIX */
-        const float value = 0.07f * ((float)(state >> 40) / 16777216.0f - 0.5f);
+        const float value = 0.07f * ((float)(random_next(&state) >> 40) / 16777216.0f - 0.5f);
         dtype_store(pool, dtype, i, value);
     }
     size_t done = first * dtype_bytes(dtype);

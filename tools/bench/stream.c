@@ -18,6 +18,7 @@ struct one_request {
 struct run {
     struct stream_times *times;
     struct one_request *requests;
+    uint64_t state; /* of the random lengths */
     int n_ended;
     mlora_finish finish; /* of the last that ended otherwise than by length */
 };
@@ -42,15 +43,11 @@ static void on_event(void *user, const mlora_event *event)
     if (event->finish != MLORA_FINISH_LENGTH) run->finish = event->finish;
 }
 
-/* Tokens that request i generates: evenly spread around max_tokens. */
-static int length_of(const struct stream_load *load, int i)
+/* Tokens that the next request generates: evenly spread around max_tokens. */
+static int next_length(struct run *run, const struct stream_load *load)
 {
-    uint64_t bits = (uint64_t)i + ((uint64_t)load->draw << 32) + 1;
-
-    bits = (bits ^ bits >> 30) * 0xbf58476d1ce4e5b9u; /* SplitMix64 */
-    bits = (bits ^ bits >> 27) * 0x94d049bb133111ebu;
-    const double at = (double)((bits ^ bits >> 31) >> 11) * 0x1p-53; /* [0, 1) */
-    const double n = (double)load->work.max_tokens * (1 + load->vary * (2 * at - 1));
+    const double at = 2 * random_part(&run->state) - 1; /* [-1, 1) */
+    const double n = (double)load->work.max_tokens * (1 + load->vary * at);
     return n < 1 ? 1 : (int)(n + 0.5);
 }
 
@@ -67,7 +64,7 @@ static mlora_status submit(struct run *run, mlora_engine *engine, const struct s
     mlora_status status = load->adapter(load->user, engine, i, name);
     if (status != MLORA_OK) return status;
     workload_request(&request, work, i, ids, info.vocab_size);
-    request.max_tokens = length_of(load, i);
+    request.max_tokens = next_length(run, load);
     request.adapter = name;
     request.on_event = on_event;
     request.user = &run->requests[i];
@@ -78,7 +75,7 @@ mlora_status stream_run(struct stream_times *out, mlora_engine *engine,
                         const struct stream_load *load)
 {
     const size_t n = (size_t)load->n_requests;
-    struct run run = {.times = out};
+    struct run run = {.times = out, .state = (uint64_t)load->draw};
     int n_submitted = 0;
 
     *out = (struct stream_times){0};

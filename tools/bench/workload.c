@@ -44,13 +44,22 @@ mlora_status adapters_drop(mlora_engine *engine, int n)
     return status == MLORA_OK ? mlora_step(engine, NULL) : status; /* which frees their memory */
 }
 
+uint64_t random_next(uint64_t *state)
+{
+    return *state = *state * 6364136223846793005u + 1442695040888963407u; /* Knuth's MMIX */
+}
+
+double random_part(uint64_t *state)
+{
+    return (double)(random_next(state) >> 11) * 0x1p-53;
+}
+
 static void random_ids(int32_t *ids, int64_t n, int vocab_size, uint64_t seed)
 {
     uint64_t state = seed * 2 + 1;
 
     for (int64_t i = 0; i < n; i++) {
-        state = state * 6364136223846793005u + 1442695040888963407u; /* Knuth's MMIX */
-        ids[i] = (int32_t)((state >> 33) % (uint64_t)vocab_size);
+        ids[i] = (int32_t)((random_next(&state) >> 33) % (uint64_t)vocab_size);
     }
 }
 
