@@ -159,7 +159,7 @@ static __global__ void add_sums_kernel(X *y, const float *sum, int rows,
 
 /* The memory of a chunk of n tokens: w [n, N, K], x [n, rows, K], both of one type, sum [n, rows, N]. */
 struct chunk {
-    int n, rows;
+    int n;
     size_t w, x, sum; /* bytes, of which each part begins aligned */
 };
 
@@ -173,7 +173,6 @@ static struct chunk chunk_of(const struct lora_args *args, int N, int K, int row
     struct chunk chunk = {};
 
     chunk.n = max_int(1, min_int(args->n_tokens, (int)(CHUNK_BYTES / (w + x + sum))));
-    chunk.rows = rows;
     chunk.w = (chunk.n * w + pad) / (pad + 1) * (pad + 1);
     chunk.x = (chunk.n * x + pad) / (pad + 1) * (pad + 1);
     chunk.sum = chunk.n * sum;
