@@ -23,18 +23,24 @@ static int round_kv(int n_tokens)
     return (n_tokens + 255) / 256 * 256;
 }
 
+/* Each of the head's arrays: one of segments has two more than rows. */
+static size_t head_pitch(int max_rows)
+{
+    return (size_t)max_rows + 2;
+}
+
 mlora_status batch_open(struct batch *out, struct device *dev, int max_tokens, int max_seqs,
                         int max_rows, int max_model_len)
 {
     const size_t Q = (size_t)max_rows, T = (size_t)max_tokens;
     const size_t table = (size_t)max_seqs * (size_t)round_blocks(kvcache_blocks_for(max_model_len));
-    const size_t head_bytes = HEAD_ARRAYS * (Q + 1) * sizeof(int32_t);
+    const size_t head_bytes = HEAD_ARRAYS * head_pitch(max_rows) * sizeof(int32_t);
     struct batch batch = {.dev = dev, .max_rows = max_rows};
     void *memory = NULL;
 
-    /* ids, slot, order [T]; row_start, kv_len, three of segments, samples, two of histories [Q];
+    /* ids, slot, order [T]; row_start, kv_len, two of segments, samples, two of histories [Q];
      * sampling [Q]; block table; and padding between them. Histories grow it at need. */
-    batch.capacity = (3 * T + 8 * (Q + 1) + table) * sizeof(int32_t) + Q * sizeof(struct sampling) +
+    batch.capacity = (3 * T + 7 * (Q + 2) + table) * sizeof(int32_t) + Q * sizeof(struct sampling) +
                      32 * ALIGNMENT;
     batch.host = malloc(batch.capacity);
     batch.slot_of_row = malloc(Q * sizeof(int32_t));
@@ -148,6 +154,14 @@ static const int32_t *build_rows(struct batch *batch, const struct plan *plan)
     return row_start;
 }
 
+static void count_segments(struct lora_view *lora, const struct segments *segments)
+{
+    lora->n_segments = segments->n_segments;
+    lora->n_tokens = segments->n_tokens;
+    lora->max_segment = segments->max_segment;
+    lora->has_base_segments = segments->has_base_segments;
+}
+
 static void build_lora(struct batch *batch, const struct plan *plan, const int32_t *row_start,
                        const struct registry *registry)
 {
@@ -181,20 +195,19 @@ static void build_lora(struct batch *batch, const struct plan *plan, const int32
     struct segments segments = {
         .slot = place_ints(batch, T, &lora->slot),
         .order = place_ints(batch, T, &lora->order),
-        .segment_slot = place_ints(batch, Q, &lora->segment_slot),
-        .segment_start = place_ints(batch, Q + 1, &lora->segment_start),
+        .segment_slot = place_ints(batch, Q + 1, &lora->segment_slot),
+        .segment_start = place_ints(batch, Q + 2, &lora->segment_start),
     };
     const struct segment_rows rows = {row_start, batch->slot_of_row, batch->first_of_row, Q};
     segments_build(&segments, &rows, batch->scratch);
-    lora->n_segments = segments.n_segments;
-    lora->n_tokens = segments.n_tokens;
-    lora->max_segment = segments.max_segment;
+    count_segments(lora, &segments);
     batch->slot_of_token = segments.slot;
+    batch->n_adapters = segments.n_adapters;
 }
 
 const struct lora_view *batch_head_rows(struct batch *batch, const int32_t *tokens, int n)
 {
-    const size_t pitch = (size_t)batch->max_rows + 1;
+    const size_t pitch = head_pitch(batch->max_rows);
     struct lora_view *lora = &batch->head_lora;
     int32_t *host = batch->head_host;
 
@@ -206,16 +219,19 @@ const struct lora_view *batch_head_rows(struct batch *batch, const int32_t *toke
 
     for (int i = 0; i < n; i++) batch->slot_of_row[i] = batch->slot_of_token[tokens[i]];
     const struct segment_rows rows = {batch->counting, batch->slot_of_row, batch->counting, n};
-    struct segments segments = {host, host + pitch, host + 2 * pitch, host + 3 * pitch, 0, 0, 0};
+    struct segments segments = {
+        .slot = host,
+        .order = host + pitch,
+        .segment_slot = host + 2 * pitch,
+        .segment_start = host + 3 * pitch,
+    };
     segments_build(&segments, &rows, batch->scratch); /* rows of one token each */
     batch->dev->ops->upload(batch->dev, batch->head_dev, host, HEAD_ARRAYS * pitch * sizeof *host);
     lora->slot = batch->head_dev;
     lora->order = batch->head_dev + pitch;
     lora->segment_slot = batch->head_dev + 2 * pitch;
     lora->segment_start = batch->head_dev + 3 * pitch;
-    lora->n_segments = segments.n_segments;
-    lora->n_tokens = segments.n_tokens;
-    lora->max_segment = segments.max_segment;
+    count_segments(lora, &segments);
     return lora;
 }
 

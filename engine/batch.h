@@ -20,9 +20,10 @@ struct batch {
     /* What the step reads; device pointers. */
     struct batch_view view;
     struct lora_view lora;
+    int n_adapters;                /* of its tokens */
     const int32_t *slot_of_token;  /* [T] host copy of lora.slot */
     struct lora_view head_lora;    /* of the rows that go through the head: batch_head_rows() */
-    int32_t *head_host, *head_dev; /* [HEAD_ARRAYS, max_rows + 1] what head_lora points to */
+    int32_t *head_host, *head_dev; /* [HEAD_ARRAYS, max_rows + 2] what head_lora points to */
     int max_rows;                  /* of the head, of which a row of the plan may have many */
     mlora_lora_mode lora_mode;     /* for `lora`, set by the owner... */
     int kv_stride;                 /* ... of struct kv_cache... */

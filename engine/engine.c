@@ -152,7 +152,7 @@ static mlora_status start_pass(struct mlora_engine *engine, const struct plan *p
     pass->n_prompt_tokens = n_prompt_tokens(plan);
     mlora_status status = batch_build(&engine->batch, plan, &engine->registry);
     if (status != MLORA_OK) return status;
-    pass->n_adapters = batch->lora.n_segments;
+    pass->n_adapters = batch->n_adapters;
     forward(&engine->model, &engine->workspace, &engine->kv_cache, &batch->view, batch->block_table,
             batch->max_blocks, &batch->lora);
     if (pass->n_prompt_tokens > 0) status = outputs_score_prompts(engine, plan);

@@ -24,8 +24,8 @@
 
 #include <stdint.h>
 
-/* Changes whenever a struct below does: an op of another version is refused. */
-#define MLORA_OP_ABI 1
+/* Changes whenever a struct below does, or what it says: an op of another version is refused. */
+#define MLORA_OP_ABI 2
 
 #define MLORA_OP_SYMBOL "mlora_op_export"
 
@@ -138,12 +138,12 @@ typedef struct mlora_op_lora {
     int32_t K, N;                 /* width of x, and of y                             */
     int32_t offset[3], width[3];  /* of each slice in y                               */
     const float *bias;            /* [N] that y holds already, or NULL                */
-    int32_t n_segments;           /* adapters in the step, at least 1                 */
-    int32_t n_tokens;             /* that have an adapter                             */
+    int32_t n_segments;           /* at least 1                                       */
+    int32_t n_tokens;             /* of all segments                                  */
     int32_t max_rank;             /* pitch of h                                       */
-    int32_t max_segment;          /* tokens of the longest segment                    */
+    int32_t max_segment;          /* no segment has more tokens                       */
     const int32_t *slot;          /* [T]; -1: no adapter                              */
-    const int32_t *segment_slot;  /* [n_segments]                                     */
+    const int32_t *segment_slot;  /* [n_segments]; -1: nothing to do, as for its tokens */
     const int32_t *segment_start; /* [n_segments + 1] into `order`                    */
     const int32_t *order;         /* [n_tokens] tokens by slot                        */
     int32_t expands_more;         /* some factors have g, b_bias or bias_delta        */

@@ -6,7 +6,7 @@
 
 #include "engine/base/error.h"
 
-enum { SLOTS = 3, ROWS = 2, POOL = 1 << 20 };
+enum { SLOTS = 3, SEGMENTS = SLOTS + 2, ROWS = 2, POOL = 1 << 20 };
 
 /* ---- making --------------------------------------------------------------------------------- */
 
@@ -15,6 +15,7 @@ struct maker {
     struct op_case *c;
     struct op_types types;
     bool as_f32;
+    int n_adapters; /* that tokens have */
     mlora_status status;
 };
 
@@ -171,18 +172,19 @@ done:
     free(frequency);
 }
 
-/* Tokens take turns: slot 0, 1, 2, no adapter. */
+/* Tokens take turns: slot 0, 1, 2, no adapter. After the adapters' segments come that of the base and an
+ * empty one. */
 static void make_segments(struct maker *maker)
 {
     struct op_case *c = maker->c;
     const int T = c->sizes.T;
-    int32_t *host = malloc((size_t)(2 * T + 2 * SLOTS + 1) * sizeof *host);
+    int32_t *host = malloc((size_t)(2 * T + 2 * SEGMENTS + 1) * sizeof *host);
 
     if (!host) {
         maker->status = error_set(MLORA_ENOMEM, "out of memory for segments");
         return;
     }
-    int32_t *slot = host, *order = host + T, *segment = host + 2 * T, *start = segment + SLOTS;
+    int32_t *slot = host, *order = host + T, *segment = host + 2 * T, *start = segment + SEGMENTS;
     int n = 0;
     start[0] = 0;
     for (int t = 0; t < T; t++) slot[t] = (t + 1) % (SLOTS + 1) - 1;
@@ -195,11 +197,19 @@ static void make_segments(struct maker *maker)
         start[c->lora.n_segments] = n;
         if (n - before > c->lora.max_segment) c->lora.max_segment = n - before;
     }
+    maker->n_adapters = c->lora.n_segments;
+    for (int t = 0; t < T; t++)
+        if (slot[t] < 0) order[n++] = t;
+    while (c->lora.n_segments < maker->n_adapters + 2) {
+        segment[c->lora.n_segments++] = -1;
+        start[c->lora.n_segments] = n;
+    }
     c->lora.n_tokens = n;
+    c->lora.has_base_segments = true;
     c->lora.slot = put(maker, slot, (size_t)T * sizeof *host);
     c->lora.order = put(maker, order, ((size_t)n + 1) * sizeof *host);
-    c->lora.segment_slot = put(maker, segment, SLOTS * sizeof *host);
-    c->lora.segment_start = put(maker, start, (SLOTS + 1) * sizeof *host);
+    c->lora.segment_slot = put(maker, segment, SEGMENTS * sizeof *host);
+    c->lora.segment_start = put(maker, start, (SEGMENTS + 1) * sizeof *host);
     free(host);
 }
 
@@ -228,7 +238,7 @@ static void make_factors(struct maker *maker)
                 f->b_bias = vectors + N;
                 f->bias_delta = vectors + 2 * N;
             }
-            if (s < c->lora.n_segments)
+            if (s < maker->n_adapters)
                 factor_elements += (double)r * (double)(c->kind == CUSTOM_LORA_SHRINK ? K : N);
         }
     }

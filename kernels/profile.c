@@ -132,6 +132,7 @@ static void count_lora(struct note *note, struct device *dev)
     dev->profile->ops->download(dev, host, lora->segment_slot, n * sizeof *host);
     dev->profile->ops->download(dev, host + n, lora->segment_start, (n + 1) * sizeof *host);
     for (size_t s = 0; s < n; s++) {
+        if (slot[s] < 0) continue;
         struct lora_factors factors[LORA_LINEARS];
         const size_t at = ((size_t)slot[s] * (size_t)lora->L + (size_t)note->layer) * LORA_LINEARS;
         const double T = start[s + 1] - start[s];

@@ -123,10 +123,10 @@ struct lora_own {
 struct lora_view {
     const struct lora_factors *factors; /* [S, L, LORA_LINEARS]: a slot's are together        */
     int L;                              /* layers of the table: the model's and the one outside  */
-    int n_segments;                     /* adapters in this step; 0: nothing to do               */
-    int n_tokens;                       /* tokens with an adapter                                */
+    int n_segments;                     /* 0: nothing to do                                      */
+    int n_tokens;                       /* of all segments                                       */
     int max_rank;                       /* largest rank among the segments: pitch of h           */
-    int max_segment;                    /* tokens of the longest segment                         */
+    int max_segment;                    /* no segment has more tokens                            */
     int mode;                           /* mlora_lora_mode: how, never what; the CPU has one way */
     const int32_t *slot;                /* [T] slot of each token, -1: base model only           */
     const int32_t *segment_slot;        /* [n_segments]                                          */
@@ -139,8 +139,8 @@ struct lora_view {
     /* All factors of the step are bf16 and finite, begin at multiples of 16 bytes and have a rank
      * that is a multiple of 8: false where nobody knows. */
     bool is_plain;
-    /* Segments of slot -1, which no op works on, may stand among the others, and those of fewer
-     * than one token; their tokens count in n_tokens. */
+    /* Segments of slot -1 that have tokens, which no op works on, may stand among the others. Those of
+     * no token, or fewer, may in any case. */
     bool has_base_segments;
     bool h_by_slice; /* h is [n_slices, n_rows, max_rank], else [T, n_slices, max_rank] */
     int n_rows;      /* T: of h, and of x and y    */

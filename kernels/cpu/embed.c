@@ -69,6 +69,7 @@ void cpu_lora_embed(struct device *dev, void *y, float *h, const int32_t *ids,
 
     for (int i = 0; i < lora->n_tokens; i++) {
         const int32_t t = lora->order[i];
+        if (lora->slot[t] < 0) continue;
         const size_t slot = (size_t)lora->slot[t];
         const struct lora_own *own = &lora->own[slot];
         const struct lora_factors *factors =

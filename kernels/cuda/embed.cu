@@ -59,6 +59,7 @@ static __global__ void lora_embed_kernel(Y *y, float *h, const int32_t *ids, int
 {
     grid_begin();
     const int t = args.order[blockIdx.x], slot = args.slot[t], id = ids[t];
+    if (slot < 0) return; /* the whole block */
     const struct lora_own &own = owns[slot];
     const struct lora_factors &f = *lora_factors_of(args, slot, 0);
     const int row = find_row(own.embedding_rows, id);

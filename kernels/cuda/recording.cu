@@ -5,7 +5,8 @@
 
 #include <stdlib.h>
 
-enum { RECORDINGS = 128, KEY_BYTES = 512 };
+/* Of those seen once there are fewer, so that steps that do not come again push out no recording. */
+enum { RECORDINGS = 128, SEEN_ONCE = RECORDINGS / 4, KEY_BYTES = 512 };
 
 struct recording {
     unsigned char key[KEY_BYTES];
@@ -20,18 +21,28 @@ struct recordings {
     uint64_t clock;
 };
 
+static bool is_older(const struct recording *item, const struct recording *than)
+{
+    return !than || item->used_at < than->used_at;
+}
+
 /* The one of that key, or the one that was used longest ago, emptied for it. */
 static struct recording *find_recording(struct recordings *all, const void *key, size_t bytes,
                                         bool *found)
 {
-    struct recording *oldest = &all->items[0];
+    struct recording *oldest = NULL, *oldest_seen = NULL; /* of all; of those seen once */
+    int n_seen = 0;
 
     for (int i = 0; i < RECORDINGS; i++) {
         struct recording *item = &all->items[i];
+        const bool is_seen = item->bytes > 0 && !item->exec;
         *found = item->bytes == bytes && memcmp(item->key, key, bytes) == 0;
         if (*found) return item;
-        if (item->used_at < oldest->used_at) oldest = item;
+        n_seen += is_seen;
+        if (is_older(item, oldest)) oldest = item;
+        if (is_seen && is_older(item, oldest_seen)) oldest_seen = item;
     }
+    if (n_seen >= SEEN_ONCE) oldest = oldest_seen;
     if (oldest->exec) cudaGraphExecDestroy(oldest->exec);
     oldest->exec = NULL;
     oldest->bytes = bytes;

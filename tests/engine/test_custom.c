@@ -162,7 +162,7 @@ Test(custom, open_refuses_an_op_by_name)
     mlora_options options = options_with(&old, 1);
 
     expect_refused(&options, MLORA_EFORMAT,
-                   OP("old_abi") ": its ABI version is 777, 1 is needed: build it with this "
+                   OP("old_abi") ": its ABI version is 777, 2 is needed: build it with this "
                                  "mlora's kernels/mlora_op.h");
     options.ops = NULL;
     expect_refused(&options, MLORA_EINVAL, "option n_ops is 1, ops is NULL");

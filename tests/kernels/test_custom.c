@@ -172,7 +172,7 @@ Test(custom, refuses_what_is_no_op_by_name)
                         "has no symbol mlora_op_export: a MLORA_OP_EXPORT of kernels/mlora_op.h is "
                         "needed");
     expect_file_refused(OP("old_abi"), MLORA_EFORMAT,
-                        "its ABI version is 777, 1 is needed: build it with this mlora's "
+                        "its ABI version is 777, 2 is needed: build it with this mlora's "
                         "kernels/mlora_op.h");
     expect_file_refused(OP("no_run"), MLORA_EFORMAT, "mlora_op_export.run is NULL");
     expect_file_refused(OP("no_open"), MLORA_EFORMAT, "op matmul did not open: it returned 5");

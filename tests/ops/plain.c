@@ -160,7 +160,7 @@ MAYBE int lora_shrink(const mlora_op_call *call, const void *arguments)
     (void)call;
     for (int j = 0; j < lora->n_tokens; j++) {
         const int t = lora->order[j];
-        for (int i = 0; i < lora->n_slices; i++) {
+        for (int i = 0; lora->slot[t] >= 0 && i < lora->n_slices; i++) {
             const mlora_op_factors *f = factors_of(lora, t, i);
             for (int r = 0; f->a && r < f->R; r++)
                 op->h[(t * lora->n_slices + i) * lora->max_rank + r] =

@@ -109,7 +109,7 @@ Test(generate, refuses_an_op_by_name_before_it_can_do_harm)
     outcome = run(NULL, GENERATE "--op silu_mul=" OP("crash_call"));
     expect_refusal(&outcome, OP("crash_call") ": crashed when it was tried: SIGABRT (Aborted)");
     outcome = run(NULL, GENERATE "--op silu_mul=" OP("old_abi"));
-    expect_refusal(&outcome, OP("old_abi") ": its ABI version is 777, 1 is needed: build it with "
+    expect_refusal(&outcome, OP("old_abi") ": its ABI version is 777, 2 is needed: build it with "
                                            "this mlora's kernels/mlora_op.h");
     outcome = run(NULL, GENERATE "--op silu_mul=" OP("no_symbol"));
     expect_refusal_with(&outcome, OP("no_symbol") ": has no symbol mlora_op_export");
