@@ -44,6 +44,14 @@ static constexpr __host__ __device__ int max_warps(int d)
     return d <= 128 ? 16 : 8;
 }
 
+/* Before Hopper the compiler takes so few registers for heads of 64 that some spill, if it is not told
+ * that one block of a multiprocessor will do; 0: nothing is said. */
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+enum { BLOCKS_OF_64 = 1 };
+#else
+enum { BLOCKS_OF_64 = 0 };
+#endif
+
 /* How a warp's pages come to shared memory: in 16-byte units, to rows of pitch() elements... */
 struct page_rows {
     enum { ARE_BOXES = 0 };
@@ -227,7 +235,7 @@ static __device__ void combine(bf16 *y, const struct decode_parts &parts, size_t
  *   y [T, H, D]    qkv [T, H + 2 G, D], or f32    pages: k, v [., G, KV_BLOCK, D]
  *   grid (splits, G * heads / 8, Q)    block: some warps    shared decode_shared<D, Pages>(warps) */
 template <int D, typename Pages>
-static __global__ void __launch_bounds__(max_warps(D) * WARP)
+static __global__ void __launch_bounds__(max_warps(D) * WARP, D == 64 ? BLOCKS_OF_64 : 0)
     attention_decode_kernel(bf16 *y, const void *qkv, const __grid_constant__ Pages pages,
                             const struct attention_args args, const struct decode_parts parts,
                             int *counters)

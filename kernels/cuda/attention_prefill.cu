@@ -83,12 +83,16 @@ static __global__ void __launch_bounds__(PREFILL_BLOCK)
     grid_wait();
     if (!found) return; /* the whole block */
 
+    __shared__ struct {
+        int t0, n, m0, before, last;
+    } at; /* read anew where it is needed: there is no register to spare */
     const int t0 = args.row_start[row], n = args.row_start[row + 1] - t0;
     const int kv_len = args.kv_len[row], before = kv_len - n; /* positions before the row's */
     const int m0 = tile * queries<MT>();
     const int last = min_int(n - 1, (m0 + queries<MT>() - 1) / group);
     const int end = before + last + 1;
     const int begin = first_seen(args, before + m0 / group) / POSITIONS * POSITIONS;
+    if (threadIdx.x == 0) at = {t0, n, m0, before, last};
     const int32_t *table = args.block_table + (size_t)row * args.max_blocks;
     const size_t block_stride = (size_t)G * KV_BLOCK * D;
     const bf16 *k_head = k + (size_t)g * KV_BLOCK * D, *v_head = v + (size_t)g * KV_BLOCK * D;
@@ -127,8 +131,8 @@ static __global__ void __launch_bounds__(PREFILL_BLOCK)
         copy_commit();
 
         /* Whether some query of the block does not see some position of this tile. */
-        const bool edge =
-            p0 + POSITIONS - 1 > before + m0 / group || p0 < first_seen(args, before + last);
+        const bool edge = p0 + POSITIONS - 1 > at.before + at.m0 / group ||
+                          p0 < first_seen(args, at.before + at.last);
         float score[MT][POSITIONS / 8][4] = {};
 #pragma unroll
         for (int s = 0; s < D / 16; s++) {
@@ -155,7 +159,7 @@ static __global__ void __launch_bounds__(PREFILL_BLOCK)
                 float largest = max[i][c];
                 if (edge) {
                     const int position =
-                        before + (m0 + (warp * MT + i) * 16 + lane / 4 + c * 8) / group;
+                        at.before + (at.m0 + (warp * MT + i) * 16 + lane / 4 + c * 8) / group;
                     const int first = first_seen(args, position);
 #pragma unroll
                     for (int j = 0; j < POSITIONS / 8; j++)
@@ -226,10 +230,10 @@ static __global__ void __launch_bounds__(PREFILL_BLOCK)
         for (int c = 0; c < 2; c++) {
             total[i][c] += __shfl_xor_sync(~0u, total[i][c], 1);
             total[i][c] += __shfl_xor_sync(~0u, total[i][c], 2);
-            const int m = m0 + (warp * MT + i) * 16 + lane / 4 + c * 8, j = m / group;
-            if (j >= n) continue;
+            const int m = at.m0 + (warp * MT + i) * 16 + lane / 4 + c * 8, j = m / group;
+            if (j >= at.n) continue;
             const float scale = 1.0f / total[i][c];
-            bf16 *to = y + ((size_t)(t0 + j) * H + g * group + m % group) * D + lane % 4 * 2;
+            bf16 *to = y + ((size_t)(at.t0 + j) * H + g * group + m % group) * D + lane % 4 * 2;
 #pragma unroll
             for (int e = 0; e < D / 8; e++)
                 *(uint32_t *)(to + e * 8) =
