@@ -1,7 +1,7 @@
 /* LoRA inside the streaming product: four more warps of its blocks make h while the others read the
  * weights, which takes longer. They ask for A before x is there, like the copy engine for w, and share
- * out K; then the warps that multiply add B times h to their sums, before the last of w has come. No
- * launch, nothing read or written but A, B and h.
+ * out K; then the warps that multiply add B times h to their sums. No launch, nothing read or written
+ * but A, B and h.
  *
  * Beside a stream every load waits as long as the queue before it: so h passes from block to block in
  * one store and one load, with no fence and no counter. */

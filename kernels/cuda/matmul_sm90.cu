@@ -21,41 +21,54 @@ enum {
     /* Panels of w that a block has asked for and has not got: they keep the memory busy. With more of
      * them all that others read beside it, and x, would wait longer. */
     IN_FLIGHT = 4,
-    /* Panels that are multiplied after what LoRA adds: a part of a block's, and those at least. */
-    LATE_PART = 4,
-    LATE_MIN = 2,
+    /* Panels of w in shared memory: as many as there is room for, so that the memory does not rest
+     * while small kernels run. With a branch beside the product room is left for its kernels. */
+    STAGES_MAX = 12,
+    STAGES_BESIDE = 6,
 };
 
-/* Rings of buffers: panels of ROWS rows of w, and of TOKENS of x. More would keep small kernels, and
- * LoRA's beside this one, out. */
+/* Rings of buffers: panels of TOKENS of x, then of ROWS rows of w, then what LoRA has. */
 template <int TOKENS, typename Lora, bool IS_GATE> struct ring {
     enum {
         HALVES = IS_GATE ? 2 : 1,
         W_BYTES = ROWS * PANEL_ROW,
         X_BYTES = TOKENS * PANEL_ROW,
-        W_STAGES = (TOKENS > FEW_TOKENS ? 6 : 7) - (Lora::THREADS > 0),
         X_STAGES = TOKENS > FEW_TOKENS ? 4 : 7,
-        X_AT = W_STAGES * W_BYTES,
-        B_AT = X_AT + X_STAGES * X_BYTES,
-        SHARED = B_AT + 1024, /* to begin at a multiple of 1,024; and what LoRA has */
+        W_AT = X_STAGES * X_BYTES,
+        FIXED = W_AT + 1024, /* of shared memory: to begin at a multiple of 1,024 */
     };
+};
+
+/* Where the next panel lies in a ring, and how often the ring was gone through before. */
+struct place {
+    int stage, turn;
+
+    __device__ void advance(int stages)
+    {
+        if (++stage < stages) return;
+        stage = 0;
+        turn++;
+    }
 };
 
 /* The thread that copies w: panels [begin, begin + n) from row n0 on, the second half of the rows,
  * where that is another box, from n1 on. */
 template <typename R>
-static __device__ void copy_w(uint32_t stages, uint32_t w_full, uint32_t empty,
+static __device__ void copy_w(uint32_t stages, uint32_t w_full, uint32_t empty, int w_stages,
                               const CUtensorMap *w, int n0, int n1, int begin, int n)
 {
+    struct place at = {0, 0}, before = {0, 0}; /* panel i, and the one IN_FLIGHT before it */
     for (int i = 0; i < n; i++) {
-        const int s = i % R::W_STAGES, before = i - IN_FLIGHT;
-        if (before >= 0) barrier_wait(w_full + before % R::W_STAGES * 8, before / R::W_STAGES);
-        if (i >= R::W_STAGES) barrier_wait(empty + s * 8, i / R::W_STAGES - 1);
-        barrier_expect(w_full + s * 8, R::W_BYTES);
-        copy_box(stages + s * R::W_BYTES, w, n0, (begin + i) * PANEL, w_full + s * 8);
-        if (R::HALVES > 1)
-            copy_box(stages + s * R::W_BYTES + R::W_BYTES / 2, w, n1, (begin + i) * PANEL,
-                     w_full + s * 8);
+        if (i >= IN_FLIGHT) {
+            barrier_wait(w_full + before.stage * 8, before.turn);
+            before.advance(w_stages);
+        }
+        if (i >= w_stages) barrier_wait(empty + at.stage * 8, at.turn - 1);
+        const uint32_t full = w_full + at.stage * 8, to = stages + at.stage * R::W_BYTES;
+        barrier_expect(full, R::W_BYTES);
+        copy_box(to, w, n0, (begin + i) * PANEL, full);
+        if (R::HALVES > 1) copy_box(to + R::W_BYTES / 2, w, n1, (begin + i) * PANEL, full);
+        at.advance(w_stages);
     }
 }
 
@@ -69,7 +82,7 @@ static __device__ void copy_x(uint32_t stages, uint32_t x_full, uint32_t empty,
         const int s = i % R::X_STAGES;
         if (i >= R::X_STAGES) barrier_wait(empty + s * 8, i / R::X_STAGES - 1);
         barrier_expect(x_full + s * 8, x_bytes);
-        copy_box(stages + R::X_AT + s * R::X_BYTES, x, 0, (begin + i) * PANEL, x_full + s * 8);
+        copy_box(stages + s * R::X_BYTES, x, 0, (begin + i) * PANEL, x_full + s * 8);
     }
 }
 
@@ -131,28 +144,31 @@ static __device__ void store_gated(bf16 *out, float (&sum)[TOKENS / 2], const fl
  *   result: y [T, N], or [T, N / 2] bf16    parts [shares - 1, T, N]    bias [N] or NULL
  *   x [T, K], w [N, K]: maps with boxes of x_bytes / PANEL_ROW and ROWS / HALVES rows    n_panels of k
  *   grid tiles of N / ROWS times shares, and what more blocks `lora` gets
- *   block STREAM_BLOCK + Lora::THREADS    shared ring<...>::SHARED
+ *   block STREAM_BLOCK + Lora::THREADS
+ *   shared ring<...>::FIXED, STAGES panels of w, or, where that is 0, `stages`, and what `lora` has
  * With LoRA it takes as many registers as leave room for small kernels beside it: half of them. */
-template <int TOKENS, typename Lora, bool IS_GATE>
+template <int TOKENS, typename Lora, bool IS_GATE, int STAGES>
 static __global__ void __launch_bounds__(STREAM_BLOCK + Lora::THREADS, Lora::THREADS > 0 ? 2 : 1)
     matmul_stream_kernel(void *result, float *parts, const __grid_constant__ CUtensorMap x,
                          const __grid_constant__ CUtensorMap w, const float *__restrict__ bias,
-                         int T, int N, int n_panels, int x_bytes, int tiles, int shares,
+                         int T, int N, int n_panels, int x_bytes, int tiles, int shares, int stages,
                          const __grid_constant__ Lora lora)
 {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     using R = ring<TOKENS, Lora, IS_GATE>;
+    const int w_stages = STAGES > 0 ? STAGES : stages;
     extern __shared__ unsigned char unaligned[];
-    __shared__ uint64_t barriers[2 * R::W_STAGES + 2 * R::X_STAGES + 1];
-    const uint32_t stages = (shared_address(unaligned) + 1023) / 1024 * 1024;
-    const uint32_t w_full = shared_address(barriers), w_empty = w_full + R::W_STAGES * 8;
-    const uint32_t x_full = w_empty + R::W_STAGES * 8, x_empty = x_full + R::X_STAGES * 8;
+    __shared__ uint64_t barriers[2 * STAGES_MAX + 2 * R::X_STAGES + 1];
+    const uint32_t x_ring = (shared_address(unaligned) + 1023) / 1024 * 1024;
+    const uint32_t w_ring = x_ring + R::W_AT, of_lora = w_ring + w_stages * R::W_BYTES;
+    const uint32_t w_full = shared_address(barriers), w_empty = w_full + STAGES_MAX * 8;
+    const uint32_t x_full = w_empty + STAGES_MAX * 8, x_empty = x_full + R::X_STAGES * 8;
     const uint32_t ready = x_empty + R::X_STAGES * 8; /* what LoRA adds */
     const int n0 = blockIdx.x % tiles * (ROWS / R::HALVES), share = blockIdx.x / tiles;
     const int begin = n_panels * share / shares, n = n_panels * (share + 1) / shares - begin;
 
     if (threadIdx.x == 0) {
-        for (int s = 0; s < R::W_STAGES; s++) {
+        for (int s = 0; s < w_stages; s++) {
             barrier_make(w_full + s * 8, 1);
             barrier_make(w_empty + s * 8, CONSUMERS / 128);
         }
@@ -168,7 +184,7 @@ static __global__ void __launch_bounds__(STREAM_BLOCK + Lora::THREADS, Lora::THR
     if constexpr (Lora::THREADS > 0) {
         if (threadIdx.x >= STREAM_BLOCK) {
             lora_work<TOKENS, ROWS, R::HALVES>(lora, threadIdx.x - STREAM_BLOCK, &shared,
-                                               share == 0, n0, stages + R::B_AT, ready);
+                                               share == 0, n0, of_lora, ready);
             return;
         }
         if (share >= shares) {
@@ -178,26 +194,20 @@ static __global__ void __launch_bounds__(STREAM_BLOCK + Lora::THREADS, Lora::THR
     }
     if (threadIdx.x >= CONSUMERS) {
         if (threadIdx.x == CONSUMERS)
-            copy_w<R>(stages, w_full, w_empty, &w, n0, N / 2 + n0, begin, n);
+            copy_w<R>(w_ring, w_full, w_empty, w_stages, &w, n0, N / 2 + n0, begin, n);
         if (threadIdx.x == CONSUMERS + WARP)
-            copy_x<R>(stages, x_full, x_empty, &x, begin, n, x_bytes);
+            copy_x<R>(x_ring, x_full, x_empty, &x, begin, n, x_bytes);
         return;
     }
 
     float sum[TOKENS / 2] = {};
-    const int late = share == 0 ? max_int(0, n - max_int(LATE_MIN, n / LATE_PART)) : n;
+    struct place at = {0, 0};
 #pragma unroll 1
     for (int i = 0; i < n; i++) {
-        const int ws = i % R::W_STAGES, xs = i % R::X_STAGES;
-        const uint32_t w_panel = stages + ws * R::W_BYTES + threadIdx.x / 128 * (64 * PANEL_ROW);
-        const uint32_t x_panel = stages + R::X_AT + xs * R::X_BYTES;
-        if constexpr (Lora::THREADS > 0)
-            if (i == late) {
-                barrier_wait(ready, 0);
-                add_inside<TOKENS, ROWS, R::HALVES>(sum, lora, &shared, threadIdx.x / WARP * 16,
-                                                    stages + R::B_AT);
-            }
-        barrier_wait(w_full + ws * 8, i / R::W_STAGES);
+        const int ws = at.stage, xs = i % R::X_STAGES;
+        const uint32_t w_panel = w_ring + ws * R::W_BYTES + threadIdx.x / 128 * (64 * PANEL_ROW);
+        const uint32_t x_panel = x_ring + xs * R::X_BYTES;
+        barrier_wait(w_full + ws * 8, at.turn);
         barrier_wait(x_full + xs * 8, i / R::X_STAGES);
         if (i == 0) grid_release(); /* not before x: what is launched sooner holds that up */
         products_begin();
@@ -210,11 +220,18 @@ static __global__ void __launch_bounds__(STREAM_BLOCK + Lora::THREADS, Lora::THR
             barrier_arrive(w_empty + ws * 8);
             barrier_arrive(x_empty + xs * 8);
         }
+        at.advance(w_stages);
     }
     products_land(sum);
+    if constexpr (Lora::THREADS > 0)
+        if (share == 0) {
+            barrier_wait(ready, 0);
+            add_inside<TOKENS, ROWS, R::HALVES>(sum, lora, &shared, threadIdx.x / WARP * 16,
+                                                of_lora);
+        }
     if constexpr (IS_GATE) {
-        store_gated<TOKENS>((bf16 *)result, sum, bias, T, N / 2, n0, stages,
-                            unaligned + (stages - shared_address(unaligned)));
+        store_gated<TOKENS>((bf16 *)result, sum, bias, T, N / 2, n0, x_ring,
+                            unaligned + (x_ring - shared_address(unaligned)));
         return;
     }
     float *y = (float *)result;
@@ -260,12 +277,21 @@ struct streamed {
     struct matrix w;
     const float *bias;
     int T, tiles, shares;
+    int stages; /* of w, at most */
     bool has_lora;
     struct lora_inside lora;
 };
 
-template <int TOKENS, typename Lora, bool IS_GATE>
-static void launch_kernel(struct cuda_device *cuda, const struct streamed *s, const Lora &lora)
+/* That a block may ask for when it is launched. */
+static int shared_room(bool has_lora)
+{
+    enum { OF_BLOCK = 227 * 1024, BARRIERS = 512 };
+    return OF_BLOCK - BARRIERS - (has_lora ? (int)sizeof(struct inside_shared) : 0);
+}
+
+template <int TOKENS, typename Lora, bool IS_GATE, int STAGES>
+static void launch_kernel(struct cuda_device *cuda, const struct streamed *s, const Lora &lora,
+                          int stages)
 {
     using R = ring<TOKENS, Lora, IS_GATE>;
     const bool has_lora = Lora::THREADS > 0;
@@ -274,32 +300,44 @@ static void launch_kernel(struct cuda_device *cuda, const struct streamed *s, co
     const CUtensorMap x_map = map_panels(cuda, s->x, s->T, K, x_rows, "matmul");
     const CUtensorMap w_map =
         map_panels(cuda, (const bf16 *)s->w.data, N, K, ROWS / R::HALVES, "matmul");
-    const auto kernel = matmul_stream_kernel<TOKENS, Lora, IS_GATE>;
-    const int shared = R::SHARED + (has_lora ? s->lora.b_bytes + s->lora.h_bytes : 0);
+    const auto kernel = matmul_stream_kernel<TOKENS, Lora, IS_GATE, STAGES>;
+    const int shared = R::FIXED + stages * R::W_BYTES + s->lora.b_bytes + s->lora.h_bytes;
 
-    cuda_allow_shared(cuda, kernel, R::SHARED + (has_lora ? INSIDE_ROOM : 0), "matmul");
+    assert(stages > IN_FLIGHT && stages <= STAGES_MAX);
+    cuda_allow_shared(cuda, kernel, shared_room(has_lora), "matmul");
     cuda_launch(cuda, "matmul", kernel, blocks, STREAM_BLOCK + Lora::THREADS, shared, 1, s->y,
                 s->parts, x_map, w_map, s->bias, s->T, N, ceil_div(K, PANEL), x_rows * PANEL_ROW,
-                s->tiles, s->shares, lora);
+                s->tiles, s->shares, stages, lora);
 }
 
-template <typename Lora, bool IS_GATE>
-static void launch_tokens(struct cuda_device *cuda, const struct streamed *s, const Lora &lora)
+/* With LoRA the compiler knows the number of panels, MANY where they fit, else FEW: computing with one
+ * that it does not know costs there what the panels are worth. */
+template <int TOKENS, bool IS_GATE, int MANY, int FEW>
+static void launch_ring(struct cuda_device *cuda, const struct streamed *s)
 {
-    if constexpr (!IS_GATE || Lora::THREADS == 0)
-        if (s->T <= FEW_TOKENS) {
-            launch_kernel<FEW_TOKENS, Lora, IS_GATE>(cuda, s, lora);
-            return;
-        }
-    launch_kernel<STREAM_TOKENS, Lora, IS_GATE>(cuda, s, lora);
+    using R = ring<TOKENS, struct lora_inside, IS_GATE>;
+    const int room = shared_room(s->has_lora) - R::FIXED - s->lora.b_bytes - s->lora.h_bytes;
+    const int stages = min_int(s->stages, room / R::W_BYTES);
+
+    if (!s->has_lora) {
+        launch_kernel<TOKENS, struct lora_not_inside, IS_GATE, 0>(cuda, s, lora_not_inside(),
+                                                                  stages);
+        return;
+    }
+    if constexpr (!IS_GATE || TOKENS > FEW_TOKENS) { /* see is_held */
+        if (stages >= MANY)
+            launch_kernel<TOKENS, struct lora_inside, IS_GATE, MANY>(cuda, s, s->lora, MANY);
+        else
+            launch_kernel<TOKENS, struct lora_inside, IS_GATE, FEW>(cuda, s, s->lora, FEW);
+    }
 }
 
 template <bool IS_GATE> static void launch(struct cuda_device *cuda, const struct streamed *s)
 {
-    if (s->has_lora)
-        launch_tokens<struct lora_inside, IS_GATE>(cuda, s, s->lora);
+    if (s->T <= FEW_TOKENS)
+        launch_ring<FEW_TOKENS, IS_GATE, 8, 6>(cuda, s);
     else
-        launch_tokens<struct lora_not_inside, IS_GATE>(cuda, s, lora_not_inside());
+        launch_ring<STREAM_TOKENS, IS_GATE, 7, 5>(cuda, s);
 }
 
 /* Take up what lora_shrink left, if it is for this x and w, and no more than a block has room for. */
@@ -328,10 +366,12 @@ static bool take_up_lora(struct cuda_device *cuda, struct streamed *s)
         return false;
     const int tokens = s->T <= FEW_TOKENS ? FEW_TOKENS : STREAM_TOKENS;
     const int slices = args->n_slices == 2 ? 2 : 1; /* of a block, where it may be a gate's */
-    lora->b_bytes = max_int(INSIDE_STAGED, lora->steps * ROWS * INSIDE_ROW);
-    lora->h_bytes =
+    const int b_bytes = max_int(INSIDE_STAGED, lora->steps * ROWS * INSIDE_ROW);
+    const int h_bytes =
         max_int(INSIDE_STAGED, slices * lora->tiles_a_slice * H_PARTS * tokens * INSIDE_ROW);
-    if (lora->b_bytes + lora->h_bytes > INSIDE_ROOM) return false;
+    if (b_bytes + h_bytes > INSIDE_ROOM) return false;
+    lora->b_bytes = b_bytes;
+    lora->h_bytes = h_bytes;
     cuda->left.x = NULL;
     cuda->delta.is_added = true;
     return true;
@@ -342,7 +382,7 @@ bool matmul_stream(struct cuda_device *cuda, float *y, const bf16 *x, const stru
 {
     enum { WAVES_MAX = 4 }; /* what a block brings in ahead is worth less in later ones */
     const int tiles = ceil_div(w->N, ROWS);
-    struct streamed s = {y, NULL, x, *w, bias, T, tiles, 1, false, {}};
+    struct streamed s = {y, NULL, x, *w, bias, T, tiles, 1, STAGES_MAX, false, {}};
     struct addend addend = {};
 
     if (!cuda->encode_tensor_map || cuda->is_lent || T > STREAM_TOKENS || w->K % GROUP != 0 ||
@@ -359,6 +399,7 @@ bool matmul_stream(struct cuda_device *cuda, float *y, const bf16 *x, const stru
     }
     s.has_lora = take_up_lora(cuda, &s);
     if (cuda->left.x) lora_make_left(cuda);
+    if (cuda->beside.n > 0) s.stages = STAGES_BESIDE;
     /* With LoRA a block would wait for h of both slices: longer than few tokens' silu_mul takes. */
     const bool is_held = s.shares == 1 && w->N % ROWS == 0 && (!s.has_lora || T > FEW_TOKENS);
     if (is_held) {
