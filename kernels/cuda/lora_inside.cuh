@@ -44,7 +44,7 @@ struct lora_inside {
     const bf16 *x;
     struct exchange *exchange;
     int T, n_units;
-    int n_blocks;         /* that make h: the first ones */
+    int n_blocks, first;  /* blocks that make h: 0 to n_blocks - 1, from `first` on and round */
     int tiles_a_slice;    /* of 16 of the rank */
     int row_tiles;        /* of all slices */
     int steps;            /* tiles of all adapters, of a slice */
@@ -417,8 +417,8 @@ static inline __device__ void lora_work(const struct lora_inside &in, int thread
                           [&](int row, int) { prefetch_line(rows.from + (size_t)row * rows.R); });
         find_tokens<HALVES>(in, slice, thread, shared);
     }
-    int unit = block < in.n_blocks ? in.n_blocks - 1 - block : in.n_units, stride = in.n_blocks,
-        turn;
+    int unit = block < in.n_blocks ? (block - in.first + in.n_blocks) % in.n_blocks : in.n_units,
+        stride = in.n_blocks, turn;
 #pragma unroll 1
     for (;;) {
 #pragma unroll 1

@@ -296,7 +296,7 @@ static void launch_kernel(struct cuda_device *cuda, const struct streamed *s, co
     using R = ring<TOKENS, Lora, IS_GATE>;
     const bool has_lora = Lora::THREADS > 0;
     const int K = s->w.K, N = s->w.N, x_rows = ceil_div(s->T, 8) * 8;
-    const int blocks = max_int(s->tiles * s->shares, has_lora ? cuda->n_sms : 0);
+    const int blocks = max_int(s->tiles * s->shares, has_lora ? s->lora.n_blocks : 0);
     const CUtensorMap x_map = map_panels(cuda, s->x, s->T, K, x_rows, "matmul");
     const CUtensorMap w_map =
         map_panels(cuda, (const bf16 *)s->w.data, N, K, ROWS / R::HALVES, "matmul");
@@ -324,12 +324,10 @@ static void launch_ring(struct cuda_device *cuda, const struct streamed *s)
                                                                   stages);
         return;
     }
-    if constexpr (!IS_GATE || TOKENS > FEW_TOKENS) { /* see is_held */
-        if (stages >= MANY)
-            launch_kernel<TOKENS, struct lora_inside, IS_GATE, MANY>(cuda, s, s->lora, MANY);
-        else
-            launch_kernel<TOKENS, struct lora_inside, IS_GATE, FEW>(cuda, s, s->lora, FEW);
-    }
+    if (stages >= MANY)
+        launch_kernel<TOKENS, struct lora_inside, IS_GATE, MANY>(cuda, s, s->lora, MANY);
+    else
+        launch_kernel<TOKENS, struct lora_inside, IS_GATE, FEW>(cuda, s, s->lora, FEW);
 }
 
 template <bool IS_GATE> static void launch(struct cuda_device *cuda, const struct streamed *s)
@@ -356,7 +354,10 @@ static bool take_up_lora(struct cuda_device *cuda, struct streamed *s)
     lora->x = s->x;
     lora->exchange = cuda->exchange;
     lora->T = s->T;
-    lora->n_blocks = cuda->n_sms;
+    /* Those that start first, but for those that wait for h: the last wait for a multiprocessor. */
+    const int own = s->tiles * s->shares;
+    lora->n_blocks = own < cuda->n_sms / 2 ? cuda->n_sms : min_int(own, cuda->n_sms);
+    lora->first = s->shares > 1 ? s->tiles : 0;
     lora->tiles_a_slice = ceil_div(args->max_rank, SIXTEEN);
     lora->row_tiles = args->n_slices * lora->tiles_a_slice;
     lora->n_units = lora_tiles(args, SIXTEEN) * lora->row_tiles * INSIDE_PARTS;
@@ -400,9 +401,7 @@ bool matmul_stream(struct cuda_device *cuda, float *y, const bf16 *x, const stru
     s.has_lora = take_up_lora(cuda, &s);
     if (cuda->left.x) lora_make_left(cuda);
     if (cuda->beside.n > 0) s.stages = STAGES_BESIDE;
-    /* With LoRA a block would wait for h of both slices: longer than few tokens' silu_mul takes. */
-    const bool is_held = s.shares == 1 && w->N % ROWS == 0 && (!s.has_lora || T > FEW_TOKENS);
-    if (is_held) {
+    if (s.shares == 1 && w->N % ROWS == 0) {
         *cuda->held = s;
         cuda->held_y = y;
         return true;

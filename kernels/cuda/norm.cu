@@ -21,8 +21,11 @@ static __device__ const float *weight_of(const struct own_norms &norms, int t, i
     return weight ? weight : base;
 }
 
-/* A block of several groups a thread is smaller, for their registers. */
+/* A block of several groups a thread is smaller, for their registers. With one group a block of 512
+ * threads leaves as many as a product with LoRA inside needs, which begins beside it: in each quarter of
+ * a multiprocessor 4 warps of 56 and 4 of 72 fill what it has. */
 enum { NORM_BLOCK_MAX = 1024, NORM_GROUPS_MAX = 4, NORM_GROUPS_BLOCK = 896 };
+enum { NORM_REGISTERS = 56, NORM_GROUPS_REGISTERS = 72 };
 
 /* x[t, :] += delta[t, :]    y[t, :] = weight * x[t, :] / sqrt(mean(x[t, :]^2) + eps)
  *
@@ -30,7 +33,7 @@ enum { NORM_BLOCK_MAX = 1024, NORM_GROUPS_MAX = 4, NORM_GROUPS_BLOCK = 896 };
  *   weight [D], or the token's own
  *   grid T    block D / GROUP / GROUPS threads, GROUPS groups of eight elements each */
 template <typename P, typename X, int GROUPS>
-static __global__ void __launch_bounds__(GROUPS == 1 ? NORM_BLOCK_MAX : NORM_GROUPS_BLOCK)
+static __global__ void __maxnreg__(GROUPS == 1 ? NORM_REGISTERS : NORM_GROUPS_REGISTERS)
     add_rms_norm_kernel(X *y, float *x, const P *delta, struct addend addend, const float *base,
                         int D, float eps, bool aligned, struct own_norms norms, int norm)
 {
