@@ -123,6 +123,10 @@ static int wanted(const struct speculation *speculation, const struct plan_row *
 /* Of a step: longer rows, and more of them in the products and the draws. */
 static const double COST = 1.0 / 16;
 
+/* Plain steps for each that guesses have lost, so that those that fail take no more than this part of
+ * the time; up to a bound, since the clock may have stood still for others. */
+enum { STEPS_FOR_ONE = 64, MAX_REST = 512 };
+
 void speculate_clock(struct speculation *s, double seconds)
 {
     if (s->longest > 0)
@@ -145,11 +149,14 @@ void speculate_judge(struct speculation *s)
     const double gained = (double)(s->n_accepted - s->before);
 
     if (s->longest == 0) return;
-    if (gained > 0 && gained >= cost_of_guesses(s) * s->n_rows) {
+    const double lost = cost_of_guesses(s) - gained / s->n_rows; /* plain steps */
+    if (gained > 0 && lost <= 0) {
         s->misses = 0;
     } else {
         if (s->misses < MAX_MISSES) s->misses++;
         s->rest = 1 << s->misses;
+        if (STEPS_FOR_ONE * lost > s->rest)
+            s->rest = STEPS_FOR_ONE * lost < MAX_REST ? (int)(STEPS_FOR_ONE * lost) : MAX_REST;
     }
     s->longest = 0;
     s->seconds = 0;

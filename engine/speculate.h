@@ -57,7 +57,7 @@ void speculate_clock(struct speculation *speculation, double seconds);
 
 /* Judge the last step with guesses, if it was not judged yet: was what they gained, the tokens that
  * were right for each row, more than their cost? If not, all rest for some steps, for twice as many
- * each time, so that guesses that fail cost next to nothing. */
+ * each time, and the longer the more was lost, so that guesses that fail cost next to nothing. */
 void speculate_judge(struct speculation *speculation);
 
 /* The draft model, if there is one, is still to be loaded. Returns OK or ENOMEM. */

@@ -132,6 +132,30 @@ Test(speculate, is_judged_by_the_clock)
     cr_expect_eq(s.rest, 4);
 }
 
+/* What guesses lose stays a small part of the time, whatever a draft model costs. */
+Test(speculate, rests_as_long_as_what_was_lost_asks_for)
+{
+    struct speculation s = {.n_rows = 8};
+    double plain = 0, lost = 0;
+
+    speculate_clock(&s, 0.001);
+    for (int i = 0; i < 20; i++) {
+        s.longest = 4;
+        speculate_clock(&s, 0.005); /* takes four plain steps more */
+        s.before = s.n_accepted;
+        s.n_accepted += 8; /* gains one: three are lost */
+        speculate_judge(&s);
+        plain += s.rest;
+        lost += 3;
+    }
+    cr_expect_leq(lost, 0.02 * plain, "%g of %g", lost, plain);
+
+    s.longest = 4;
+    speculate_clock(&s, 100); /* the process was stopped, maybe */
+    speculate_judge(&s);
+    cr_expect_leq(s.rest, 512);
+}
+
 Test(speculate, counts_guesses_up_to_the_first_wrong_one)
 {
     const int32_t drawn[5] = {3, 4, 5, 6, 7};
