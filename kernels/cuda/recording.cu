@@ -26,7 +26,8 @@ static bool is_older(const struct recording *item, const struct recording *than)
     return !than || item->used_at < than->used_at;
 }
 
-/* The one of that key, or the one that was used longest ago, emptied for it. */
+/* The one of that key, or the one that was used longest ago, of those seen once if there are enough of
+ * them, emptied for it. */
 static struct recording *find_recording(struct recordings *all, const void *key, size_t bytes,
                                         bool *found)
 {

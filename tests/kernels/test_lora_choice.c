@@ -143,8 +143,8 @@ Test(lora_choice, expands_inside_the_op_that_reads_in_large_steps_of_tiles)
     cr_expect(!lora_is_fused(&lora), "token by token");
 }
 
-/* The same, added to a step of as many rows with 32 or 48 new tokens, expand beside the base product or after
- * it. They vary by 2 us from run to run. */
+/* The same, added to a step of as many rows with 32 or 48 new tokens, expand beside the base product
+ * or after it. They vary by 2 us from run to run. */
 static const struct beside {
     int n_rows, n_adapters, rank;
     double beside, after;
