@@ -1,7 +1,7 @@
 /* LoRA inside the streaming product: four more warps of its blocks make h while the others read the
  * weights, which takes longer. They ask for A before x is there, like the copy engine for w, and share
  * out K; then the warps that multiply add B times h to their sums. No launch, nothing read or written
- * but A, B and h.
+ * but A, B and h. A fifth warp minds where h passes.
  *
  * Beside a stream every load waits as long as the queue before it: so h passes from block to block in
  * one store and one load, with no fence and no counter. */
@@ -29,17 +29,17 @@ enum {
 
 /* Where the blocks of a product leave each other parts of h: [INSIDE_PARTS, T, n_slices tiles_a_slice,
  * 16]. NOTHING stands where nothing has been stored, so that what has come needs no other sign. A
- * product uses h[turn] and clears the other one, which the product before it has read. */
+ * product uses h[turn] and clears the other one's first `used`, which the product before it has read. */
 struct exchange {
     enum { SIZE = INSIDE_PARTS * INSIDE_TOKENS * LORA_SLICES_MAX * INSIDE_TILES * SIXTEEN };
     uint32_t h[2][SIZE];
-    int turn, arrived;
+    int turn, used, arrived;
 };
 static const uint32_t NOTHING = ~0u; /* a NaN that no instruction makes */
 
 /* A product's argument. */
 struct lora_inside {
-    enum { THREADS = INSIDE_BLOCK };
+    enum { THREADS = INSIDE_BLOCK + WARP };
     struct lora_args args;
     const bf16 *x;
     struct exchange *exchange;
@@ -48,7 +48,7 @@ struct lora_inside {
     int tiles_a_slice;    /* of 16 of the rank */
     int row_tiles;        /* of all slices */
     int steps;            /* tiles of all adapters, of a slice */
-    int b_bytes, h_bytes; /* in shared memory: B, then h; before them, A and x */
+    int b_bytes, h_bytes; /* in shared memory: B, then h; before them, A and x of who makes h */
 };
 struct lora_not_inside {
     enum { THREADS = 0 };
@@ -75,9 +75,22 @@ struct b_rows {
 struct inside_shared {
     struct b_rows b[INSIDE_BLOCK];
     float of_warp[INSIDE_WARPS][SIXTEEN * SIXTEEN];
+    uint64_t ready, turn_known, idle;   /* barriers: what is added; turn; the ring of w, at last */
+    uint32_t room;                      /* where A and x, then B and h are */
+    int turn;                           /* of the exchange, once it is known */
     signed char segment[INSIDE_TOKENS]; /* of a token; -1: none */
     short rank[2][INSIDE_TOKENS];       /* of its adapter, in the block's slices */
 };
+
+/* By one thread, before the others begin. */
+static inline __device__ void inside_make(struct inside_shared *shared, uint32_t room,
+                                          int consumers)
+{
+    barrier_make(shared_address(&shared->ready), INSIDE_BLOCK);
+    barrier_make(shared_address(&shared->turn_known), 1);
+    barrier_make(shared_address(&shared->idle), consumers);
+    shared->room = room;
+}
 
 static inline __device__ void inside_sync()
 {
@@ -123,8 +136,7 @@ static inline __device__ void prefetch_line(const void *line)
  * of k of two rows and of two tokens: which k they are does not matter, both are held the same way. They
  * pass through INSIDE_STAGED bytes each. */
 static inline __device__ void shrink_inside(const struct lora_inside &in, int unit, int thread,
-                                            struct inside_shared *shared, uint32_t a_staged,
-                                            uint32_t x_staged)
+                                            struct inside_shared *shared, uint32_t staged)
 {
     const struct lora_args &args = in.args;
     const int lane = thread % WARP, warp = thread / WARP;
@@ -145,9 +157,9 @@ static inline __device__ void shrink_inside(const struct lora_inside &in, int un
         a_rows[i] = (const bf16 *)f.a + (size_t)r * args.K + lane % 4 * GROUP;
         x_rows[i] = in.x + (size_t)t * args.K + lane % 4 * GROUP;
     }
-    const uint32_t a_at = a_staged + thread * 16, x_at = x_staged + thread * 16;
+    const uint32_t a_at = staged + thread * 16, x_at = a_at + INSIDE_STAGED;
     float sum[2][4] = {};
-    int turn, step = begin + warp;
+    int step = begin + warp;
 #pragma unroll 1
     do { /* once at least: it may have nothing to do */
 #pragma unroll
@@ -157,7 +169,6 @@ static inline __device__ void shrink_inside(const struct lora_inside &in, int un
                        a_rows[i % 2] + (at < end ? at * INSIDE_STEP : 0), at < end);
         }
         grid_wait(); /* x is there, and h has been read */
-        turn = __ldcg(&in.exchange->turn);
 #pragma unroll
         for (int i = 0; i < 2 * INSIDE_AHEAD; i++) {
             const int at = step + i / 2 * INSIDE_WARPS;
@@ -191,7 +202,9 @@ static inline __device__ void shrink_inside(const struct lora_inside &in, int un
         }
     inside_sync();
     unit = anew(unit);
-    uint32_t *h = in.exchange->h[turn] + unit % INSIDE_PARTS * (in.T * in.row_tiles * SIXTEEN) +
+    barrier_wait(shared_address(&shared->turn_known), 0);
+    uint32_t *h = in.exchange->h[shared->turn] +
+                  unit % INSIDE_PARTS * (in.T * in.row_tiles * SIXTEEN) +
                   unit / INSIDE_PARTS % in.row_tiles * SIXTEEN + thread % SIXTEEN;
 #pragma unroll 1
     for (int i = thread; i < tokens.n * SIXTEEN; i += INSIDE_BLOCK) {
@@ -205,23 +218,31 @@ static inline __device__ void shrink_inside(const struct lora_inside &in, int un
     inside_sync();
 }
 
-/* The sum of h's parts from `from` on, 8 elements, as parts of bf16. is_early: they can hardly be there
- * yet. False: they have not come for long. */
-static inline __device__ bool load_h_unit(uint4 (&part)[H_PARTS], const uint32_t *from,
-                                          int part_size, bool is_early)
+enum { PATIENCE = 1 << 16 /* cycles: four times as long as it takes */ };
+
+/* Wait for the first of what these lanes want of h: one of them looks for all, which would be in the way
+ * of the weights. What it has not found after long, load_h_unit() will not find. */
+static inline __device__ void wait_for_h(const uint32_t *from, bool wants)
 {
-    const uint32_t patience = 1 << 16, start = cycles(); /* four times as long as it takes */
+    const int leader = __ffs(__ballot_sync(~0u, wants)) - 1;
+    const uint32_t start = cycles();
+    if ((int)threadIdx.x % WARP == leader)
+        while (load_now(from).x == NOTHING && cycles() - start < PATIENCE) __nanosleep(20);
+    __syncwarp();
+}
+
+/* The sum of h's parts from `from` on, 8 elements, as parts of bf16. False: they have not come for
+ * long. */
+static inline __device__ bool load_h_unit(uint4 (&part)[H_PARTS], const uint32_t *from,
+                                          int part_size)
+{
+    const uint32_t start = cycles();
     float h[GROUP] = {};
     uint32_t three[4][H_PARTS];
 
-    /* One of them tells when to ask for all. */
-    while (is_early && load_now(from).x == NOTHING) {
-        if (cycles() - start > patience) return false;
-        __nanosleep(20);
-    }
     uint4 four[INSIDE_PARTS][2];
     for (bool all = false; !all;) {
-        if (cycles() - start > patience) return false;
+        if (cycles() - start > PATIENCE) return false;
         const int size = anew(part_size);
         all = true;
 #pragma unroll
@@ -270,10 +291,11 @@ static inline __device__ bool take_h(const struct lora_inside &in, int slice, in
         const int half = HALVES > 1 ? at / (2 * in.tiles_a_slice) : 0;
         const int unit = HALVES > 1 ? at % (2 * in.tiles_a_slice) : at;
         const int row = t * in.row_tiles + (slice + half) * in.tiles_a_slice;
+        const uint32_t *from = parts + row * SIXTEEN + unit * GROUP;
+        const bool wants = is_there && t < in.T && unit * GROUP < shared->rank[half][t];
         uint4 part[H_PARTS] = {};
-        if (is_there && t < in.T && unit * GROUP < shared->rank[half][t])
-            is_there = load_h_unit(part, parts + row * SIXTEEN + unit * GROUP,
-                                   in.T * in.row_tiles * SIXTEEN, first == 0);
+        if (first == 0) wait_for_h(from, wants);
+        if (wants) is_there = load_h_unit(part, from, in.T * in.row_tiles * SIXTEEN);
         if (t < in.T)
 #pragma unroll
             for (int i = 0; i < H_PARTS; i++)
@@ -327,7 +349,7 @@ static inline __device__ void fetch_b(const struct lora_inside &in, const struct
  * side by side. */
 template <int TOKENS, int ROWS, int HALVES>
 static inline __device__ void add_inside(float (&sum)[TOKENS / 2], const struct lora_inside &in,
-                                         const struct inside_shared *shared, int row, uint32_t b)
+                                         const struct inside_shared *shared, int row)
 {
     enum { HALF = ROWS / HALVES };
     const int lane = threadIdx.x % WARP;
@@ -335,10 +357,11 @@ static inline __device__ void add_inside(float (&sum)[TOKENS / 2], const struct 
 #pragma unroll
     for (int j = 0; j < TOKENS / 8; j++)
         segments |= (uint32_t)(shared->segment[j * 8 + lane / 4] & 15) << 4 * j;
-    const uint32_t h = b + in.b_bytes +
+    const uint32_t h = shared->room + in.b_bytes +
                        row / HALF * in.tiles_a_slice * (H_PARTS * TOKENS * INSIDE_ROW) +
                        inside_at(lane / 16 * 8 + lane % 8, lane / 8 % 2);
-    b += row / HALF * in.steps * (HALF * INSIDE_ROW) + inside_at(row % HALF + lane % 16, lane / 16);
+    const uint32_t b = shared->room + row / HALF * in.steps * (HALF * INSIDE_ROW) +
+                       inside_at(row % HALF + lane % 16, lane / 16);
 #pragma unroll 1
     for (int step = 0; step < in.steps; step++) {
         const uint32_t segment = step / in.tiles_a_slice, tile = step % in.tiles_a_slice;
@@ -398,56 +421,80 @@ static inline __device__ int slice_of(const struct lora_args &args, int n0)
     return slice;
 }
 
+/* The first unit of h that a block makes; the others follow in steps of n_blocks. */
+static inline __device__ int first_unit(const struct lora_inside &in, int block)
+{
+    return block < in.n_blocks ? (block - in.first + in.n_blocks) % in.n_blocks : in.n_units;
+}
+
+/* The warp that keeps the exchange: it tells the others their turn, and clears what the product before
+ * has read. The last block to know its turn ends it for the next product. */
+static inline __device__ void keep_exchange(const struct lora_inside &in, int lane,
+                                            struct inside_shared *shared)
+{
+    struct exchange *exchange = in.exchange;
+    grid_wait();
+    const int turn = __ldcg(&exchange->turn), used = __ldcg(&exchange->used);
+    if (lane == 0) {
+        shared->turn = turn;
+        barrier_arrive(shared_address(&shared->turn_known));
+    }
+    uint4 *other = (uint4 *)exchange->h[1 - turn];
+    if ((int)blockIdx.x < in.n_blocks)
+        for (int i = blockIdx.x * WARP + lane; i < used / 4; i += in.n_blocks * WARP)
+            __stcg(&other[i], make_uint4(NOTHING, NOTHING, NOTHING, NOTHING));
+    __syncwarp();
+    if (lane == 0 && atomicAdd(&exchange->arrived, 1) == (int)gridDim.x - 1) {
+        exchange->arrived = 0;
+        exchange->used = INSIDE_PARTS * in.T * in.row_tiles * SIXTEEN;
+        exchange->turn = 1 - turn;
+    }
+}
+
 /* What these warps do in a block. Where `owns`, it has rows of y from n0 on: ROWS, or half as many of
- * each of two slices; and `ready` is told when what add_inside() reads is at b and h. */
+ * each of two slices; and `ready` is told when what add_inside() reads is there. */
 template <int TOKENS, int ROWS, int HALVES>
 static inline __device__ void lora_work(const struct lora_inside &in, int thread,
-                                        struct inside_shared *shared, bool owns, int n0, uint32_t b,
-                                        uint32_t ready)
+                                        struct inside_shared *shared, bool owns, int n0)
 {
     const struct lora_args &args = in.args;
-    const int block = blockIdx.x;
 
+    if (thread >= INSIDE_BLOCK) {
+        keep_exchange(in, thread - INSIDE_BLOCK, shared);
+        return;
+    }
     if (owns) {
         const int slice = slice_of(args, n0);
         const struct b_rows rows = find_b<HALVES>(in, slice, n0 - args.offset[slice], thread);
         shared->b[thread] = rows;
-        if (rows.from)
+        if (rows.from && first_unit(in, blockIdx.x) < in.n_units)
             for_b<HALVES>(in, ROWS / HALVES, thread,
                           [&](int row, int) { prefetch_line(rows.from + (size_t)row * rows.R); });
         find_tokens<HALVES>(in, slice, thread, shared);
     }
-    int unit = block < in.n_blocks ? (block - in.first + in.n_blocks) % in.n_blocks : in.n_units,
-        stride = in.n_blocks, turn;
+    int unit = first_unit(in, blockIdx.x), stride = in.n_blocks;
 #pragma unroll 1
     for (;;) {
 #pragma unroll 1
         for (; unit < in.n_units; unit += stride)
-            shrink_inside(in, unit, anew(thread), shared, b, b + INSIDE_STAGED);
-        grid_wait();
-        turn = __ldcg(&in.exchange->turn);
+            shrink_inside(in, unit, anew(thread), shared,
+                          shared->room - (stride > 1 ? 0 : 2 * INSIDE_STAGED));
         if (!owns) break;
-        fetch_b<ROWS, HALVES>(in, shared->b[thread], anew(thread), b);
-        const bool is_there = take_h<TOKENS, HALVES>(in, slice_of(args, anew(n0)), anew(thread),
-                                                     shared, in.exchange->h[turn], b + in.b_bytes);
+        fetch_b<ROWS, HALVES>(in, shared->b[thread], anew(thread), shared->room);
+        barrier_wait(shared_address(&shared->turn_known), 0);
+        const bool is_there =
+            take_h<TOKENS, HALVES>(in, slice_of(args, anew(n0)), anew(thread), shared,
+                                   in.exchange->h[shared->turn], shared->room + in.b_bytes);
         copy_wait<0>();
         if (is_there) {
-            barrier_arrive(ready);
+            barrier_arrive(shared_address(&shared->ready));
             break;
         }
-        /* Who is to make it may wait for a multiprocessor that others' kernels hold: make all of it. */
+        /* Who is to make it may wait for a multiprocessor that others' kernels hold: make all of it,
+         * through the end of the ring. */
         inside_sync();
+        barrier_wait(shared_address(&shared->idle), 0);
         unit = 0, stride = 1;
-    }
-    uint4 *other = (uint4 *)in.exchange->h[1 - turn];
-    if (block < in.n_blocks)
-        for (int i = block * INSIDE_BLOCK + thread; i < exchange::SIZE / 4;
-             i += in.n_blocks * INSIDE_BLOCK)
-            __stcg(&other[i], make_uint4(NOTHING, NOTHING, NOTHING, NOTHING));
-    inside_sync();
-    if (thread == 0 && atomicAdd(&in.exchange->arrived, 1) == (int)gridDim.x - 1) {
-        in.exchange->arrived = 0;
-        in.exchange->turn = 1 - turn;
     }
 }
 

@@ -145,25 +145,28 @@ static __device__ void store_gated(bf16 *out, float (&sum)[TOKENS / 2], const fl
  *   x [T, K], w [N, K]: maps with boxes of x_bytes / PANEL_ROW and ROWS / HALVES rows    n_panels of k
  *   grid tiles of N / ROWS times shares, and what more blocks `lora` gets
  *   block STREAM_BLOCK + Lora::THREADS
- *   shared ring<...>::FIXED, STAGES panels of w, or, where that is 0, `stages`, and what `lora` has
- * With LoRA it takes as many registers as leave room for small kernels beside it: half of them. */
-template <int TOKENS, typename Lora, bool IS_GATE, int STAGES>
-static __global__ void __launch_bounds__(STREAM_BLOCK + Lora::THREADS, Lora::THREADS > 0 ? 2 : 1)
+ *   shared ring<...>::FIXED, panels of w, and what `lora` has: `stages` panels, fewer where a block
+ *          makes parts of h, which need more room
+ * With LoRA it takes as many registers as leave room for small kernels beside it. */
+template <int TOKENS, typename Lora, bool IS_GATE>
+static __global__ void __maxnreg__(Lora::THREADS > 0 ? 72 : 104)
     matmul_stream_kernel(void *result, float *parts, const __grid_constant__ CUtensorMap x,
                          const __grid_constant__ CUtensorMap w, const float *__restrict__ bias,
                          int T, int N, int n_panels, int x_bytes, int tiles, int shares, int stages,
-                         const __grid_constant__ Lora lora)
+                         int stages_of_makers, const __grid_constant__ Lora lora)
 {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     using R = ring<TOKENS, Lora, IS_GATE>;
-    const int w_stages = STAGES > 0 ? STAGES : stages;
+    int w_stages = stages;
+    if constexpr (Lora::THREADS > 0)
+        if (first_unit(lora, blockIdx.x) < lora.n_units) w_stages = stages_of_makers;
     extern __shared__ unsigned char unaligned[];
-    __shared__ uint64_t barriers[2 * STAGES_MAX + 2 * R::X_STAGES + 1];
+    __shared__ struct inside_shared shared;
+    __shared__ uint64_t barriers[2 * STAGES_MAX + 2 * R::X_STAGES];
     const uint32_t x_ring = (shared_address(unaligned) + 1023) / 1024 * 1024;
-    const uint32_t w_ring = x_ring + R::W_AT, of_lora = w_ring + w_stages * R::W_BYTES;
+    const uint32_t w_ring = x_ring + R::W_AT;
     const uint32_t w_full = shared_address(barriers), w_empty = w_full + STAGES_MAX * 8;
     const uint32_t x_full = w_empty + STAGES_MAX * 8, x_empty = x_full + R::X_STAGES * 8;
-    const uint32_t ready = x_empty + R::X_STAGES * 8; /* what LoRA adds */
     const int n0 = blockIdx.x % tiles * (ROWS / R::HALVES), share = blockIdx.x / tiles;
     const int begin = n_panels * share / shares, n = n_panels * (share + 1) / shares - begin;
 
@@ -176,15 +179,15 @@ static __global__ void __launch_bounds__(STREAM_BLOCK + Lora::THREADS, Lora::THR
             barrier_make(x_full + s * 8, 1);
             barrier_make(x_empty + s * 8, CONSUMERS / 128);
         }
-        barrier_make(ready, max_int(1, Lora::THREADS));
+        if constexpr (Lora::THREADS > 0)
+            inside_make(&shared, w_ring + w_stages * R::W_BYTES, CONSUMERS / 128);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncthreads();
-    __shared__ struct inside_shared shared;
     if constexpr (Lora::THREADS > 0) {
         if (threadIdx.x >= STREAM_BLOCK) {
             lora_work<TOKENS, ROWS, R::HALVES>(lora, threadIdx.x - STREAM_BLOCK, &shared,
-                                               share == 0, n0, of_lora, ready);
+                                               share == 0, n0);
             return;
         }
         if (share >= shares) {
@@ -225,9 +228,9 @@ static __global__ void __launch_bounds__(STREAM_BLOCK + Lora::THREADS, Lora::THR
     products_land(sum);
     if constexpr (Lora::THREADS > 0)
         if (share == 0) {
-            barrier_wait(ready, 0);
-            add_inside<TOKENS, ROWS, R::HALVES>(sum, lora, &shared, threadIdx.x / WARP * 16,
-                                                of_lora);
+            if (threadIdx.x % 128 == 0) barrier_arrive(shared_address(&shared.idle));
+            barrier_wait(shared_address(&shared.ready), 0);
+            add_inside<TOKENS, ROWS, R::HALVES>(sum, lora, &shared, threadIdx.x / WARP * 16);
         }
     if constexpr (IS_GATE) {
         store_gated<TOKENS>((bf16 *)result, sum, bias, T, N / 2, n0, x_ring,
@@ -282,6 +285,12 @@ struct streamed {
     struct lora_inside lora;
 };
 
+/* Blocks that have rows of y. */
+static int own_blocks(const struct streamed *s)
+{
+    return s->tiles * s->shares;
+}
+
 /* That a block may ask for when it is launched. */
 static int shared_room(bool has_lora)
 {
@@ -289,53 +298,47 @@ static int shared_room(bool has_lora)
     return OF_BLOCK - BARRIERS - (has_lora ? (int)sizeof(struct inside_shared) : 0);
 }
 
-template <int TOKENS, typename Lora, bool IS_GATE, int STAGES>
-static void launch_kernel(struct cuda_device *cuda, const struct streamed *s, const Lora &lora,
-                          int stages)
+template <int TOKENS, typename Lora, bool IS_GATE>
+static void launch_kernel(struct cuda_device *cuda, const struct streamed *s, const Lora &lora)
 {
     using R = ring<TOKENS, Lora, IS_GATE>;
     const bool has_lora = Lora::THREADS > 0;
     const int K = s->w.K, N = s->w.N, x_rows = ceil_div(s->T, 8) * 8;
-    const int blocks = max_int(s->tiles * s->shares, has_lora ? s->lora.n_blocks : 0);
+    const int blocks = max_int(own_blocks(s), has_lora ? s->lora.n_blocks : 0);
     const CUtensorMap x_map = map_panels(cuda, s->x, s->T, K, x_rows, "matmul");
     const CUtensorMap w_map =
         map_panels(cuda, (const bf16 *)s->w.data, N, K, ROWS / R::HALVES, "matmul");
-    const auto kernel = matmul_stream_kernel<TOKENS, Lora, IS_GATE, STAGES>;
-    const int shared = R::FIXED + stages * R::W_BYTES + s->lora.b_bytes + s->lora.h_bytes;
+    const auto kernel = matmul_stream_kernel<TOKENS, Lora, IS_GATE>;
+    const int of_lora = has_lora ? s->lora.b_bytes + s->lora.h_bytes : 0;
+    const int of_makers = has_lora ? max_int(of_lora, 2 * INSIDE_STAGED) : 0;
+    const int room = shared_room(has_lora) - R::FIXED;
+    const int stages = min_int(s->stages, (room - of_lora) / R::W_BYTES);
+    const int stages_of_makers = min_int(s->stages, (room - of_makers) / R::W_BYTES);
+    const int shared =
+        max_int(stages * R::W_BYTES + of_lora, stages_of_makers * R::W_BYTES + of_makers);
 
-    assert(stages > IN_FLIGHT && stages <= STAGES_MAX);
+    assert(stages_of_makers > IN_FLIGHT && stages <= STAGES_MAX);
     cuda_allow_shared(cuda, kernel, shared_room(has_lora), "matmul");
-    cuda_launch(cuda, "matmul", kernel, blocks, STREAM_BLOCK + Lora::THREADS, shared, 1, s->y,
-                s->parts, x_map, w_map, s->bias, s->T, N, ceil_div(K, PANEL), x_rows * PANEL_ROW,
-                s->tiles, s->shares, stages, lora);
+    cuda_launch(cuda, "matmul", kernel, blocks, STREAM_BLOCK + Lora::THREADS, R::FIXED + shared, 1,
+                s->y, s->parts, x_map, w_map, s->bias, s->T, N, ceil_div(K, PANEL),
+                x_rows * PANEL_ROW, s->tiles, s->shares, stages, stages_of_makers, lora);
 }
 
-/* With LoRA the compiler knows the number of panels, MANY where they fit, else FEW: computing with one
- * that it does not know costs there what the panels are worth. */
-template <int TOKENS, bool IS_GATE, int MANY, int FEW>
-static void launch_ring(struct cuda_device *cuda, const struct streamed *s)
+template <int TOKENS, bool IS_GATE>
+static void launch_tokens(struct cuda_device *cuda, const struct streamed *s)
 {
-    using R = ring<TOKENS, struct lora_inside, IS_GATE>;
-    const int room = shared_room(s->has_lora) - R::FIXED - s->lora.b_bytes - s->lora.h_bytes;
-    const int stages = min_int(s->stages, room / R::W_BYTES);
-
-    if (!s->has_lora) {
-        launch_kernel<TOKENS, struct lora_not_inside, IS_GATE, 0>(cuda, s, lora_not_inside(),
-                                                                  stages);
-        return;
-    }
-    if (stages >= MANY)
-        launch_kernel<TOKENS, struct lora_inside, IS_GATE, MANY>(cuda, s, s->lora, MANY);
+    if (s->has_lora)
+        launch_kernel<TOKENS, struct lora_inside, IS_GATE>(cuda, s, s->lora);
     else
-        launch_kernel<TOKENS, struct lora_inside, IS_GATE, FEW>(cuda, s, s->lora, FEW);
+        launch_kernel<TOKENS, struct lora_not_inside, IS_GATE>(cuda, s, lora_not_inside());
 }
 
 template <bool IS_GATE> static void launch(struct cuda_device *cuda, const struct streamed *s)
 {
     if (s->T <= FEW_TOKENS)
-        launch_ring<FEW_TOKENS, IS_GATE, 8, 6>(cuda, s);
+        launch_tokens<FEW_TOKENS, IS_GATE>(cuda, s);
     else
-        launch_ring<STREAM_TOKENS, IS_GATE, 7, 5>(cuda, s);
+        launch_tokens<STREAM_TOKENS, IS_GATE>(cuda, s);
 }
 
 /* Take up what lora_shrink left, if it is for this x and w, and no more than a block has room for. */
@@ -343,36 +346,35 @@ static bool take_up_lora(struct cuda_device *cuda, struct streamed *s)
 {
     const struct left *left = &cuda->left;
     const struct lora_args *args = &left->args;
-    struct lora_inside *lora = &s->lora;
+    struct lora_inside lora = {};
 
     if (!left->x || !left->is_plain || left->x != s->x || args->K != s->w.K ||
         args->K % INSIDE_STEP != 0)
         return false;
     for (int i = 0; i < args->n_slices; i++)
         if (args->width[i] % ROWS != 0) return false; /* a tile would be of two slices */
-    lora->args = *args;
-    lora->x = s->x;
-    lora->exchange = cuda->exchange;
-    lora->T = s->T;
+    lora.args = *args;
+    lora.x = s->x;
+    lora.exchange = cuda->exchange;
+    lora.T = s->T;
     /* Those that start first, but for those that wait for h: the last wait for a multiprocessor. */
-    const int own = s->tiles * s->shares;
-    lora->n_blocks = own < cuda->n_sms / 2 ? cuda->n_sms : min_int(own, cuda->n_sms);
-    lora->first = s->shares > 1 ? s->tiles : 0;
-    lora->tiles_a_slice = ceil_div(args->max_rank, SIXTEEN);
-    lora->row_tiles = args->n_slices * lora->tiles_a_slice;
-    lora->n_units = lora_tiles(args, SIXTEEN) * lora->row_tiles * INSIDE_PARTS;
-    lora->steps = args->n_segments * lora->tiles_a_slice;
-    if (args->n_segments > INSIDE_ADAPTERS || lora->steps > INSIDE_STEPS ||
-        lora->tiles_a_slice > INSIDE_TILES)
+    const int own = own_blocks(s);
+    lora.n_blocks = own < cuda->n_sms / 2 ? cuda->n_sms : min_int(own, cuda->n_sms);
+    lora.first = s->shares > 1 ? s->tiles : 0;
+    lora.tiles_a_slice = ceil_div(args->max_rank, SIXTEEN);
+    lora.row_tiles = args->n_slices * lora.tiles_a_slice;
+    lora.n_units = lora_tiles(args, SIXTEEN) * lora.row_tiles * INSIDE_PARTS;
+    lora.steps = args->n_segments * lora.tiles_a_slice;
+    if (args->n_segments > INSIDE_ADAPTERS || lora.steps > INSIDE_STEPS ||
+        lora.tiles_a_slice > INSIDE_TILES)
         return false;
     const int tokens = s->T <= FEW_TOKENS ? FEW_TOKENS : STREAM_TOKENS;
     const int slices = args->n_slices == 2 ? 2 : 1; /* of a block, where it may be a gate's */
-    const int b_bytes = max_int(INSIDE_STAGED, lora->steps * ROWS * INSIDE_ROW);
-    const int h_bytes =
-        max_int(INSIDE_STAGED, slices * lora->tiles_a_slice * H_PARTS * tokens * INSIDE_ROW);
-    if (b_bytes + h_bytes > INSIDE_ROOM) return false;
-    lora->b_bytes = b_bytes;
-    lora->h_bytes = h_bytes;
+    lora.b_bytes = lora.steps * ROWS * INSIDE_ROW;
+    lora.h_bytes = slices * lora.tiles_a_slice * H_PARTS * tokens * INSIDE_ROW;
+    if (lora.b_bytes + lora.h_bytes > INSIDE_ROOM) return false;
+    s->lora = lora;
+    s->has_lora = true;
     cuda->left.x = NULL;
     cuda->delta.is_added = true;
     return true;
@@ -398,8 +400,7 @@ bool matmul_stream(struct cuda_device *cuda, float *y, const bf16 *x, const stru
         if (!s.parts) return true;
         addend.parts = s.parts;
     }
-    s.has_lora = take_up_lora(cuda, &s);
-    if (cuda->left.x) lora_make_left(cuda);
+    if (!take_up_lora(cuda, &s) && cuda->left.x) lora_make_left(cuda);
     if (cuda->beside.n > 0) s.stages = STAGES_BESIDE;
     if (s.shares == 1 && w->N % ROWS == 0) {
         *cuda->held = s;
@@ -443,5 +444,5 @@ cudaError_t matmul_open(struct cuda_device *cuda)
     cuda->exchange = exchange;
     error = cudaMemsetAsync(exchange->h, 0xff, sizeof exchange->h, cuda->stream); /* NOTHING */
     if (error != cudaSuccess) return error;
-    return cudaMemsetAsync(&exchange->turn, 0, 2 * sizeof(int), cuda->stream);
+    return cudaMemsetAsync(&exchange->turn, 0, 3 * sizeof(int), cuda->stream);
 }
