@@ -1,5 +1,6 @@
 #include "engine/speculate.h"
 
+#include <math.h>
 #include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
@@ -15,12 +16,14 @@ enum { CUDA_TOKENS = 64, CPU_TOKENS = 8 };
 mlora_status speculation_open(struct speculation *out, const mlora_options *options,
                               const char *backend, int max_num_seqs, int max_batch_tokens)
 {
-    const int max_tokens = strcmp(backend, "cuda") == 0 ? CUDA_TOKENS : CPU_TOKENS;
+    const bool is_cuda = strcmp(backend, "cuda") == 0;
+    const int max_tokens = is_cuda ? CUDA_TOKENS : CPU_TOKENS;
 
     *out = (struct speculation){
         .mode = options->speculate,
         .max_draft = options->max_draft ? options->max_draft : DEFAULT_DRAFT,
         .max_tokens = max_tokens < max_batch_tokens ? max_tokens : max_batch_tokens,
+        .is_ahead = is_cuda,
     };
     if (out->mode == MLORA_SPECULATE_OFF) return MLORA_OK;
     out->guesses = calloc((size_t)max_num_seqs, sizeof *out->guesses);
@@ -125,7 +128,7 @@ static const double COST = 1.0 / 16;
 
 /* Plain steps for each that guesses have lost, so that those that fail take no more than this part of
  * the time; up to a bound, since the clock may have stood still for others. */
-enum { STEPS_FOR_ONE = 64, MAX_REST = 512 };
+enum { STEPS_FOR_ONE = 64, MAX_REST = 512, MAX_BARREN = 3 /* a rest of 2^3 */ };
 
 void speculate_clock(struct speculation *s, double seconds)
 {
@@ -153,13 +156,21 @@ void speculate_judge(struct speculation *s)
     if (gained > 0 && lost <= 0) {
         s->misses = 0;
     } else {
+        const double paid = fmin(STEPS_FOR_ONE * lost, MAX_REST);
         if (s->misses < MAX_MISSES) s->misses++;
         s->rest = 1 << s->misses;
-        if (STEPS_FOR_ONE * lost > s->rest)
-            s->rest = STEPS_FOR_ONE * lost < MAX_REST ? (int)(STEPS_FOR_ONE * lost) : MAX_REST;
+        if (paid > s->rest) s->rest = (int)paid;
     }
     s->longest = 0;
     s->seconds = 0;
+}
+
+void speculate_looked(struct speculation *s, bool found)
+{
+    if (found) s->barren = 0;
+    if (found || !s->is_ahead) return;
+    if (s->barren < MAX_BARREN) s->barren++;
+    s->rest = 1 << s->barren;
 }
 
 bool speculate_rests(const struct speculation *speculation, const struct plan *plan)
@@ -226,6 +237,8 @@ mlora_status speculate_plan(struct speculation *speculation, struct scheduler *s
             draft_rewind(speculation->draft, request);
         }
     }
+    if (n > 0 && speculation->mode == MLORA_SPECULATE_NGRAM) /* a draft model may be behind */
+        speculate_looked(speculation, speculation->longest > 0);
     speculation->before = speculation->n_accepted;
     speculation->n_rows = scheduler->plan.n_rows;
     return status;

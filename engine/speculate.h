@@ -37,6 +37,7 @@ struct speculation {
     mlora_speculate mode;
     int max_draft;  /* tokens of a guess */
     int max_tokens; /* of a step with guesses: those beyond it are no longer computed for free */
+    bool is_ahead;  /* steps without guesses are planned while the one before them runs */
     struct draft_model *draft; /* owned by the engine; NULL: there is none */
     struct guess *guesses;     /* [max_num_seqs] of the step */
     double pass_cost;          /* of the draft model's, in steps of the model: an estimate */
@@ -45,6 +46,7 @@ struct speculation {
     /* Whether guesses are worth their cost, over all requests together. */
     int rest;       /* steps in which nobody guesses */
     int misses;     /* steps with guesses in a row that were not worth it */
+    int barren;     /* steps in a row for which none was found */
     int64_t before; /* n_accepted when the last one was planned; of that one: */
     int n_rows, longest;
     bool ignores_clock; /* the cost of guesses is always an estimate */
@@ -59,6 +61,10 @@ void speculate_clock(struct speculation *speculation, double seconds);
  * were right for each row, more than their cost? If not, all rest for some steps, for twice as many
  * each time, and the longer the more was lost, so that guesses that fail cost next to nothing. */
 void speculate_judge(struct speculation *speculation);
+
+/* For the step planned now guesses were looked up, and found or not. Where there are none all rest for
+ * some steps, up to 8, if the device gains by it: a step that may get guesses is not planned ahead. */
+void speculate_looked(struct speculation *speculation, bool found);
 
 /* The draft model, if there is one, is still to be loaded. Returns OK or ENOMEM. */
 mlora_status speculation_open(struct speculation *out, const mlora_options *options,

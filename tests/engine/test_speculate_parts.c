@@ -145,6 +145,24 @@ Test(speculate, rests_as_long_as_what_was_lost_asks_for)
     cr_expect_leq(s.rest, 512);
 }
 
+/* A step that may get guesses is not planned ahead: where none are found few steps are like that. */
+Test(speculate, rests_when_there_is_nothing_to_guess)
+{
+    struct speculation s = {.is_ahead = true}, always_late = {0};
+
+    speculate_looked(&always_late, false);
+    cr_expect_eq(always_late.rest, 0);
+    speculate_looked(&s, false);
+    cr_expect_eq(s.rest, 2);
+    for (int i = 0; i < 9; i++) speculate_looked(&s, false);
+    cr_expect_eq(s.rest, 8, "no longer: looking is cheap");
+    s.rest = 0;
+    speculate_looked(&s, true);
+    cr_expect_eq(s.rest, 0);
+    speculate_looked(&s, false);
+    cr_expect_eq(s.rest, 2, "what was found forgives");
+}
+
 Test(speculate, counts_guesses_up_to_the_first_wrong_one)
 {
     const int32_t drawn[5] = {3, 4, 5, 6, 7};
