@@ -280,6 +280,10 @@ Test(bench, adapters_asks_for_popular_ones_more_often)
     }
     cr_expect_eq(number(json_array_get(rows, 0), "asked for"), 1);
     cr_expect_eq(number(json_array_get(rows, 0), "% of first"), 100);
+    cr_expect_eq(number(json_array_get(rows, 0), "% by bytes read"), 100);
+    /* of 3 requests with up to 3 adapters, beside the model's weights */
+    cr_expect_lt(number(json_array_get(rows, 1), "% by bytes read"), 100);
+    cr_expect_gt(number(json_array_get(rows, 1), "% by bytes read"), 90);
     /* 20 draws from 30 that were all as likely would be 15 different ones */
     cr_expect_gt(number(json_array_get(rows, 1), "asked for"), 3);
     cr_expect_lt(number(json_array_get(rows, 1), "asked for"), 15);

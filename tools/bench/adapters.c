@@ -91,6 +91,16 @@ static mlora_status asked_adapter(void *user, mlora_engine *engine, int i, char 
     return MLORA_OK;
 }
 
+/* The least that a step with so many adapters reads. */
+static double step_bytes(const struct bench *bench, const struct model_config *config,
+                         const mlora_info *info, double n_adapters)
+{
+    const double context = (double)bench->prompt_tokens + 0.5 * (double)bench->max_tokens;
+    return decode_step_bytes(config, info,
+                             n_adapters * random_adapter_bytes(config, (int)bench->rank),
+                             (double)bench->batch * context);
+}
+
 static mlora_status run_case(json_t *report, const struct bench *bench, mlora_engine *engine,
                              struct device *dev, int n_adapters)
 {
@@ -121,12 +131,12 @@ static mlora_status run_case(json_t *report, const struct bench *bench, mlora_en
     if (status == MLORA_OK)
         status = report_add(
             report,
-            json_pack("{s:i, s:i, s:f, s:i, s:I, s:f, s:f, s:n, s:I, s:I, s:I, s:f, s:f, s:I}",
+            json_pack("{s:i, s:i, s:f, s:i, s:I, s:f, s:f, s:n, s:n, s:I, s:I, s:I, s:f, s:f, s:I}",
                       "adapters", n_adapters, "asked for", demand.n_used, "in a step",
                       (double)(after.n_adapter_turns - before.n_adapter_turns) / n_steps,
                       "requests", load.n_requests, "tokens", (json_int_t)times.n_tokens, "seconds",
                       times.seconds, "tokens/s", (double)times.n_tokens / times.seconds,
-                      "% of first", "loads",
+                      "% of first", "% by bytes read", "loads",
                       (json_int_t)(after.n_adapter_loads - before.n_adapter_loads), "waits",
                       (json_int_t)(after.n_adapter_waits - before.n_adapter_waits), "set back",
                       (json_int_t)(after.n_preemptions - before.n_preemptions), "first ms p99",
@@ -139,10 +149,12 @@ static mlora_status run_case(json_t *report, const struct bench *bench, mlora_en
 }
 
 static mlora_status run_cases(json_t *report, const struct bench *bench, mlora_engine *engine,
-                              struct device *dev, const int32_t *counts, int n)
+                              struct device *dev, const struct model_config *config,
+                              const int32_t *counts, int n)
 {
     mlora_status status = MLORA_OK;
-    double first = 0;
+    double first = 0, first_bytes = 0;
+    mlora_info info;
     size_t i;
     json_t *row;
 
@@ -151,11 +163,15 @@ static mlora_status run_cases(json_t *report, const struct bench *bench, mlora_e
         status = adapters_make(engine, have, counts[c], (int)bench->rank);
         if (status == MLORA_OK) status = run_case(report, bench, engine, dev, counts[c]);
     }
+    mlora_engine_info(engine, &info);
     json_array_foreach(json_object_get(report, "cases"), i, row)
     {
         const double speed = json_number_value(json_object_get(row, "tokens/s"));
-        if (i == 0) first = speed;
+        const double in_a_step = json_number_value(json_object_get(row, "in a step"));
+        const double bytes = step_bytes(bench, config, &info, in_a_step);
+        if (i == 0) first = speed, first_bytes = bytes;
         json_object_set_new(row, "% of first", json_real(100 * (speed / first)));
+        json_object_set_new(row, "% by bytes read", json_real(100 * (first_bytes / bytes)));
     }
     return status;
 }
@@ -165,13 +181,17 @@ static mlora_status action(void *target, json_t *report)
     struct bench *bench = target;
     struct device *dev = NULL;
     mlora_engine *engine = NULL;
+    struct model_config config = {0};
     int32_t *counts = NULL;
+    char *folder = NULL;
     mlora_info info;
     int n = 0;
 
     mlora_status status = read_list(&counts, &n, bench->counts, 1, 65536, "--num-adapters");
     if (status == MLORA_OK && bench->output.plot)
         status = plot_check("adapters", bench->output.plot);
+    if (status == MLORA_OK) status = setup_folder(&folder, &bench->setup);
+    if (status == MLORA_OK) status = model_config_read(&config, folder);
     if (bench->setup.max_num_seqs == 0) bench->setup.max_num_seqs = bench->batch;
     bench->setup.no_prefix_cache = true; /* every prompt is computed, and measured */
     if (status == MLORA_OK) status = setup_open(&engine, &bench->setup);
@@ -180,11 +200,12 @@ static mlora_status action(void *target, json_t *report)
         mlora_engine_info(engine, &info);
         status = bench_device_open(&dev, &bench->setup, info.backend);
     }
-    if (status == MLORA_OK) status = run_cases(report, bench, engine, dev, counts, n);
+    if (status == MLORA_OK) status = run_cases(report, bench, engine, dev, &config, counts, n);
     if (status == MLORA_OK) status = report_finish(report, &bench->output);
     mlora_close(engine);
     if (dev) dev->ops->close(dev);
     free(counts);
+    free(folder);
     return status;
 }
 
@@ -207,11 +228,14 @@ const struct command bench_adapters = {
     .name = "bench adapters",
     .summary = "throughput against the number of adapters",
     .usage = "--model DIR [FLAGS]",
-    .description = "Keep a number of requests running that ask for random adapters, the popular "
-                   "ones more often than the others (Zipf's law). Each case runs four times with "
-                   "the same requests: three warm up, so that its adapters are loaded, plans and "
-                   "recordings of its steps made; the fourth counts. With --vary their lengths "
-                   "are others each time, so that no run has the steps of another.",
+    .description =
+        "Keep a number of requests running that ask for random adapters, the popular "
+        "ones more often than the others (Zipf's law). Each case runs four times with "
+        "the same requests: three warm up, so that its adapters are loaded, plans and "
+        "recordings of its steps made; the fourth counts. With --vary their lengths "
+        "are others each time, so that no run has the steps of another. \"% by bytes read\" "
+        "is what would be left of the first case's throughput if steps took as long "
+        "as reading weights, keys and values, and their adapters.",
     .groups = groups,
     .examples = "  mlora bench adapters -m llama --num-adapters 8,64,512,2000 --plot many.svg\n",
     .run = run,

@@ -83,6 +83,11 @@ int64_t bench_memory(struct device *dev);
 /* The bytes of one adapter on all seven linears, in bf16. */
 double random_adapter_bytes(const struct model_config *config, int rank);
 
+/* The least that a decode step has to read: all weights but the rows of the embedding that no token
+ * asks for, the adapters that it uses, and its requests' keys and values of so many tokens together. */
+double decode_step_bytes(const struct model_config *config, const mlora_info *info,
+                         double adapter_bytes, double kv_tokens);
+
 /* Load random adapters "random0", ... of that rank, or forget them. */
 mlora_status adapters_make(mlora_engine *engine, int first, int n, int rank);
 mlora_status adapters_drop(mlora_engine *engine, int n);

@@ -93,8 +93,8 @@ struct one_case {
 
 /* ---- the least that a step has to read ------------------------------------------------------ */
 
-/* All weights but the rows of the embedding that no token asks for, the adapters that the batch
- * uses, and every request's keys and values up to its token; of all decode steps together. */
+/* Of all decode steps together: the adapters that the batch uses, and every request's keys and values
+ * up to its token. */
 static double decode_bytes(const struct session *session, const struct one_case *one,
                            double n_steps)
 {
@@ -105,12 +105,8 @@ static double decode_bytes(const struct session *session, const struct one_case 
     mlora_info info;
 
     mlora_engine_info(session->engine, &info);
-    const double per_weight = (double)info.weight_bytes / (double)info.n_parameters;
-    double step = (double)info.weight_bytes;
-    if (!c->tied) step -= per_weight * c->vocab_size * c->hidden_size;
-    step += used * random_adapter_bytes(c, one->rank);
-    step += one->batch * context * (double)info.kv_bytes_per_token;
-    return n_steps * step;
+    return n_steps * decode_step_bytes(c, &info, used * random_adapter_bytes(c, one->rank),
+                                       one->batch * context);
 }
 
 /* What a case fills: the weights, its adapters, and the blocks of keys and values that its requests

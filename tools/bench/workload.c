@@ -15,6 +15,16 @@ double random_adapter_bytes(const struct model_config *c, int rank)
     return 2 * widths * rank * c->n_layers;
 }
 
+double decode_step_bytes(const struct model_config *c, const mlora_info *info, double adapter_bytes,
+                         double kv_tokens)
+{
+    const double per_weight = (double)info->weight_bytes / (double)info->n_parameters;
+    double weights = (double)info->weight_bytes;
+
+    if (!c->tied) weights -= per_weight * c->vocab_size * c->hidden_size;
+    return weights + adapter_bytes + kv_tokens * (double)info->kv_bytes_per_token;
+}
+
 void random_name(char out[ADAPTER_NAME], int64_t index)
 {
     snprintf(out, ADAPTER_NAME, "random%lld", (long long)index);
