@@ -168,7 +168,7 @@ void speculate_judge(struct speculation *s)
 void speculate_looked(struct speculation *s, bool found)
 {
     if (found) s->barren = 0;
-    if (found || !s->is_ahead) return;
+    if (found || !s->is_ahead || s->mode != MLORA_SPECULATE_NGRAM) return;
     if (s->barren < MAX_BARREN) s->barren++;
     s->rest = 1 << s->barren;
 }
@@ -237,8 +237,7 @@ mlora_status speculate_plan(struct speculation *speculation, struct scheduler *s
             draft_rewind(speculation->draft, request);
         }
     }
-    if (n > 0 && speculation->mode == MLORA_SPECULATE_NGRAM) /* a draft model may be behind */
-        speculate_looked(speculation, speculation->longest > 0);
+    if (n > 0) speculate_looked(speculation, speculation->longest > 0);
     speculation->before = speculation->n_accepted;
     speculation->n_rows = scheduler->plan.n_rows;
     return status;

@@ -62,8 +62,9 @@ void speculate_clock(struct speculation *speculation, double seconds);
  * each time, and the longer the more was lost, so that guesses that fail cost next to nothing. */
 void speculate_judge(struct speculation *speculation);
 
-/* For the step planned now guesses were looked up, and found or not. Where there are none all rest for
- * some steps, up to 8, if the device gains by it: a step that may get guesses is not planned ahead. */
+/* For the step planned now guesses were looked for, and found or not. Where prompt lookup finds none all
+ * rest for some steps, up to 8, if the device gains by it: a step that may get guesses is not planned
+ * ahead. A draft model that has none is behind, and must not be kept from catching up. */
 void speculate_looked(struct speculation *speculation, bool found);
 
 /* The draft model, if there is one, is still to be loaded. Returns OK or ENOMEM. */

@@ -148,10 +148,14 @@ Test(speculate, rests_as_long_as_what_was_lost_asks_for)
 /* A step that may get guesses is not planned ahead: where none are found few steps are like that. */
 Test(speculate, rests_when_there_is_nothing_to_guess)
 {
-    struct speculation s = {.is_ahead = true}, always_late = {0};
+    struct speculation s = {.mode = MLORA_SPECULATE_NGRAM, .is_ahead = true};
+    struct speculation always_late = {.mode = MLORA_SPECULATE_NGRAM};
+    struct speculation behind = {.mode = MLORA_SPECULATE_DRAFT, .is_ahead = true};
 
     speculate_looked(&always_late, false);
     cr_expect_eq(always_late.rest, 0);
+    speculate_looked(&behind, false);
+    cr_expect_eq(behind.rest, 0, "a draft model follows the prompt first");
     speculate_looked(&s, false);
     cr_expect_eq(s.rest, 2);
     for (int i = 0; i < 9; i++) speculate_looked(&s, false);
