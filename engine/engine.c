@@ -172,8 +172,8 @@ static mlora_status start_fresh(struct mlora_engine *engine)
         registry_wait(&engine->registry);
         return MLORA_OK;
     }
-    const mlora_status status =
-        speculate_plan(&engine->speculation, &engine->scheduler, &engine->kvcache);
+    const mlora_status status = speculate_plan(&engine->speculation, &engine->scheduler,
+                                               &engine->kvcache, engine->plans_ahead);
     return status == MLORA_OK ? start_pass(engine, plan, &engine->pass) : status;
 }
 

@@ -16,14 +16,12 @@ enum { CUDA_TOKENS = 64, CPU_TOKENS = 8 };
 mlora_status speculation_open(struct speculation *out, const mlora_options *options,
                               const char *backend, int max_num_seqs, int max_batch_tokens)
 {
-    const bool is_cuda = strcmp(backend, "cuda") == 0;
-    const int max_tokens = is_cuda ? CUDA_TOKENS : CPU_TOKENS;
+    const int max_tokens = strcmp(backend, "cuda") == 0 ? CUDA_TOKENS : CPU_TOKENS;
 
     *out = (struct speculation){
         .mode = options->speculate,
         .max_draft = options->max_draft ? options->max_draft : DEFAULT_DRAFT,
         .max_tokens = max_tokens < max_batch_tokens ? max_tokens : max_batch_tokens,
-        .is_ahead = is_cuda,
     };
     if (out->mode == MLORA_SPECULATE_OFF) return MLORA_OK;
     out->guesses = calloc((size_t)max_num_seqs, sizeof *out->guesses);
@@ -165,12 +163,11 @@ void speculate_judge(struct speculation *s)
     s->seconds = 0;
 }
 
-void speculate_looked(struct speculation *s, bool found)
+void speculate_looked(struct speculation *s, bool found, bool plans_ahead)
 {
-    if (found) s->barren = 0;
-    if (found || !s->is_ahead || s->mode != MLORA_SPECULATE_NGRAM) return;
-    if (s->barren < MAX_BARREN) s->barren++;
-    s->rest = 1 << s->barren;
+    if (!plans_ahead || s->mode != MLORA_SPECULATE_NGRAM) return;
+    s->barren = found ? 0 : s->barren + (s->barren < MAX_BARREN);
+    if (!found) s->rest = 1 << s->barren;
 }
 
 bool speculate_rests(const struct speculation *speculation, const struct plan *plan)
@@ -215,7 +212,7 @@ static int plan_guesses(struct speculation *speculation, const struct plan *plan
 }
 
 mlora_status speculate_plan(struct speculation *speculation, struct scheduler *scheduler,
-                            struct kvcache *kv)
+                            struct kvcache *kv, bool plans_ahead)
 {
     struct guess *guesses = speculation->guesses;
     mlora_status status = MLORA_OK;
@@ -237,7 +234,7 @@ mlora_status speculate_plan(struct speculation *speculation, struct scheduler *s
             draft_rewind(speculation->draft, request);
         }
     }
-    if (n > 0) speculate_looked(speculation, speculation->longest > 0);
+    if (n > 0) speculate_looked(speculation, speculation->longest > 0, plans_ahead);
     speculation->before = speculation->n_accepted;
     speculation->n_rows = scheduler->plan.n_rows;
     return status;

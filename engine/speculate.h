@@ -37,7 +37,6 @@ struct speculation {
     mlora_speculate mode;
     int max_draft;  /* tokens of a guess */
     int max_tokens; /* of a step with guesses: those beyond it are no longer computed for free */
-    bool is_ahead;  /* steps without guesses are planned while the one before them runs */
     struct draft_model *draft; /* owned by the engine; NULL: there is none */
     struct guess *guesses;     /* [max_num_seqs] of the step */
     double pass_cost;          /* of the draft model's, in steps of the model: an estimate */
@@ -62,10 +61,10 @@ void speculate_clock(struct speculation *speculation, double seconds);
  * each time, and the longer the more was lost, so that guesses that fail cost next to nothing. */
 void speculate_judge(struct speculation *speculation);
 
-/* For the step planned now guesses were looked for, and found or not. Where prompt lookup finds none all
- * rest for some steps, up to 8, if the device gains by it: a step that may get guesses is not planned
- * ahead. A draft model that has none is behind, and must not be kept from catching up. */
-void speculate_looked(struct speculation *speculation, bool found);
+/* For the step planned now guesses were looked for, and found or not. A step that may get guesses is not
+ * planned ahead: where others are, and prompt lookup finds none, all rest for some steps, up to 8. A
+ * draft model that has none is behind, and must not be kept from catching up. */
+void speculate_looked(struct speculation *speculation, bool found, bool plans_ahead);
 
 /* The draft model, if there is one, is still to be loaded. Returns OK or ENOMEM. */
 mlora_status speculation_open(struct speculation *out, const mlora_options *options,
@@ -88,9 +87,10 @@ int ngram_draft(int32_t *tokens, int n, int max);
 int count_accepted(const int32_t *guesses, const int32_t *drawn, int n);
 
 /* After planning: lengthen rows of requests that draw their next token by guesses, where tokens of
- * the step and KV blocks are left for them. Returns OK, ENOMEM or EDEVICE. */
+ * the step and KV blocks are left for them. plans_ahead: steps without guesses are planned while the one
+ * before them runs. Returns OK, ENOMEM or EDEVICE. */
 mlora_status speculate_plan(struct speculation *speculation, struct scheduler *scheduler,
-                            struct kvcache *kv);
+                            struct kvcache *kv, bool plans_ahead);
 
 /* Whether nobody will guess in the step after this plan, whatever it draws; and that step is one
  * that was planned without guesses: it counts for all that wait. */

@@ -148,22 +148,22 @@ Test(speculate, rests_as_long_as_what_was_lost_asks_for)
 /* A step that may get guesses is not planned ahead: where none are found few steps are like that. */
 Test(speculate, rests_when_there_is_nothing_to_guess)
 {
-    struct speculation s = {.mode = MLORA_SPECULATE_NGRAM, .is_ahead = true};
+    struct speculation s = {.mode = MLORA_SPECULATE_NGRAM};
     struct speculation always_late = {.mode = MLORA_SPECULATE_NGRAM};
-    struct speculation behind = {.mode = MLORA_SPECULATE_DRAFT, .is_ahead = true};
+    struct speculation behind = {.mode = MLORA_SPECULATE_DRAFT};
 
-    speculate_looked(&always_late, false);
+    speculate_looked(&always_late, false, false);
     cr_expect_eq(always_late.rest, 0);
-    speculate_looked(&behind, false);
+    speculate_looked(&behind, false, true);
     cr_expect_eq(behind.rest, 0, "a draft model follows the prompt first");
-    speculate_looked(&s, false);
+    speculate_looked(&s, false, true);
     cr_expect_eq(s.rest, 2);
-    for (int i = 0; i < 9; i++) speculate_looked(&s, false);
+    for (int i = 0; i < 9; i++) speculate_looked(&s, false, true);
     cr_expect_eq(s.rest, 8, "no longer: looking is cheap");
     s.rest = 0;
-    speculate_looked(&s, true);
+    speculate_looked(&s, true, true);
     cr_expect_eq(s.rest, 0);
-    speculate_looked(&s, false);
+    speculate_looked(&s, false, true);
     cr_expect_eq(s.rest, 2, "what was found forgives");
 }
 
