@@ -7,10 +7,6 @@
 #include "kernels/kernels.h"
 #include "tools/bench/bench.h"
 
-/* Of each case, the first one like all others: adapters are loaded in the first, plans for the steps
- * without those waits are made in the second, recordings in the third. */
-enum { WARM_UPS = 3 };
-
 struct bench {
     struct setup setup;
     struct bench_output output;

@@ -80,6 +80,10 @@ int64_t bench_memory(struct device *dev);
 
 /* ---- whole batches -------------------------------------------------------------------------- */
 
+/* Runs of a case before those that count: adapters are loaded in the first, plans for the steps without
+ * those waits are made in the second, recordings in the third. */
+enum { WARM_UPS = 3 };
+
 /* The bytes of one adapter on all seven linears, in bf16. */
 double random_adapter_bytes(const struct model_config *config, int rank);
 

@@ -7,9 +7,7 @@
 #include "kernels/kernels.h"
 #include "tools/bench/bench.h"
 
-/* Adapters are loaded in the first warm-up, plans for the steps without those waits are made in the
- * second, recordings in the third. */
-enum { MAX_REPEATS = 101, WARM_UPS = 3 };
+enum { MAX_REPEATS = 101 };
 
 struct bench {
     struct setup setup;
