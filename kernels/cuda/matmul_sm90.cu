@@ -444,5 +444,5 @@ cudaError_t matmul_open(struct cuda_device *cuda)
     cuda->exchange = exchange;
     error = cudaMemsetAsync(exchange->h, 0xff, sizeof exchange->h, cuda->stream); /* NOTHING */
     if (error != cudaSuccess) return error;
-    return cudaMemsetAsync(&exchange->turn, 0, 3 * sizeof(int), cuda->stream);
+    return cudaMemsetAsync(&exchange->turn, 0, sizeof *exchange - sizeof exchange->h, cuda->stream);
 }
