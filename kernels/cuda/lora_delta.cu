@@ -1,8 +1,8 @@
-/* LoRA beside the base product: at few tokens what adapters add to y is computed while the product
- * of the same x runs, into z, and the op that reads y next adds it. In a recording, where kernels can
- * run beside each other, shrink and expand cost almost no time then, and y is not read and written
- * once more; elsewhere it is done the same way, so that both give the same bits. Only where x is
- * bf16: f32 is not rounded to what tensor cores take. Bound by B and z, both small next to the
+/* LoRA beside the base product, on Hopper and newer: at few tokens what adapters add to y is computed
+ * while the product of the same x runs, into z, and the op that reads y next adds it. In a recording,
+ * where kernels can run beside each other, shrink and expand cost almost no time then, and y is not read
+ * and written once more; elsewhere it is done the same way, so that both give the same bits. Only where
+ * x is bf16: f32 is not rounded to what tensor cores take. Bound by B and z, both small next to the
  * weights that the product reads. */
 #include "kernels/cuda/lora_tile.cuh"
 
@@ -21,12 +21,14 @@ enum {
  *
  *   z [T, N]    h [T, n_slices, max_rank]
  *   grid (chunks of BLOCK_N outputs, tiles)    block DELTA_BLOCK
- *   STEPS of 16 of the rank whose B stays in registers; 0: none */
+ *   STEPS of 16 of the rank whose B stays in registers; 0: none
+ * Nothing before Hopper, where nobody launches it. */
 template <int STEPS>
 static __global__ void __launch_bounds__(DELTA_BLOCK, STEPS == 0 ? 4 : 3)
     lora_delta_kernel(float *z, const float *h, const __grid_constant__ struct lora_args args,
                       int eights)
 {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     grid_release();
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, r0 = lane % 4 * 4;
     struct lora_chunk chunk;
@@ -102,6 +104,7 @@ static __global__ void __launch_bounds__(DELTA_BLOCK, STEPS == 0 ? 4 : 3)
         }
         __syncwarp(); /* products take the whole warp */
     }
+#endif
 }
 
 /* ---- launchers ---------------------------------------------------------------------------- */
@@ -130,6 +133,7 @@ void lora_delta(struct cuda_device *cuda, float *z, const float *h, const struct
     const dim3 grid(chunks, lora_tiles(args, EIGHT * eights));
     const auto kernel = args->max_rank <= 16   ? lora_delta_kernel<1>
                         : args->max_rank <= 32 ? lora_delta_kernel<2>
+                        : args->max_rank <= 64 ? lora_delta_kernel<4>
                                                : lora_delta_kernel<0>;
     cuda_launch(cuda, "lora_delta", kernel, grid, DELTA_BLOCK, 0, 1, z, h, *args, eights);
 }

@@ -129,7 +129,7 @@ static __global__ void __launch_bounds__(ROW_BLOCK, 5)
 }
 
 enum {
-    TILE_BLOCK = 128,
+    TILE_BLOCK = ADD_BLOCK,
     WARP_N = 64,
     QUADS = WARP_N / QUAD,
     TILE_N = TILE_BLOCK / WARP * WARP_N,
@@ -169,17 +169,17 @@ static __device__ struct token_rows<Y> rows_of(const struct expand_tile<Y> &tile
     for (int t = 0; t < 2; t++) {
         const size_t token =
             __shfl_sync(~0u, tokens, i % WARP + threadIdx.x % WARP / 4 + t * GROUP);
-        rows.y[t] = tile.y + token * tile.y_pitch + threadIdx.x % 4 * GROUP;
+        rows.y[t] = tile.y + token * tile.y_pitch;
         rows.h[t] = tile.h + token * tile.h_pitch;
     }
     return rows;
 }
 
-/* Of a quad, how many of this lane's eight outputs there are. */
+/* From a quad on, how many outputs there are. */
 template <typename Y>
 static __device__ int n_outputs(const struct expand_tile<Y> &tile, int quad)
 {
-    return tile.N - tile.n - quad * QUAD - (int)threadIdx.x % 4 * GROUP;
+    return tile.N - tile.n - quad * QUAD;
 }
 
 template <typename Y>
@@ -206,54 +206,53 @@ static __device__ void store_y(const struct expand_tile<Y> &tile, const struct t
 }
 
 /* B, of STEPS 16 of the rank at most, in registers: asked for before h and y are waited for. The
- * next tokens' y is on its way while these are worked on. */
+ * next tokens' y is on its way while these are worked on. All warps of the block call it together. */
 template <typename Y, int STEPS>
 static __device__ void expand_kept(const struct expand_tile<Y> &tile)
 {
-    enum { AHEAD = STEPS < 4 && sizeof(Y) == 2 }; /* beyond there are no registers for it */
+    __shared__ struct shared_h<1, STEPS, PARTS<Y>> shared;
     const int r0 = threadIdx.x % 4 * 4;
+    const int R[1] = {tile.R};
+    const float scale[1] = {tile.scale};
     uint2 b[STEPS][QUADS][4];
 #pragma unroll
     for (int s = 0; s < STEPS; s++)
 #pragma unroll
         for (int quad = 0; quad < QUADS; quad++)
-            load_quad(b[s][quad], (const bf16 *)tile.b, tile.n + quad * QUAD, tile.N, tile.R,
-                      s * 16 + r0);
+            load_quad<Y>(b[s][quad], (const bf16 *)tile.b, tile.n + quad * QUAD, tile.N, tile.R,
+                         s * 16 + r0);
     int tokens = token_of(tile, 0);
     struct token_rows<Y> rows;
     struct eight<Y> old[QUADS][2];
-    float4 h[STEPS][2];
-    const auto load_step = [&](int s) {
-#pragma unroll
-        for (int t = 0; t < 2; t++) h[s][t] = load_h(rows.h[t], s * 16 + r0, tile.R, true);
-    };
+    struct h_items<1, STEPS> h;
     const auto load = [&](int i) {
         if (i > 0 && i % WARP == 0) tokens = token_of(tile, i);
         rows = rows_of(tile, tokens, i);
+        h.load(tile.h + (size_t)__shfl_sync(~0u, tokens, i % WARP + h.index()) * tile.h_pitch, 0,
+               R);
         load_y(old, tile, rows, true);
-#pragma unroll
-        for (int s = 0; AHEAD && s < STEPS; s++) load_step(s);
     };
     grid_wait();
     load(0);
 #pragma unroll 1
     for (int i = 0; i < tile.n_tokens; i += SIXTEEN) {
+        const int which = i / SIXTEEN % 2;
         float c[QUADS][4][4];
+        h.share(&shared, which, scale);
+        __syncthreads();
 #pragma unroll
         for (int quad = 0; quad < QUADS; quad++) set_quad(c[quad], old[quad]);
+        const struct token_rows<Y> here = rows;
+        if (i + SIXTEEN < tile.n_tokens) load(i + SIXTEEN);
 #pragma unroll
         for (int s = 0; s < STEPS; s++) {
             struct h_rows<PARTS<Y>> x;
-            if (!AHEAD) load_step(s);
-            split_rows(&x, h[s][0], h[s][1], tile.scale);
+            take_rows(&x, shared, which, 0, s);
 #pragma unroll
             for (int quad = 0; quad < QUADS; quad++) add_quad(c[quad], x, b[s][quad]);
         }
-        const struct token_rows<Y> here = rows;
-        if (AHEAD && i + SIXTEEN < tile.n_tokens) load(i + SIXTEEN);
 #pragma unroll
         for (int quad = 0; quad < QUADS; quad++) store_y(tile, here, c[quad], quad, i, true);
-        if (!AHEAD && i + SIXTEEN < tile.n_tokens) load(i + SIXTEEN);
     }
 }
 
@@ -282,10 +281,10 @@ template <typename Y> static __device__ void expand_any(const struct expand_tile
                 const int n = tile.n + quad * QUAD;
                 if (tile.whole_b && tile.dtype == DTYPE_BF16) {
                     uint2 b[4];
-                    load_quad(b, (const bf16 *)tile.b, n, tile.N, tile.R, r);
+                    load_quad<Y>(b, (const bf16 *)tile.b, n, tile.N, tile.R, r);
                     add_quad(c[quad], x, b);
                 } else {
-                    add_quad_any(c[quad], x, tile.b, tile.dtype, n, tile.N, tile.R, r,
+                    add_quad_any<Y>(c[quad], x, tile.b, tile.dtype, n, tile.N, tile.R, r,
                                  tile.whole_b);
                 }
             }

@@ -6,7 +6,7 @@
 
 /* ---- kernels ------------------------------------------------------------------------------ */
 
-enum { SILU_BLOCK = 128, BLOCK_F = SILU_BLOCK / WARP * QUAD, SIXTEENS_MAX = 8 /* in a tile */ };
+enum { SILU_BLOCK = ADD_BLOCK, BLOCK_F = SILU_BLOCK / WARP * QUAD, SIXTEENS_MAX = 8 /* in a tile */ };
 
 /* The tokens that a block works on: of a segment, or those without an adapter among the step's. */
 struct silu_tokens {
@@ -80,11 +80,10 @@ template <typename Y>
 static __device__ void load_old(struct eight<Y> (&old)[2][2], const struct silu_tile<Y> &tile,
                                 const struct lora_args &args, const int (&t)[2])
 {
-    const int f = tile.n + threadIdx.x % 4 * GROUP;
 #pragma unroll
     for (int k = 0; k < 2; k++) {
-        const Y *from = tile.gate_up + (size_t)max_int(t[k], 0) * args.N + f;
-        const int n = t[k] < 0 ? 0 : args.width[0] - f;
+        const Y *from = tile.gate_up + (size_t)max_int(t[k], 0) * args.N + tile.n;
+        const int n = t[k] < 0 ? 0 : args.width[0] - tile.n;
 #pragma unroll
         for (int i = 0; i < 2; i++) load_eight(&old[i][k], from + args.offset[i], n, true);
     }
@@ -95,68 +94,68 @@ template <typename Y>
 static __device__ void write_silu(const struct silu_tile<Y> &tile, int F, const float (&c)[2][4][4],
                                   const int (&t)[2])
 {
-    const int f = tile.n + threadIdx.x % 4 * GROUP;
+    const int i = threadIdx.x % 4;
+    const int first = tile.n + first_output<Y>(i), second = tile.n + second_output<Y>(i);
 #pragma unroll
     for (int k = 0; k < 2; k++) {
         const auto pair = [&](int j) { return silu_pair<Y>(c[0][j] + 2 * k, c[1][j] + 2 * k); };
-        if (t[k] >= 0 && f < F)
-            *(uint4 *)(tile.y + (size_t)t[k] * F + f) =
-                make_uint4(pair(0), pair(1), pair(2), pair(3));
+        bf16 *y = tile.y + (size_t)max_int(t[k], 0) * F;
+        if (sizeof(Y) == 2 && t[k] >= 0 && first < F)
+            *(uint4 *)(y + first) = make_uint4(pair(0), pair(1), pair(2), pair(3));
+        if (sizeof(Y) == 4 && t[k] >= 0 && first < F)
+            *(uint2 *)(y + first) = make_uint2(pair(0), pair(1));
+        if (sizeof(Y) == 4 && t[k] >= 0 && second < F)
+            *(uint2 *)(y + second) = make_uint2(pair(2), pair(3));
     }
     __syncwarp(); /* products take the whole warp */
 }
 
 /* B, of STEPS 16 of the rank at most, in registers: asked for before h and gate_up are waited for.
- * The next tokens' are on their way while these are worked on. */
+ * The next tokens' are on their way while these are worked on. All warps of the block call it together. */
 template <typename Y, int STEPS>
 static __device__ void silu_kept(const struct silu_tile<Y> &tile, const struct lora_args &args)
 {
-    enum { AHEAD = sizeof(Y) == 2 }; /* for f32 there are no registers */
+    __shared__ struct shared_h<2, STEPS, PARTS<Y>> shared;
     const int F = args.width[0], r0 = threadIdx.x % 4 * 4;
+    const int R[2] = {tile.sides[0].f.R, tile.sides[1].f.R};
+    const float scale[2] = {tile.sides[0].f.scale, tile.sides[1].f.scale};
     uint2 b[2][STEPS][4];
 #pragma unroll
     for (int i = 0; i < 2; i++)
 #pragma unroll
         for (int s = 0; s < STEPS; s++)
-            load_quad(b[i][s], (const bf16 *)tile.sides[i].f.b, tile.n, F, tile.sides[i].f.R,
-                      s * 16 + r0);
+            load_quad<Y>(b[i][s], (const bf16 *)tile.sides[i].f.b, tile.n, F, R[i], s * 16 + r0);
     int some = token_of(tile.tokens, 0), t[2];
     struct eight<Y> old[2][2]; /* [side][token] */
-    float4 rows[2][STEPS][2];  /* of h */
+    struct h_items<2, STEPS> h;
     const auto load = [&](int first) {
         if (first > 0 && first % WARP == 0) some = token_of(tile.tokens, first);
         two_tokens(t, some, first);
+        const int of_h = max_int(__shfl_sync(~0u, some, first % WARP + h.index()), 0);
+        h.load(tile.h + (size_t)of_h * args.h_token, args.h_slice, R);
         load_old(old, tile, args, t);
-#pragma unroll
-        for (int k = 0; k < 2; k++) {
-            const float *row = tile.h + (size_t)max_int(t[k], 0) * args.h_token;
-#pragma unroll
-            for (int i = 0; i < 2; i++)
-#pragma unroll
-                for (int s = 0; s < STEPS; s++)
-                    rows[i][s][k] =
-                        load_h(row + i * args.h_slice, s * 16 + r0, tile.sides[i].f.R, true);
-        }
     };
     grid_wait();
     load(0);
 #pragma unroll 1
     for (int first = 0; first < tile.tokens.n; first += SIXTEEN) {
+        const int which = first / SIXTEEN % 2;
         float c[2][4][4];
+        h.share(&shared, which, scale);
+        __syncthreads();
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            set_quad(c[i], old[i]);
+        for (int i = 0; i < 2; i++) set_quad(c[i], old[i]);
+        const int here[2] = {t[0], t[1]};
+        if (first + SIXTEEN < tile.tokens.n) load(first + SIXTEEN);
+#pragma unroll
+        for (int i = 0; i < 2; i++)
 #pragma unroll
             for (int s = 0; s < STEPS; s++) {
                 struct h_rows<PARTS<Y>> x;
-                split_rows(&x, rows[i][s][0], rows[i][s][1], tile.sides[i].f.scale);
+                take_rows(&x, shared, which, i, s);
                 add_quad(c[i], x, b[i][s]);
             }
-        }
-        const int here[2] = {t[0], t[1]};
-        if (AHEAD && first + SIXTEEN < tile.tokens.n) load(first + SIXTEEN);
         write_silu(tile, F, c, here);
-        if (!AHEAD && first + SIXTEEN < tile.tokens.n) load(first + SIXTEEN);
     }
 }
 
@@ -190,10 +189,10 @@ static __device__ void silu_any(const struct silu_tile<Y> &tile, const struct lo
                 split_rows(&x, rows[0], rows[1], side.f.scale);
                 if (side.whole && side.f.dtype == DTYPE_BF16) {
                     uint2 b[4];
-                    load_quad(b, (const bf16 *)side.f.b, tile.n, F, side.f.R, r);
+                    load_quad<Y>(b, (const bf16 *)side.f.b, tile.n, F, side.f.R, r);
                     add_quad(c[i], x, b);
                 } else {
-                    add_quad_any(c[i], x, side.f.b, side.f.dtype, tile.n, F, side.f.R, r,
+                    add_quad_any<Y>(c[i], x, side.f.b, side.f.dtype, tile.n, F, side.f.R, r,
                                  side.whole);
                 }
             }
@@ -285,6 +284,7 @@ void cuda_lora_expand_silu_mul(struct device *dev, void *y, void *gate_up, enum 
         using Y = decltype(product);
         const auto kernel = lora->max_rank <= 16   ? lora_expand_silu_mul_kernel<Y, 1>
                             : lora->max_rank <= 32 ? lora_expand_silu_mul_kernel<Y, 2>
+                                : lora->max_rank <= 64 ? lora_expand_silu_mul_kernel<Y, 4>
                                                    : lora_expand_silu_mul_kernel<Y, 0>;
         cuda_launch(cuda, "lora_expand_silu_mul", kernel, grid, SILU_BLOCK, 0, 1, (bf16 *)y,
                     (const Y *)gate_up, h, args, T, n_tiles, sixteens);
