@@ -114,7 +114,7 @@ template <> struct eight<float> {
  * aligned. */
 static inline __device__ void load_eight(struct eight<bf16> *to, const bf16 *y, int n, bool whole)
 {
-    const int first = threadIdx.x % 4 * GROUP;
+    const int first = first_output<bf16>(threadIdx.x % 4);
     y += first, n -= first;
     if (whole) {
         to->bits = n > 0 ? *(const uint4 *)y : make_uint4(0, 0, 0, 0);
@@ -130,7 +130,8 @@ static inline __device__ void load_eight(struct eight<float> *to, const float *y
 {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        const int first = threadIdx.x % 4 * 4 + half * (QUAD / 2);
+        const int i = threadIdx.x % 4;
+        const int first = half ? second_output<float>(i) : first_output<float>(i);
         if (whole && first < n) {
             *(float4 *)(to->value + half * 4) = *(const float4 *)(y + first);
             continue;
@@ -165,7 +166,7 @@ static inline __device__ void set_quad(float (&c)[4][4], const struct eight<floa
 /* Of c, token t's outputs, as load_eight(). */
 static inline __device__ void store_eight(bf16 *y, const float (&c)[4][4], int t, int n, bool whole)
 {
-    const int first = threadIdx.x % 4 * GROUP;
+    const int first = first_output<bf16>(threadIdx.x % 4);
     const uint4 bits = make_uint4(
         pack_bf16(c[0][2 * t], c[0][2 * t + 1]), pack_bf16(c[1][2 * t], c[1][2 * t + 1]),
         pack_bf16(c[2][2 * t], c[2][2 * t + 1]), pack_bf16(c[3][2 * t], c[3][2 * t + 1]));
@@ -186,12 +187,12 @@ static inline __device__ void store_eight(float *y, const float (&c)[4][4], int 
 {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        const int first = threadIdx.x % 4 * 4 + half * (QUAD / 2);
+        const int i = threadIdx.x % 4;
+        const int first = half ? second_output<float>(i) : first_output<float>(i);
         const float four[4] = {c[2 * half][2 * t], c[2 * half][2 * t + 1], c[2 * half + 1][2 * t],
                                c[2 * half + 1][2 * t + 1]};
         if (whole) {
-            if (first < n)
-                *(float4 *)(y + first) = make_float4(four[0], four[1], four[2], four[3]);
+            if (first < n) *(float4 *)(y + first) = make_float4(four[0], four[1], four[2], four[3]);
             continue;
         }
 #pragma unroll
@@ -202,14 +203,15 @@ static inline __device__ void store_eight(float *y, const float (&c)[4][4], int 
 
 /* ---- h of sixteen tokens, by all threads of a block -------------------------------------------- */
 
-/* Split, for all warps: two of them, so that the next one is written while warps read this one. Four
- * elements of a token's rank at a time, of which a lane has those of its tokens. */
+/* h split, twice, so that the next tokens' is written while warps read these'. Units are four elements
+ * of a token's rank. */
 template <int SIDES, int STEPS, int PARTS> struct shared_h {
     uint2 part[2][SIDES][STEPS][PARTS][SIXTEEN][4];
 };
 
-/* What a thread of ADD_BLOCK brings: four elements from column() on of token index(). */
-enum { ADD_BLOCK = 128 };
+enum { ADD_BLOCK = 128 }; /* threads */
+
+/* What a thread brings: of token index() of the sixteen, four elements of some steps of the rank. */
 template <int SIDES, int STEPS> struct h_items {
     enum { ALL = SIDES * STEPS * SIXTEEN * 4, EACH = (ALL + ADD_BLOCK - 1) / ADD_BLOCK };
     float4 value[EACH];
@@ -219,7 +221,7 @@ template <int SIDES, int STEPS> struct h_items {
         return threadIdx.x / 4 % SIXTEEN;
     }
 
-    /* of the token's h; R of each side, floats from one to the next */
+    /* h of the token, that of the second side h_side floats further on, with R elements each. */
     __device__ void load(const float *h, int h_side, const int (&R)[SIDES])
     {
 #pragma unroll

@@ -285,7 +285,7 @@ template <typename Y> static __device__ void expand_any(const struct expand_tile
                     add_quad(c[quad], x, b);
                 } else {
                     add_quad_any<Y>(c[quad], x, tile.b, tile.dtype, n, tile.N, tile.R, r,
-                                 tile.whole_b);
+                                    tile.whole_b);
                 }
             }
         }

@@ -6,7 +6,11 @@
 
 /* ---- kernels ------------------------------------------------------------------------------ */
 
-enum { SILU_BLOCK = ADD_BLOCK, BLOCK_F = SILU_BLOCK / WARP * QUAD, SIXTEENS_MAX = 8 /* in a tile */ };
+enum {
+    SILU_BLOCK = ADD_BLOCK,
+    BLOCK_F = SILU_BLOCK / WARP * QUAD,
+    SIXTEENS_MAX = 8 /* in a tile */
+};
 
 /* The tokens that a block works on: of a segment, or those without an adapter among the step's. */
 struct silu_tokens {
@@ -193,7 +197,7 @@ static __device__ void silu_any(const struct silu_tile<Y> &tile, const struct lo
                     add_quad(c[i], x, b);
                 } else {
                     add_quad_any<Y>(c[i], x, side.f.b, side.f.dtype, tile.n, F, side.f.R, r,
-                                 side.whole);
+                                    side.whole);
                 }
             }
         }
@@ -284,7 +288,7 @@ void cuda_lora_expand_silu_mul(struct device *dev, void *y, void *gate_up, enum 
         using Y = decltype(product);
         const auto kernel = lora->max_rank <= 16   ? lora_expand_silu_mul_kernel<Y, 1>
                             : lora->max_rank <= 32 ? lora_expand_silu_mul_kernel<Y, 2>
-                                : lora->max_rank <= 64 ? lora_expand_silu_mul_kernel<Y, 4>
+                            : lora->max_rank <= 64 ? lora_expand_silu_mul_kernel<Y, 4>
                                                    : lora_expand_silu_mul_kernel<Y, 0>;
         cuda_launch(cuda, "lora_expand_silu_mul", kernel, grid, SILU_BLOCK, 0, 1, (bf16 *)y,
                     (const Y *)gate_up, h, args, T, n_tiles, sixteens);
