@@ -244,7 +244,8 @@ static __global__ void __launch_bounds__(S::BLOCK, S::BLOCKS)
 {
     enum { MT = S::MT, NT = S::NT, SUMS = S::SUMS };
     /* With clusters, of_block holds the parts of all blocks of the sums that this one finishes. */
-    __shared__ float of_warp[S::WARPS][SUMS], of_block[MT * SUMS + CLUSTER_MAX];
+    __shared__ float of_warp[S::WARPS][MT * SUMS], of_block[MT * SUMS + CLUSTER_MAX];
+    __shared__ int32_t token[8 * NT];
     grid_release();
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     const int splits = gridDim.z, tiles_a_slice = ceil_div(args.max_rank, 16);
@@ -282,6 +283,7 @@ static __global__ void __launch_bounds__(S::BLOCK, S::BLOCKS)
         const int index = min_int(n * 8 + lane / 4, tokens.n - 1);
         rows[n] = (uint32_t)args.order[tokens.first + index] * (args.K / GROUP);
     }
+    if ((int)threadIdx.x < tokens.n) token[threadIdx.x] = args.order[tokens.first + threadIdx.x];
     const int steps = args.K / STEP_K, a_split = ceil_div(steps, splits);
     const int begin = blockIdx.z * a_split, end = min_int(steps, begin + a_split);
     const int eights = ceil_div(tokens.n, 8);
@@ -297,25 +299,27 @@ static __global__ void __launch_bounds__(S::BLOCK, S::BLOCKS)
 
     /* A block finishes `own` of the sums: the blocks write their parts of those into its memory. */
     const int own = is_cluster ? ceil_div(MT * SUMS, splits) : MT * SUMS;
-    if (is_cluster) cluster_wait();
 #pragma unroll
-    for (int m = 0; m < MT; m++) {
-        if (m > 0) __syncthreads();
+    for (int m = 0; m < MT; m++)
 #pragma unroll
         for (int n = 0; n < NT; n++)
 #pragma unroll
-            for (int e = 0; e < 4; e++) of_warp[warp][n * 128 + e * WARP + lane] = sum[m][n][e];
-        __syncthreads();
-        for (int i = threadIdx.x; i < eights * 128; i += S::BLOCK) {
-            float total = 0.0f;
+            for (int e = 0; e < 4; e++)
+                of_warp[warp][m * SUMS + n * 128 + e * WARP + lane] = sum[m][n][e];
+    __syncthreads();
+    if (is_cluster) cluster_wait();
+    int to = 0,
+        at = threadIdx.x; /* the block that finishes sum j, which is number `at` of its own */
+    for (int j = threadIdx.x; j < MT * SUMS; j += S::BLOCK, at += S::BLOCK) {
+        for (; at >= own; at -= own) to++;
+        if (j % SUMS >= eights * 128) continue;
+        float total = 0.0f;
 #pragma unroll
-            for (int w = 0; w < S::WARPS; w++) total += of_warp[w][i];
-            const int j = m * SUMS + i;
-            if (is_cluster)
-                *cluster_block(&of_block[blockIdx.z * own + j % own], j / own) = total;
-            else
-                of_block[j] = total;
-        }
+        for (int w = 0; w < S::WARPS; w++) total += of_warp[w][j];
+        if (is_cluster)
+            *cluster_block(&of_block[blockIdx.z * own + at], to) = total;
+        else
+            of_block[j] = total;
     }
     __syncthreads();
 
@@ -344,7 +348,7 @@ static __global__ void __launch_bounds__(S::BLOCK, S::BLOCKS)
                 total += is_cluster ? of_block[s * own + j]
                                     : __ldcg(&parts[(item * splits + s) * (MT * SUMS) + i]);
         }
-        h[lora_h_row(args, args.order[tokens.first + n], tile.slice) + tile.first + r] = total;
+        h[lora_h_row(args, token[n], tile.slice) + tile.first + r] = total;
     }
 }
 
