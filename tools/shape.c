@@ -74,12 +74,17 @@ mlora_status shape_find(char **folder, char **tokenizer, const char *config)
         *folder = folder_of(config);
     else if (shapes && !strchr(config, '/'))
         *folder = path_join(shapes, config);
-    if (!*folder || !file_is_directory(*folder))
-        status =
-            error_set(MLORA_EINVAL,
-                      "--config %s: no shape of that name%s: give %s, or the path of a "
-                      "config.json",
-                      config, shapes ? "" : ", and no folder of shapes beside the program", NAMES);
+    if (!*folder && !shapes)
+        status = error_set(MLORA_EINVAL,
+                           "--config %s: the folder of shapes is not where the program was "
+                           "installed or built: start it from there, or give the path of a "
+                           "config.json",
+                           config);
+    else if (!*folder || !file_is_directory(*folder))
+        status = error_set(MLORA_EINVAL,
+                           "--config %s: no shape of that name: give %s, or the path of a "
+                           "config.json",
+                           config, NAMES);
     if (status == MLORA_OK) *tokenizer = tokenizer_of(*folder, shapes);
     if (status == MLORA_OK && !*tokenizer) status = error_set(MLORA_ENOMEM, "out of memory");
     free(shapes);

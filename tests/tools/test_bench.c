@@ -588,6 +588,15 @@ Test(bench, finds_shapes_by_name_and_by_file)
                    "--config llama-9: no shape of that name: give llama-2-7b, llama-3.1-8b, "
                    "llama-3.1-70b, llama-3.2-1b, llama-3.2-3b or tinyllama, or the path of a "
                    "config.json");
+    snprintf(command, sizeof command,
+             "--version >/dev/null; alone=$(mktemp -d); cp ${MLORA_BIN:-build/mlora} $alone/mlora; "
+             "$alone/mlora bench generate %s --config llama-test; status=$?; rm -r $alone; "
+             "exit $status",
+             flags);
+    outcome = run(NULL, command);
+    expect_refusal(&outcome,
+                   "--config llama-test: the folder of shapes is not where the program was "
+                   "installed or built: start it from there, or give the path of a config.json");
     snprintf(command, sizeof command, "bench generate %s --config llama-test -m " LLAMA2, flags);
     outcome = run(NULL, command);
     expect_refusal(&outcome, "--config and --model both say what the model is: give one");
