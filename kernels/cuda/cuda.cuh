@@ -29,6 +29,8 @@ enum {
     GROWN = 48,         /* each at least twice as large as the one before */
     DELTA_TOKENS = 64,  /* up to which LoRA runs beside the base product      */
     PRODUCT_PARTS = 3,  /* of a product's sums, besides the first             */
+    /* Of a thread of a product with LoRA inside: what add_rms_norm leaves, beside which it begins. */
+    LORA_REGISTERS = 72,
 };
 
 struct blas;

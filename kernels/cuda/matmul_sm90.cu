@@ -16,6 +16,7 @@ enum {
     ROWS = 128, /* of w, a block: a warpgroup has 64 */
     CONSUMERS = ROWS / 64 * 128,
     STREAM_BLOCK = CONSUMERS + 2 * WARP,
+    STREAM_REGISTERS = 104, /* of a thread, at most */
     STREAM_TOKENS = INSIDE_TOKENS,
     FEW_TOKENS = 16,
     /* Panels of w that a block has asked for and has not got: they keep the memory busy. With more of
@@ -149,7 +150,7 @@ static __device__ void store_gated(bf16 *out, float (&sum)[TOKENS / 2], const fl
  *          makes parts of h, which need more room
  * With LoRA it takes as many registers as leave room for small kernels beside it. */
 template <int TOKENS, typename Lora, bool IS_GATE>
-static __global__ void __maxnreg__(Lora::THREADS > 0 ? 72 : 104)
+static __global__ void __maxnreg__(Lora::THREADS > 0 ? LORA_REGISTERS : STREAM_REGISTERS)
     matmul_stream_kernel(void *result, float *parts, const __grid_constant__ CUtensorMap x,
                          const __grid_constant__ CUtensorMap w, const float *__restrict__ bias,
                          int T, int N, int n_panels, int x_bytes, int tiles, int shares, int stages,

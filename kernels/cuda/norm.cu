@@ -22,10 +22,11 @@ static __device__ const float *weight_of(const struct own_norms &norms, int t, i
 }
 
 /* A block of several groups a thread is smaller, for their registers. With one group a block of 512
- * threads leaves as many as a product with LoRA inside needs, which begins beside it: in each quarter of
- * a multiprocessor 4 warps of 56 and 4 of 72 fill what it has. */
+ * threads leaves as many as a product with LoRA inside needs, which begins beside it: each has four warps
+ * in a quarter of a multiprocessor. */
 enum { NORM_BLOCK_MAX = 1024, NORM_GROUPS_MAX = 4, NORM_GROUPS_BLOCK = 896 };
-enum { NORM_REGISTERS = 56, NORM_GROUPS_REGISTERS = 72 };
+enum { NORM_REGISTERS = 56, NORM_GROUPS_REGISTERS = 72, REGISTERS_OF_A_QUARTER = 16384 };
+static_assert(4 * WARP * ((int)NORM_REGISTERS + (int)LORA_REGISTERS) <= REGISTERS_OF_A_QUARTER);
 
 /* x[t, :] += delta[t, :]    y[t, :] = weight * x[t, :] / sqrt(mean(x[t, :]^2) + eps)
  *
