@@ -241,6 +241,7 @@ Test(lora, is_right_for_plain_adapters_in_every_mode)
     const struct lora_site gate_up = {LORA_GATE, 2, 72, 1998, {0, 999}, {999, 999}, NULL};
     const struct lora_site down = {LORA_DOWN, 1, 1056, 129, {0}, {129}, NULL};
     const struct lora_site odd = {LORA_O, 1, 70, 40, {0}, {40}, NULL};
+    const struct lora_site wide = {LORA_Q, 3, 96, 384, {0, 304, 344}, {304, 40, 40}, NULL};
     const int n_modes = device_is_cpu() ? 1 : MLORA_LORA_FUSED + 1;
 
     for (int mode = 0; mode < n_modes; mode++)
@@ -250,6 +251,7 @@ Test(lora, is_right_for_plain_adapters_in_every_mode)
                 check_random(&gate_up, 17, S_MAX + 1, type, (mlora_lora_mode)mode);
                 check_random(&down, 60, 3, type, (mlora_lora_mode)mode);
                 check_random(&odd, 5, 2, type, (mlora_lora_mode)mode);
+                check_random(&wide, 150, 4, type, (mlora_lora_mode)mode); /* long segments */
             }
 }
 

@@ -343,6 +343,22 @@ Test(lora_beside, a_product_takes_up_many_adapters)
     check_norm(2048, 9, MLORA_LORA_AUTO, -32);
 }
 
+/* Of more adapters than there is room for in a product, or for outputs that are no whole tiles of it. */
+Test(lora_beside, of_plain_adapters_that_no_product_takes_up)
+{
+    static const int ranks[] = {16, 32, 48, 64, 80};
+
+    for (int i = 0; i < 5; i++)
+        for (int m = 0; m < 2; m++) {
+            check_silu_mul(264, 33, modes[m], -ranks[i]);
+            check_norm(1000, 60, modes[m], -ranks[i]);
+            check_norm(1000, 1, modes[m], -ranks[i]);
+            check_rope(6, 4, modes[m], false, true, -ranks[i]);
+        }
+    check_silu_mul(1024, 64, MLORA_LORA_AUTO, -64);
+    check_norm(4096, 64, MLORA_LORA_AUTO, -64);
+}
+
 /* Beyond forty adapters expand comes after the product. */
 Test(lora_beside, of_many_adapters_half_of_it)
 {

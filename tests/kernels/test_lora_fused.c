@@ -41,6 +41,8 @@ static void expect_close(const void *got, const void *want, enum dtype dtype, si
     free(b);
 }
 
+static int plain_rank; /* of adapters whose factors are bf16; 0: of all kinds */
+
 static void check_silu_mul(int F, int T, int n, bool base, enum dtype product, enum dtype dtype)
 {
     const struct lora_site site = {LORA_GATE, 2, 4, 2 * F, {0, F}, {F, F}, NULL};
@@ -49,7 +51,10 @@ static void check_silu_mul(int F, int T, int n, bool base, enum dtype product, e
     int32_t slot[T_MAX];
     const size_t size = (size_t)(T * F);
 
-    adapters_random(&adapters, &numbers, &site);
+    if (plain_rank > 0)
+        adapters_plain(&adapters, &numbers, &site, plain_rank);
+    else
+        adapters_random(&adapters, &numbers, &site);
     slots_random(slot, &numbers, T, n, base);
     struct lora_view view = view_of(&adapters, &site, slot, T);
     float *h = h_random(&numbers, &view, T, 2);
@@ -78,4 +83,20 @@ Test(lora_fused, silu_mul_is_expand_then_silu_mul)
         check_silu_mul(512, 150, 2, false, product, dtype); /* long segments */
         check_silu_mul(37, 9, S_MAX, true, product, dtype); /* rows that are not aligned */
     }
+}
+
+/* Whose B stays in registers, of up to rank 64. */
+Test(lora_fused, silu_mul_of_plain_adapters)
+{
+    static const int ranks[] = {8, 16, 32, 48, 64, 80};
+
+    for (size_t r = 0; r < sizeof ranks / sizeof ranks[0]; r++)
+        for (int i = 0; i < PRODUCT_TYPES; i++) {
+            const enum dtype product = product_types[i].product, dtype = product_types[i].dtype;
+            plain_rank = ranks[r];
+            check_silu_mul(8, 1, 1, false, product, dtype);
+            check_silu_mul(264, 40, S_MAX, true, product, dtype);
+            check_silu_mul(512, 150, 2, false, product, dtype); /* long segments */
+            check_silu_mul(1000, 100, 3, true, product, dtype);
+        }
 }
