@@ -308,8 +308,7 @@ static __global__ void __launch_bounds__(S::BLOCK, S::BLOCKS)
                 of_warp[warp][m * SUMS + n * 128 + e * WARP + lane] = sum[m][n][e];
     __syncthreads();
     if (is_cluster) cluster_wait();
-    int to = 0,
-        at = threadIdx.x; /* the block that finishes sum j, which is number `at` of its own */
+    int to = 0, at = threadIdx.x; /* sum j is number `at` of block `to` */
     for (int j = threadIdx.x; j < MT * SUMS; j += S::BLOCK, at += S::BLOCK) {
         for (; at >= own; at -= own) to++;
         if (j % SUMS >= eights * 128) continue;
