@@ -14,17 +14,18 @@ template <typename P, typename X>
 static __global__ void silu_mul_kernel(X *y, const P *gate_up, struct addend addend, int T, int F,
                                        bool aligned)
 {
-    grid_begin();
+    grid_release();
     const int groups = ceil_div(F, GROUP); /* of a row */
     const long long item = (long long)blockIdx.x * SILU_BLOCK + threadIdx.x;
-    if (item >= (long long)T * groups) return;
     const size_t t = item / groups;
+    if (t < (size_t)T) addend = addend_of(addend, t);
+    grid_wait();
+    if (t >= (size_t)T) return;
     const int f = (int)(item % groups) * GROUP;
 
     float gate[GROUP], up[GROUP];
     load_some(gate, gate_up + t * 2 * F + f, F - f, aligned);
     load_some(up, gate_up + t * 2 * F + F + f, F - f, aligned);
-    addend = addend_of(addend, t);
     if (is_added(addend)) {
         add_some<P>(gate, addend, t * 2 * F + f, F - f, aligned);
         add_some<P>(up, addend, t * 2 * F + F + f, F - f, aligned);

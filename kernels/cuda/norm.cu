@@ -52,8 +52,8 @@ static __global__ void __maxnreg__(GROUPS == 1 ? NORM_REGISTERS : NORM_GROUPS_RE
         const int i = (threadIdx.x + j * blockDim.x) * GROUP;
         if (i < D) load_some(w[j], weight + i, D - i, whole);
     }
-    grid_wait();
     if (delta) addend = addend_of(addend, blockIdx.x);
+    grid_wait();
 #pragma unroll
     for (int j = 0; j < GROUPS; j++) {
         const int i = (threadIdx.x + j * blockDim.x) * GROUP;

@@ -10,6 +10,7 @@ enum { ROPE_BLOCK = 128 };
 struct rope_args {
     const float *frequency;        /* [d / 2], or NULL: nothing is turned */
     const int32_t *position, *row; /* [T] */
+    const int32_t *kv_len;         /* [Q]: token t is the only one of row t; NULL: it need not be */
     const int32_t *block_table;    /* [Q, max_blocks] */
     float amplitude;
     int max_blocks, H, G, d;
@@ -27,13 +28,14 @@ static __global__ void rope_kernel(X *qkv, struct addend addend, C *k, C *v,
                                    const struct rope_args args)
 {
     extern __shared__ float shared[];
-    grid_begin();
+    grid_release();
     const int H = args.H, G = args.G, d = args.d, half = d / 2;
     float *cosine = shared, *sine = shared + half; /* [d / 2] each */
     const int t = blockIdx.y;
-    const int position = args.position[t];
-    const int32_t *table = args.block_table + (size_t)args.row[t] * args.max_blocks;
-    const int32_t block = table[position / KV_BLOCK];
+    if (!args.kv_len) grid_wait(); /* else what was uploaded says where the token is */
+    const int position = args.kv_len ? args.kv_len[t] - 1 : args.position[t];
+    const int row = args.kv_len ? t : args.row[t];
+    const int32_t block = args.block_table[(size_t)row * args.max_blocks + position / KV_BLOCK];
 
     for (int i = threadIdx.x; i < half && args.frequency; i += ROPE_BLOCK) {
         float s, c;
@@ -41,9 +43,10 @@ static __global__ void rope_kernel(X *qkv, struct addend addend, C *k, C *v,
         cosine[i] = c * args.amplitude;
         sine[i] = s * args.amplitude;
     }
+    addend = addend_of(addend, t);
+    grid_wait();
     __syncthreads();
 
-    addend = addend_of(addend, t);
     const bool adds = is_added(addend);
     const int first = blockIdx.x * args.heads_a_block;
     const int n_heads = min_int(args.heads_a_block, H + 2 * G - first);
@@ -111,6 +114,7 @@ void cuda_rope(struct device *dev, void *qkv, const struct rope_view *rope,
     struct rope_args args = {rope->frequency,
                              batch->position,
                              batch->row,
+                             batch->T == batch->Q && batch->max_row == 1 ? batch->kv_len : NULL,
                              kv->block_table,
                              rope->amplitude,
                              kv->max_blocks,
