@@ -146,8 +146,9 @@ template <int D, typename Pages> struct page_reader {
                     barrier_expect(barrier, UNIT);
 #pragma unroll
                     for (int c = 0; c < D / PANEL; c++)
-                        copy_box(to + c * (KV_BLOCK * PANEL_ROW),
-                                 unit % 2 ? &pages.values : &pages.keys, row, c * PANEL, barrier);
+                        copy_box_once(to + c * (KV_BLOCK * PANEL_ROW),
+                                      unit % 2 ? &pages.values : &pages.keys, row, c * PANEL,
+                                      barrier);
                 }
             } else {
                 const bf16 *from = (unit % 2 ? pages.v : pages.k) + (size_t)row * D;
@@ -155,8 +156,8 @@ template <int D, typename Pages> struct page_reader {
 #pragma unroll
                 for (int j = 0; j < D / 16; j++) {
                     const int part = j * WARP + lane, r = part / (D / 8);
-                    copy_async(to + (r * pitch(D) + part % (D / 8) * 8) * 2, from + part * 8,
-                               r < left);
+                    copy_async_once(to + (r * pitch(D) + part % (D / 8) * 8) * 2, from + part * 8,
+                                    r < left);
                 }
             }
         }

@@ -390,6 +390,23 @@ static inline __device__ void copy_async(uint32_t to, const void *global, bool v
                  : "memory");
 }
 
+/* What a step reads once, weights and the cache above all, is the first to leave L2 again, so that what
+ * kernels write for each other stays there and never has to go to memory. */
+static inline __device__ uint64_t once_policy()
+{
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0;" : "=l"(policy));
+    return policy;
+}
+
+/* copy_async() of what is read once. */
+static inline __device__ void copy_async_once(uint32_t to, const void *global, bool valid)
+{
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(to),
+                 "l"(global), "r"(valid ? 16 : 0), "l"(once_policy())
+                 : "memory");
+}
+
 static inline __device__ void copy_commit()
 {
     asm volatile("cp.async.commit_group;" ::: "memory");

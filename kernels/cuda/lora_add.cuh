@@ -65,8 +65,10 @@ static inline __device__ void load_quad(uint2 (&b)[4], const bf16 *from, int n, 
 {
 #pragma unroll
     for (int j = 0; j < 4; j++)
-        b[j] = r < R ? *(const uint2 *)(from + (size_t)min_int(n + quad_row<Y>(j), N - 1) * R + r)
-                     : make_uint2(0, 0);
+        b[j] =
+            r < R
+                ? __ldcs((const uint2 *)(from + (size_t)min_int(n + quad_row<Y>(j), N - 1) * R + r))
+                : make_uint2(0, 0);
 }
 
 /* c[j] += h times B */

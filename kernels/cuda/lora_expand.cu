@@ -21,7 +21,7 @@ static __device__ void load_rows(uint4 (&bits)[GROUP], const bf16 *b, int n, int
 {
 #pragma unroll
     for (int j = 0; j < GROUP; j++)
-        bits[j] = r < R ? *(const uint4 *)(b + (size_t)min_int(n + j, N - 1) * R + r)
+        bits[j] = r < R ? __ldcs((const uint4 *)(b + (size_t)min_int(n + j, N - 1) * R + r))
                         : make_uint4(0, 0, 0, 0);
 }
 

@@ -165,8 +165,8 @@ static inline __device__ void shrink_inside(const struct lora_inside &in, int un
 #pragma unroll
         for (int i = 0; i < 2 * INSIDE_AHEAD; i++) {
             const int at = step + i / 2 * INSIDE_WARPS;
-            copy_async(a_at + i * (INSIDE_BLOCK * 16),
-                       a_rows[i % 2] + (at < end ? at * INSIDE_STEP : 0), at < end);
+            copy_async_once(a_at + i * (INSIDE_BLOCK * 16),
+                            a_rows[i % 2] + (at < end ? at * INSIDE_STEP : 0), at < end);
         }
         grid_wait(); /* x is there, and h has been read */
 #pragma unroll
@@ -338,8 +338,8 @@ static inline __device__ void fetch_b(const struct lora_inside &in, const struct
                                       int thread, uint32_t to)
 {
     for_b<HALVES>(in, ROWS / HALVES, thread, [&](int row, int unit) {
-        copy_async(to + unit / 2 * (ROWS / HALVES * INSIDE_ROW) + inside_at(row, unit % 2),
-                   rows.from ? rows.from + (size_t)row * rows.R : in.x, rows.from);
+        copy_async_once(to + unit / 2 * (ROWS / HALVES * INSIDE_ROW) + inside_at(row, unit % 2),
+                        rows.from ? rows.from + (size_t)row * rows.R : in.x, rows.from);
     });
     copy_commit();
 }

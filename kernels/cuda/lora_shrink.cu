@@ -18,7 +18,7 @@ static __device__ void shrink_rows_bf16(float (&sum)[ROWS], const X *x, const bf
         uint4 bits[ROWS];
 #pragma unroll
         for (int r = 0; r < ROWS; r++)
-            bits[r] = k < K ? *(const uint4 *)(a + (size_t)min_int(first + r, R - 1) * K + k)
+            bits[r] = k < K ? __ldcs((const uint4 *)(a + (size_t)min_int(first + r, R - 1) * K + k))
                             : make_uint4(0, 0, 0, 0);
         if (k < ROW_STEP) grid_wait();
         if (k >= K) break;
@@ -138,8 +138,9 @@ static __device__ void shrink_steps_bf16(float (&sum)[S::MT][S::NT][4],
 #pragma unroll
                     for (int half = 0; half < 2; half++) {
                         const int r = min_int(tiles[m].first + lane / 4 + half * 8, tiles[m].R - 1);
-                        a[i][m][half] = *(const uint4 *)((const bf16 *)tiles[m].a + (size_t)r * K +
-                                                         (first + i * S::WARPS) * STEP_K + column);
+                        a[i][m][half] =
+                            __ldcs((const uint4 *)((const bf16 *)tiles[m].a + (size_t)r * K +
+                                                   (first + i * S::WARPS) * STEP_K + column));
                     }
         if (first == begin) grid_wait();
 #pragma unroll

@@ -16,8 +16,9 @@ static inline __device__ void load_b(uint32_t (&a)[4][4], const bf16 *b, int n, 
 {
 #pragma unroll
     for (int j = 0; j < 8; j++) {
-        const uint2 bits =
-            r < R ? *(const uint2 *)(b + (size_t)min_int(n + j, N - 1) * R + r) : make_uint2(0, 0);
+        const uint2 bits = r < R
+                               ? __ldcs((const uint2 *)(b + (size_t)min_int(n + j, N - 1) * R + r))
+                               : make_uint2(0, 0);
         a[j / 2][j % 2] = bits.x;
         a[j / 2][j % 2 + 2] = bits.y;
     }

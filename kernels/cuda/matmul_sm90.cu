@@ -67,8 +67,8 @@ static __device__ void copy_w(uint32_t stages, uint32_t w_full, uint32_t empty, 
         if (i >= w_stages) barrier_wait(empty + at.stage * 8, at.turn - 1);
         const uint32_t full = w_full + at.stage * 8, to = stages + at.stage * R::W_BYTES;
         barrier_expect(full, R::W_BYTES);
-        copy_box(to, w, n0, (begin + i) * PANEL, full);
-        if (R::HALVES > 1) copy_box(to + R::W_BYTES / 2, w, n1, (begin + i) * PANEL, full);
+        copy_box_once(to, w, n0, (begin + i) * PANEL, full);
+        if (R::HALVES > 1) copy_box_once(to + R::W_BYTES / 2, w, n1, (begin + i) * PANEL, full);
         at.advance(w_stages);
     }
 }

@@ -134,6 +134,16 @@ static inline __device__ void copy_box(uint32_t to, const CUtensorMap *map, int 
                  : "memory");
 }
 
+/* The same of what is read once. */
+static inline __device__ void copy_box_once(uint32_t to, const CUtensorMap *map, int row,
+                                            int column, uint32_t barrier)
+{
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+                 ".L2::cache_hint [%0], [%1, {%3, %2}], [%4], %5;" ::"r"(to),
+                 "l"(map), "r"(row), "r"(column), "r"(barrier), "l"(once_policy())
+                 : "memory");
+}
+
 /* ---- products ----------------------------------------------------------------------------- */
 
 /* An operand: rows of panels from `at` on, an eight of rows every 1,024 bytes, the next panel
