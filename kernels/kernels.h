@@ -92,7 +92,9 @@ struct kernels {
      * cache: with h a query or key head of token t, angle a = position[t] * frequency[i], i < d/2:
      *   h'[i] = h[i] cos a - h[i + d/2] sin a,  h'[i + d/2] = h[i + d/2] cos a + h[i] sin a
      * Where frequency is NULL they are written as they are, and qkv is not changed.
-     * qkv [T, H + 2 G, d] dtype */
+     *   qkv [T, H + 2 G, d] dtype
+     * The attention of this qkv, if it is the next op, may do it; what qkv holds after that is
+     * undefined. */
     void (*rope)(struct device *dev, void *qkv, const struct rope_view *rope,
                  const struct kv_view *kv, const struct batch_view *batch,
                  const struct heads *heads, enum dtype dtype);

@@ -96,10 +96,30 @@ static bool has_kernel(int d)
     return d == 64 || d == 80 || d == 96 || d == 128 || d == 256;
 }
 
+/* What a rope that waits was to do, if it is for this attention; else cuda_begin() starts it. The views have
+ * no holes. */
+static void take_rope(struct cuda_device *cuda, struct turn *turn, const void *qkv,
+                      enum dtype qkv_dtype, const struct kv_view *kv,
+                      const struct batch_view *batch, const struct heads *heads)
+{
+    const struct held_rope *held = &cuda->held_rope;
+
+    if (held->qkv != qkv || held->dtype != qkv_dtype || memcmp(&held->kv, kv, sizeof *kv) != 0 ||
+        memcmp(&held->batch, batch, sizeof *batch) != 0 ||
+        memcmp(&held->heads, heads, sizeof *heads) != 0)
+        return;
+    *turn = {true, held->rope.frequency, held->rope.amplitude, held->addend};
+    cuda->held_rope.qkv = NULL;
+}
+
 void cuda_attention(struct device *dev, void *y, const void *qkv, enum dtype qkv_dtype,
                     const struct kv_view *kv, const struct batch_view *batch,
                     const struct heads *heads, enum dtype dtype)
 {
+    const bool is_tiled = dtype == DTYPE_BF16 && kv->dtype == DTYPE_BF16 && has_kernel(heads->d) &&
+                          is_aligned(qkv) && is_aligned(kv->k) && is_aligned(kv->v);
+    struct turn turn = {};
+    if (is_tiled) take_rope((struct cuda_device *)dev, &turn, qkv, qkv_dtype, kv, batch, heads);
     struct cuda_device *cuda = cuda_begin(dev);
     if (!cuda || batch->T == 0) return;
     assert(heads->G > 0 && heads->H % heads->G == 0 && heads->d > 0 && heads->d <= 512);
@@ -114,12 +134,11 @@ void cuda_attention(struct device *dev, void *y, const void *qkv, enum dtype qkv
         heads->window,      heads->scale * 1.44269504088896f,
         qkv_dtype != dtype, !cuda->is_lent,
     };
-    if (dtype == DTYPE_BF16 && kv->dtype == DTYPE_BF16 && has_kernel(heads->d) && is_aligned(qkv) &&
-        is_aligned(kv->k) && is_aligned(kv->v)) {
-        const bf16 *k = (const bf16 *)kv->k, *v = (const bf16 *)kv->v;
+    if (is_tiled) {
+        bf16 *k = (bf16 *)kv->k, *v = (bf16 *)kv->v;
         const bool all_long = (long long)batch->Q * batch->max_row == batch->T;
         if (batch->max_row == 1 || !all_long)
-            attention_decode(cuda, (bf16 *)y, qkv, k, v, &args, batch->max_kv);
+            attention_decode(cuda, (bf16 *)y, qkv, k, v, &args, &turn, batch->max_kv);
         if (batch->max_row > 1)
             attention_prefill(cuda, (bf16 *)y, qkv, k, v, &args, batch->T, batch->max_kv);
     } else {

@@ -2,7 +2,7 @@
 #ifndef MLORA_KERNELS_CUDA_ATTENTION_CUH
 #define MLORA_KERNELS_CUDA_ATTENTION_CUH
 
-#include "kernels/cuda/cuda.cuh"
+#include "kernels/cuda/rope.cuh"
 
 struct attention_args {
     const int32_t *row_start;   /* [Q + 1] */
@@ -82,9 +82,10 @@ static inline __device__ uint4 query_group(const struct attention_args &args, co
 }
 
 /* bf16 activations and cache, qkv of bf16 or f32, d one of 64, 80, 96, 128, 256. Rows of one token
- * are the decode kernel's, longer ones the prefill kernel's. */
-void attention_decode(struct cuda_device *cuda, bf16 *y, const void *qkv, const bf16 *k,
-                      const bf16 *v, const struct attention_args *args, int max_kv);
+ * are the decode kernel's, longer ones the prefill kernel's. With `turn`, for rows of one token alone, qkv
+ * is not turned yet, and the step's keys and values are not in the cache: it does that, too. */
+void attention_decode(struct cuda_device *cuda, bf16 *y, const void *qkv, bf16 *k, bf16 *v,
+                      const struct attention_args *args, const struct turn *turn, int max_kv);
 /* Scratch that attention_decode() takes. */
 size_t attention_decode_bytes(const struct cuda_device *cuda, int Q, int H, int G, int d,
                               int max_kv);

@@ -5,9 +5,10 @@
  * barrier stands in the loop.
  *
  * In a step nothing writes to pages of a row of one token but the last one: copies of the others begin
- * while the kernels before this one still run. */
-#include "kernels/cuda/attention.cuh"
-#include "kernels/cuda/wgmma.cuh"
+ * while the kernels before this one still run. Where this kernel does what rope is for, too, so that
+ * queries and the new key and value need not go through memory and another kernel, those of the last page
+ * do as well. */
+#include "kernels/cuda/attention_pages.cuh"
 
 #include <math.h>
 
@@ -22,21 +23,10 @@ enum {
     WARPS_MIN = 4,
     WARP_PAGES_MIN = 2,
     WARP_PAGES_MAX = 16,
-    DECODE_STATIC = DECODE_HEADS * SPLITS_MAX * 4 + 2048, /* shared memory beside queues, at most */
+    TURNED_MAX = 6400, /* bytes of a struct turned */
+    /* Shared memory beside queues, at most. */
+    DECODE_STATIC = DECODE_HEADS * SPLITS_MAX * 4 + TURNED_MAX + 2048,
 };
-
-/* Rows of shared memory are 16 bytes longer than a head: an odd number of 16-byte units, so that
- * eight rows' units lie in different banks. */
-static constexpr __host__ __device__ int pitch(int d)
-{
-    return d + 8;
-}
-
-/* Copies of 16 keys or values that a warp has room for: shorter ones, more. */
-static constexpr __host__ __device__ int queue(int d)
-{
-    return d <= 80 ? 5 : 3;
-}
 
 /* Warps of a block, for which there are registers. */
 static constexpr __host__ __device__ int max_warps(int d)
@@ -51,29 +41,6 @@ enum { BLOCKS_OF_64 = 1 };
 #else
 enum { BLOCKS_OF_64 = 0 };
 #endif
-
-/* How a warp's pages come to shared memory: in 16-byte units, to rows of pitch() elements... */
-struct page_rows {
-    enum { ARE_BOXES = 0 };
-    const bf16 *k, *v;
-};
-
-/* ... or by the copy engine, to panels as in wgmma.cuh. */
-struct page_boxes {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-    enum { ARE_BOXES = 0 }; /* there is none: never launched */
-#else
-    enum { ARE_BOXES = 1 };
-#endif
-    const bf16 *k, *v;
-    CUtensorMap keys, values; /* [. G KV_BLOCK, D] in boxes of [KV_BLOCK, PANEL] */
-};
-
-/* Bytes of 16 keys or values in shared memory. */
-template <int D, typename Pages> static constexpr __host__ __device__ int unit_bytes()
-{
-    return KV_BLOCK * (Pages::ARE_BOXES ? D : pitch(D)) * 2;
-}
 
 template <int D, typename Pages> static constexpr __host__ __device__ int decode_shared(int n_warps)
 {
@@ -91,105 +58,47 @@ struct decode_parts {
     int max_splits;
 };
 
-/* The pages of the cache that one warp reads, keys and values in turn, copied queue() - 1 ahead. */
-template <int D, typename Pages> struct page_reader {
-    enum { QUEUE = queue(D), UNIT = unit_bytes<D, Pages>() };
-    const int32_t *table; /* of the row */
-    int G, g;
-    uint32_t copies;    /* [QUEUE, UNIT] in shared memory */
-    uint32_t barriers;  /* [QUEUE] of boxes: of their arrival */
-    int first, step, n; /* pages first, first + step, ...: n of them */
-    int end;            /* positions from here on are zeros */
-    int ids;            /* in lane l: table entry of page base + l, of this warp's */
-
-    __device__ void look_up(int i)
-    {
-        const int lane = threadIdx.x % WARP;
-        ids = i + lane < n ? table[first + (i + lane) * step] : 0;
-    }
-
-    /* The first row, of the cache's, of page i of those looked up. */
-    __device__ int row_of(int i) const
-    {
-        return (__shfl_sync(~0u, ids, i % WARP) * G + g) * KV_BLOCK;
-    }
-
-    __device__ void make_barriers() const
-    {
-        if (threadIdx.x % WARP == 0) {
-            for (int i = 0; i < QUEUE; i++) barrier_make(barriers + i * 8, 1);
-            asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-        }
-        __syncwarp();
-    }
-
-    /* Bring page i, one of the first, as near as it can be while others may still write to it. */
-    __device__ void prefetch(const Pages &pages, int i) const
-    {
-        const size_t at = (size_t)row_of(i) * D;
-        if (threadIdx.x % WARP > 0) return;
-        prefetch_bulk(pages.k + at, KV_BLOCK * D * 2);
-        prefetch_bulk(pages.v + at, KV_BLOCK * D * 2);
-    }
-
-    /* Begin to copy half `unit`: of this warp's page unit / 2, the keys or the values. */
-    __device__ void start(const Pages &pages, int unit)
-    {
-        const int i = unit / 2, lane = threadIdx.x % WARP;
-        if (i < n) {
-            if (unit % 2 == 0 && i > 0 && i % WARP == 0) look_up(i);
-            const int row = row_of(i);
-            const uint32_t to = copies + unit % QUEUE * UNIT;
-            if constexpr (Pages::ARE_BOXES) {
-                const uint32_t barrier = barriers + unit % QUEUE * 8;
-                if (lane == 0) {
-                    barrier_expect(barrier, UNIT);
-#pragma unroll
-                    for (int c = 0; c < D / PANEL; c++)
-                        copy_box_once(to + c * (KV_BLOCK * PANEL_ROW),
-                                      unit % 2 ? &pages.values : &pages.keys, row, c * PANEL,
-                                      barrier);
-                }
-            } else {
-                const bf16 *from = (unit % 2 ? pages.v : pages.k) + (size_t)row * D;
-                const int left = end - (first + i * step) * KV_BLOCK;
-#pragma unroll
-                for (int j = 0; j < D / 16; j++) {
-                    const int part = j * WARP + lane, r = part / (D / 8);
-                    copy_async_once(to + (r * pitch(D) + part % (D / 8) * 8) * 2, from + part * 8,
-                                    r < left);
-                }
-            }
-        }
-        if constexpr (!Pages::ARE_BOXES) copy_commit();
-    }
-
-    /* Wait for it. The copy engine brings whatever is past the row's end, and NaN times a weight of zero
-     * is NaN: values are made zeros there. */
-    __device__ void wait(int unit) const
-    {
-        if constexpr (Pages::ARE_BOXES) {
-            barrier_wait(barriers + unit % QUEUE * 8, unit / QUEUE);
-            const int left = end - (first + unit / 2 * step) * KV_BLOCK;
-            if (unit % 2 == 0 || left >= KV_BLOCK) return;
-            for (int i = left * (D / 8) + threadIdx.x % WARP; i < KV_BLOCK * (D / 8); i += WARP)
-                store_shared(at(unit, i / (D / 8), i % (D / 8)), make_uint4(0, 0, 0, 0));
-            __syncwarp();
-        } else {
-            copy_wait<QUEUE - 2>();
-            __syncwarp();
-        }
-    }
-
-    /* Where 16-byte unit `column` of a row of it lies. */
-    __device__ uint32_t at(int unit, int row, int column) const
-    {
-        const uint32_t to = copies + unit % QUEUE * UNIT;
-        if (!Pages::ARE_BOXES) return to + row * (pitch(D) * 2) + column * 16;
-        return to + column / (PANEL / 8) * (KV_BLOCK * PANEL_ROW) +
-               panel_at(row, column % (PANEL / 8));
-    }
+/* What a block turns itself, of its token: queries, then the key and the value. In rows as above. */
+enum { KEY = DECODE_HEADS, VALUE, TURNED };
+template <int D> struct turned {
+    float cosine[D / 2], sine[D / 2];
+    __align__(16) bf16 head[TURNED][pitch(D)];
 };
+static_assert(sizeof(struct turned<256>) <= TURNED_MAX);
+
+/* Heads h0 to h0 + n_heads - 1 of token t, and with them, where has_last, the key and the value of group g,
+ * as rope makes them; those go to the cache, too, where there is a slot.
+ *
+ *   qkv [T, H + 2 G, D]    key_slot, value_slot [D], or NULL */
+template <int D, typename X>
+static __device__ void turn_heads(struct turned<D> *to, const X *qkv, const struct turn &turn,
+                                  const struct attention_args &args, int t, int g, int h0,
+                                  int n_heads, bool has_last, bf16 *key_slot, bf16 *value_slot)
+{
+    enum { ITEMS = D / (2 * GROUP) }; /* of a head */
+    const int n = (n_heads + (has_last ? 2 : 0)) * ITEMS;
+    for (int item = threadIdx.x; item < n; item += blockDim.x) {
+        const int which = item / ITEMS, i = item % ITEMS * GROUP;
+        const bool is_key = which == n_heads, is_value = which > n_heads;
+        const int h = is_value ? args.H + args.G + g : is_key ? args.H + g : h0 + which;
+        const size_t at = ((size_t)t * (args.H + 2 * args.G) + h) * D + i;
+        float a[GROUP], b[GROUP];
+        load_group(a, qkv + at);
+        load_group(b, qkv + at + D / 2);
+        if (is_added(turn.addend)) {
+            add_some<X>(a, turn.addend, at, GROUP, true);
+            add_some<X>(b, turn.addend, at + D / 2, GROUP, true);
+        }
+        if (turn.frequency && !is_value) turn_pairs<X>(a, b, to->cosine + i, to->sine + i);
+        bf16 *head = to->head[is_value ? VALUE : is_key ? KEY : which];
+        store_group(head + i, a);
+        store_group(head + i + D / 2, b);
+        bf16 *slot = is_value ? value_slot : is_key ? key_slot : NULL;
+        if (!slot) continue;
+        store_group(slot + i, a);
+        store_group(slot + i + D / 2, b);
+    }
+}
 
 /* Add up the parts of a row's heads in the order of the splits. */
 template <int D>
@@ -230,7 +139,8 @@ static __device__ void combine(bf16 *y, const struct decode_parts &parts, size_t
     }
 }
 
-/* Of a row of one token, up to eight heads of a group, one split of its positions.
+/* Of a row of one token, up to eight heads of a group, one split of its positions; with turn.is_wanted after
+ * what rope does to them.
  * Scores of 16 tokens: S [16 tokens, 8 heads] = K Q^T; then O [D, 8 heads] += V^T P.
  *
  *   y [T, H, D]    qkv [T, H + 2 G, D], or f32    pages: k, v [., G, KV_BLOCK, D]
@@ -238,12 +148,13 @@ static __device__ void combine(bf16 *y, const struct decode_parts &parts, size_t
 template <int D, typename Pages>
 static __global__ void __launch_bounds__(max_warps(D) * WARP, D == 64 ? BLOCKS_OF_64 : 0)
     attention_decode_kernel(bf16 *y, const void *qkv, const __grid_constant__ Pages pages,
-                            const struct attention_args args, const struct decode_parts parts,
-                            int *counters)
+                            const struct attention_args args, struct turn turn,
+                            const struct decode_parts parts, int *counters)
 {
     enum { QUEUE = queue(D) };
     extern __shared__ __align__(16) unsigned char unaligned[];
     __shared__ uint64_t barriers[Pages::ARE_BOXES ? max_warps(D) : 1][QUEUE];
+    __shared__ struct turned<D> turned;
     const uint32_t to_align = Pages::ARE_BOXES ? -shared_address(unaligned) % 1024 : 0;
     unsigned char *shared = unaligned + to_align;
     const int row = blockIdx.z, H = args.H, G = args.G, group = H / G;
@@ -262,6 +173,8 @@ static __global__ void __launch_bounds__(max_warps(D) * WARP, D == 64 ? BLOCKS_O
     const int splits = ceil_div(n_pages, parts.pages);
     const int split_begin = page0 + blockIdx.x * parts.pages;
     const int split_end = min_int(split_begin + parts.pages, page0 + n_pages);
+    const int own_page = page0 + n_pages - 1; /* the token's */
+    const bool has_last = split_end > own_page;
 
     page_reader<D, Pages> reader;
     reader.table = args.block_table + (size_t)row * args.max_blocks;
@@ -281,15 +194,34 @@ static __global__ void __launch_bounds__(max_warps(D) * WARP, D == 64 ? BLOCKS_O
     const bool is_used = n_tokens == 1 && (int)blockIdx.x < splits;
     int unit = 0;
     if (is_used) {
-        const int written = args.keeps_pages ? (end - 1) / KV_BLOCK : 0; /* from this page on */
+        int written = args.keeps_pages ? (end - 1) / KV_BLOCK : 0; /* from this page on */
+        if (turn.is_wanted) written = split_end; /* by this kernel, once it has come */
         while (unit < QUEUE - 1 && unit / 2 < reader.n &&
                reader.first + unit / 2 * n_warps < written)
             reader.start(pages, unit++);
         if (unit / 2 < reader.n) reader.prefetch(pages, unit / 2);
+        if (turn.is_wanted) make_angles(turned.cosine, turned.sine, turn, end - 1, D / 2);
     }
+    if (turn.is_wanted && is_used) turn.addend = addend_of(turn.addend, t);
     grid_wait();
     if (!is_used) return;
     while (unit < QUEUE - 1) reader.start(pages, unit++);
+    if (turn.is_wanted) {
+        const int32_t *table = args.block_table + (size_t)row * args.max_blocks;
+        const size_t slot =
+            (((size_t)table[own_page] * G + g) * KV_BLOCK + (end - 1) % KV_BLOCK) * D;
+        const bool writes = has_last && in_group == 0;
+        bf16 *key_slot = writes ? pages.k + slot : NULL,
+             *value_slot = writes ? pages.v + slot : NULL;
+        __syncthreads(); /* the angles are there */
+        if (args.has_f32_queries)
+            turn_heads(&turned, (const float *)qkv, turn, args, t, g, h0, n_heads, has_last,
+                       key_slot, value_slot);
+        else
+            turn_heads(&turned, (const bf16 *)qkv, turn, args, t, g, h0, n_heads, has_last,
+                       key_slot, value_slot);
+        __syncthreads();
+    }
 
     /* Q^T: column lane / 4 is head h0 + lane / 4. */
     uint32_t q[D / 16][2];
@@ -297,6 +229,12 @@ static __global__ void __launch_bounds__(max_warps(D) * WARP, D == 64 ? BLOCKS_O
         ((size_t)t * (H + 2 * G) + h0 + min_int(lane / 4, n_heads - 1)) * D + lane % 4 * 2;
 #pragma unroll
     for (int s = 0; s < D / 16; s++) {
+        if (turn.is_wanted) {
+            const bf16 *from = turned.head[min_int(lane / 4, n_heads - 1)] + lane % 4 * 2 + s * 16;
+            q[s][0] = *(const uint32_t *)from;
+            q[s][1] = *(const uint32_t *)(from + 8);
+            continue;
+        }
         q[s][0] = query_pair(args, qkv, query + s * 16);
         q[s][1] = query_pair(args, qkv, query + s * 16 + 8);
     }
@@ -305,7 +243,9 @@ static __global__ void __launch_bounds__(max_warps(D) * WARP, D == 64 ? BLOCKS_O
     float max[2] = {-INFINITY, -INFINITY}, total[2] = {}; /* of heads 2 (lane % 4) and the next */
     for (int i = 0; i < reader.n; i++) {
         float score[2][4] = {};
+        const bool is_own = turn.is_wanted && reader.first + i * n_warps == own_page;
         reader.wait(2 * i);
+        if (is_own) reader.put(2 * i, (end - 1) % KV_BLOCK, turned.head[KEY]);
 #pragma unroll
         for (int s = 0; s < D / 16; s++) {
             uint32_t a[4];
@@ -342,6 +282,7 @@ static __global__ void __launch_bounds__(max_warps(D) * WARP, D == 64 ? BLOCKS_O
         const uint32_t p1 = transpose_matrix(pack_bf16(weight[2], weight[3]));
 
         reader.wait(2 * i + 1);
+        if (is_own) reader.put(2 * i + 1, (end - 1) % KV_BLOCK, turned.head[VALUE]);
 #pragma unroll
         for (int s = 0; s < D / 16; s++) {
             uint32_t a[4];
@@ -444,7 +385,7 @@ size_t attention_decode_bytes(const struct cuda_device *cuda, int Q, int H, int 
 
 template <int D, typename Pages>
 static void launch_pages(struct cuda_device *cuda, bf16 *y, const void *qkv, const Pages &pages,
-                         const struct attention_args *args, int max_kv)
+                         const struct attention_args *args, const struct turn *turn, int max_kv)
 {
     const int head_parts = ceil_div(args->H / args->G, DECODE_HEADS);
     const struct shares shares = shares_of(cuda, args->Q * args->G * head_parts, D, max_kv);
@@ -462,41 +403,41 @@ static void launch_pages(struct cuda_device *cuda, bf16 *y, const void *qkv, con
     }
     cuda_allow_shared(cuda, kernel, shared, "attention");
     cuda_launch(cuda, "attention", kernel, grid, shares.warps * WARP, shared, 1, y, qkv, pages,
-                *args, parts, cuda->counters);
+                *args, *turn, parts, cuda->counters);
 }
 
 template <int D>
-static void launch(struct cuda_device *cuda, bf16 *y, const void *qkv, const bf16 *k, const bf16 *v,
-                   const struct attention_args *args, int max_kv)
+static void launch(struct cuda_device *cuda, bf16 *y, const void *qkv, bf16 *k, bf16 *v,
+                   const struct attention_args *args, const struct turn *turn, int max_kv)
 {
     if constexpr (D % (2 * PANEL) == 0) /* of 64 the units come sooner */
         if (cuda->encode_tensor_map) {
             const struct page_boxes boxes = {k, v, map_cache(cuda, k, D), map_cache(cuda, v, D)};
-            launch_pages<D>(cuda, y, qkv, boxes, args, max_kv);
+            launch_pages<D>(cuda, y, qkv, boxes, args, turn, max_kv);
             return;
         }
     const struct page_rows rows = {k, v};
-    launch_pages<D>(cuda, y, qkv, rows, args, max_kv);
+    launch_pages<D>(cuda, y, qkv, rows, args, turn, max_kv);
 }
 
-void attention_decode(struct cuda_device *cuda, bf16 *y, const void *qkv, const bf16 *k,
-                      const bf16 *v, const struct attention_args *args, int max_kv)
+void attention_decode(struct cuda_device *cuda, bf16 *y, const void *qkv, bf16 *k, bf16 *v,
+                      const struct attention_args *args, const struct turn *turn, int max_kv)
 {
     switch (args->d) {
     case 64:
-        launch<64>(cuda, y, qkv, k, v, args, max_kv);
+        launch<64>(cuda, y, qkv, k, v, args, turn, max_kv);
         break;
     case 80:
-        launch<80>(cuda, y, qkv, k, v, args, max_kv);
+        launch<80>(cuda, y, qkv, k, v, args, turn, max_kv);
         break;
     case 96:
-        launch<96>(cuda, y, qkv, k, v, args, max_kv);
+        launch<96>(cuda, y, qkv, k, v, args, turn, max_kv);
         break;
     case 128:
-        launch<128>(cuda, y, qkv, k, v, args, max_kv);
+        launch<128>(cuda, y, qkv, k, v, args, turn, max_kv);
         break;
     default:
-        launch<256>(cuda, y, qkv, k, v, args, max_kv);
+        launch<256>(cuda, y, qkv, k, v, args, turn, max_kv);
         break;
     }
 }

@@ -113,6 +113,17 @@ struct left {
     struct lora_args args;
 };
 
+/* A rope of rows of one token that waits for the op that reads its qkv. qkv NULL: none waits */
+struct held_rope {
+    void *qkv;
+    enum dtype dtype;
+    struct rope_view rope;
+    struct kv_view kv;
+    struct batch_view batch;
+    struct heads heads;
+    struct addend addend;
+};
+
 struct exchange; /* lora_inside.cuh */
 struct streamed; /* matmul_sm90.cu */
 
@@ -138,6 +149,7 @@ struct cuda_device {
     struct exchange *exchange;  /* of products with LoRA inside */
     const void *held_y;         /* the result of a product that waits for the op that reads it... */
     struct streamed *held;      /* ... which that is; held_y NULL: none waits */
+    struct held_rope held_rope;
     struct deferred deferred;
     struct delta delta;
     struct left left;
@@ -184,12 +196,13 @@ void *cuda_scratch(struct cuda_device *cuda, size_t bytes, const char *op);
 /* At least `bytes` of `grown`; NULL as above. */
 void *cuda_grow(struct cuda_device *cuda, struct grown *grown, size_t bytes, const char *op);
 
-/* Let `kernel` use `bytes` of dynamic shared memory. */
+/* Let `kernel` use `bytes` of dynamic shared memory: it is to be asked for where that and its static
+ * memory are more than 48 KiB. */
 template <typename Kernel>
 static inline void cuda_allow_shared(struct cuda_device *cuda, Kernel *kernel, size_t bytes,
                                      const char *op)
 {
-    if (bytes > 48 * 1024)
+    if (bytes > 32 * 1024)
         cuda_check(
             cuda,
             cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes),
@@ -363,6 +376,9 @@ cudaError_t matmul_open(struct cuda_device *cuda); /* makes `exchange` and `held
 void matmul_make_held(struct cuda_device *cuda);
 bool matmul_takes_silu(struct cuda_device *cuda, void *y, const void *gate_up,
                        enum dtype gate_up_dtype, int T, int F, enum dtype dtype);
+/* A rope of rows of one token is not started before the next op, which may be the attention of its qkv:
+ * then that turns what it reads, and writes the cache. */
+void rope_make_held(struct cuda_device *cuda);
 /* cublasLt, for cuda->blas, which is to be closed after a failure, too. */
 mlora_status blas_open(struct cuda_device *cuda, const char *cache_dir, const char *gpu);
 void blas_close(struct blas *blas); /* accepts NULL */

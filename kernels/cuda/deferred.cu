@@ -30,6 +30,7 @@ static __global__ void add_kernel(Y *y, struct addend addend, int N, bool aligne
 void cuda_catch_up(struct cuda_device *cuda)
 {
     if (cuda->held_y) matmul_make_held(cuda);
+    if (cuda->held_rope.qkv) rope_make_held(cuda);
     if (cuda->left.x) lora_make_left(cuda);
     if (cuda->deferred.y) cuda_add_deferred(cuda);
 }

@@ -1,18 +1,17 @@
 /* Rotary positions, and the step's keys and values into the cache, in one pass over qkv. Bound by
  * latency at decode: a token's heads are shared out over several blocks, each of which makes the
  * token's angles once. */
-#include "kernels/cuda/cuda.cuh"
+#include "kernels/cuda/rope.cuh"
 
 /* ---- kernels ------------------------------------------------------------------------------ */
 
 enum { ROPE_BLOCK = 128 };
 
 struct rope_args {
-    const float *frequency;        /* [d / 2], or NULL: nothing is turned */
+    struct turn turn;
     const int32_t *position, *row; /* [T] */
     const int32_t *kv_len;         /* [Q]: token t is the only one of row t; NULL: it need not be */
     const int32_t *block_table;    /* [Q, max_blocks] */
-    float amplitude;
     int max_blocks, H, G, d;
     int heads_a_block;
 };
@@ -24,8 +23,7 @@ struct rope_args {
  *   qkv [T, H + 2 G, d] X, and what is added to it    k, v [., G, KV_BLOCK, d] C
  *   grid (heads / heads_a_block, T)    block ROPE_BLOCK    shared d floats */
 template <typename X, typename C, int WIDTH>
-static __global__ void rope_kernel(X *qkv, struct addend addend, C *k, C *v,
-                                   const struct rope_args args)
+static __global__ void rope_kernel(X *qkv, C *k, C *v, const struct rope_args args)
 {
     extern __shared__ float shared[];
     grid_release();
@@ -37,13 +35,8 @@ static __global__ void rope_kernel(X *qkv, struct addend addend, C *k, C *v,
     const int row = args.kv_len ? t : args.row[t];
     const int32_t block = args.block_table[(size_t)row * args.max_blocks + position / KV_BLOCK];
 
-    for (int i = threadIdx.x; i < half && args.frequency; i += ROPE_BLOCK) {
-        float s, c;
-        sincosf((float)position * args.frequency[i], &s, &c);
-        cosine[i] = c * args.amplitude;
-        sine[i] = s * args.amplitude;
-    }
-    addend = addend_of(addend, t);
+    make_angles(cosine, sine, args.turn, position, half);
+    const struct addend addend = addend_of(args.turn.addend, t);
     grid_wait();
     __syncthreads();
 
@@ -68,14 +61,8 @@ static __global__ void rope_kernel(X *qkv, struct addend addend, C *k, C *v,
             if (adds) a[0] = add_one<X>(a[0], addend, at);
             if (adds) b[0] = add_one<X>(b[0], addend, at + half);
         }
-        const bool turns = h < H + G && args.frequency;
-        if (turns)
-#pragma unroll
-            for (int e = 0; e < WIDTH; e++) {
-                const float c = cosine[i + e], s = sine[i + e], x = a[e];
-                a[e] = rounded<X>(x * c - b[e] * s);
-                b[e] = rounded<X>(b[e] * c + x * s);
-            }
+        const bool turns = h < H + G && args.turn.frequency;
+        if (turns) turn_pairs<X>(a, b, cosine + i, sine + i);
         if (turns || adds) {
             if constexpr (WIDTH == GROUP) {
                 store_group(head + i, a);
@@ -99,41 +86,55 @@ static __global__ void rope_kernel(X *qkv, struct addend addend, C *k, C *v,
 
 /* ---- launchers ---------------------------------------------------------------------------- */
 
+static void start(struct cuda_device *cuda, const struct held_rope *rope)
+{
+    const struct batch_view *batch = &rope->batch;
+    const struct kv_view *kv = &rope->kv;
+    const int H = rope->heads.H, G = rope->heads.G, d = rope->heads.d;
+    const bool aligned =
+        d % (2 * GROUP) == 0 && is_aligned(rope->qkv) && is_aligned(kv->k) && is_aligned(kv->v);
+    struct rope_args args = {{true, rope->rope.frequency, rope->rope.amplitude, rope->addend},
+                             batch->position,
+                             batch->row,
+                             has_single_tokens(batch) ? batch->kv_len : NULL,
+                             kv->block_table,
+                             kv->max_blocks,
+                             H,
+                             G,
+                             d,
+                             1};
+    args.heads_a_block = max_int(1, ROPE_BLOCK / (d / 2 / (aligned ? GROUP : 1)));
+    const dim3 grid(ceil_div(H + 2 * G, args.heads_a_block), batch->T);
+    with_activation(rope->dtype, [&](auto x_type) {
+        with_activation(kv->dtype, [&](auto c_type) {
+            using X = decltype(x_type);
+            using C = decltype(c_type);
+            const auto kernel = aligned ? rope_kernel<X, C, GROUP> : rope_kernel<X, C, 1>;
+            cuda_launch(cuda, "rope", kernel, grid, ROPE_BLOCK, d * sizeof(float), 1,
+                        (X *)rope->qkv, (C *)kv->k, (C *)kv->v, args);
+        });
+    });
+}
+
 void cuda_rope(struct device *dev, void *qkv, const struct rope_view *rope,
                const struct kv_view *kv, const struct batch_view *batch, const struct heads *heads,
                enum dtype dtype)
 {
-    struct addend addend;
-    struct cuda_device *cuda = cuda_begin_adding(dev, qkv, &addend);
+    struct held_rope held = {qkv, dtype, *rope, *kv, *batch, *heads, {}};
+    struct cuda_device *cuda = cuda_begin_adding(dev, qkv, &held.addend);
     if (!cuda || batch->T == 0) return;
     assert(heads->d % 2 == 0 && heads->d <= 4096 && batch->T <= 65535);
 
-    const int d = heads->d, n_heads = heads->H + 2 * heads->G;
-    const bool aligned =
-        d % (2 * GROUP) == 0 && is_aligned(qkv) && is_aligned(kv->k) && is_aligned(kv->v);
-    struct rope_args args = {rope->frequency,
-                             batch->position,
-                             batch->row,
-                             batch->T == batch->Q && batch->max_row == 1 ? batch->kv_len : NULL,
-                             kv->block_table,
-                             rope->amplitude,
-                             kv->max_blocks,
-                             heads->H,
-                             heads->G,
-                             d,
-                             1};
-    args.heads_a_block = max_int(1, ROPE_BLOCK / (d / 2 / (aligned ? GROUP : 1)));
-    const dim3 grid(ceil_div(n_heads, args.heads_a_block), batch->T);
-    with_activation(dtype, [&](auto x_type) {
-        with_activation(kv->dtype, [&](auto c_type) {
-            using X = decltype(x_type);
-            using C = decltype(c_type);
-            if (aligned)
-                cuda_launch(cuda, "rope", rope_kernel<X, C, GROUP>, grid, ROPE_BLOCK,
-                            d * sizeof(float), 1, (X *)qkv, addend, (C *)kv->k, (C *)kv->v, args);
-            else
-                cuda_launch(cuda, "rope", rope_kernel<X, C, 1>, grid, ROPE_BLOCK, d * sizeof(float),
-                            1, (X *)qkv, addend, (C *)kv->k, (C *)kv->v, args);
-        });
-    });
+    if (has_single_tokens(batch) && !cuda->is_lent)
+        cuda->held_rope = held;
+    else
+        start(cuda, &held);
+}
+
+void rope_make_held(struct cuda_device *cuda)
+{
+    const struct held_rope held = cuda->held_rope;
+
+    cuda->held_rope.qkv = NULL;
+    start(cuda, &held);
 }

@@ -258,3 +258,75 @@ Test(attention, gives_a_token_the_same_bits_in_a_prompt_and_alone)
     check_pieces(9, DTYPE_F32, DTYPE_F32);
     check_pieces(40, DTYPE_F32, DTYPE_F32);
 }
+
+/* Rope and attention of rows of one token, one after the other, where the second may do the work of
+ * both: as rope by itself leaves queries and cache, and the formula from there. */
+static void check_after_rope(int H, int G, int d, int window, bool turns, enum dtype qkv_dtype,
+                             enum dtype dtype)
+{
+    enum { Q = 8 };
+    const int kv_len[Q] = {1, 700, 2, 16, 17, 33, 150, 15}, n_new[Q] = {1, 1, 1, 1, 1, 1, 1, 1};
+    const struct heads heads = {H, G, d, window, 1.0f / sqrtf((float)d)};
+    struct numbers numbers = {(uint64_t)(H * 1000 + d)};
+    struct sequences sequences;
+    float *k, *v, *frequency = zeros((size_t)d, sizeof *frequency);
+
+    sequences_build(&sequences, &numbers, Q, kv_len, n_new, G, d, dtype);
+    fill_cache(&sequences, &k, &v, &numbers, G, d);
+    const size_t n_in = (size_t)(Q * (H + 2 * G) * d), n_out = (size_t)(Q * H * d);
+    const size_t n_cache = (size_t)((sequences.n_blocks + 2) * G * KV_BLOCK * d);
+    float *qkv = next_floats(&numbers, n_in, qkv_dtype), *turned = zeros(n_in, sizeof *turned);
+    float *got = zeros(n_out, sizeof *got), *want = zeros(n_out, sizeof *want);
+    float *got_k = zeros(n_cache, sizeof *k), *got_v = zeros(n_cache, sizeof *v);
+    for (int i = 0; i < d / 2; i++) frequency[i] = (float)pow(10000, -2.0 * i / d);
+    const struct rope_view rope = {turns ? upload(frequency, (size_t)d / 2 * 4) : NULL, 1.25f};
+    void *alone = upload_as(qkv_dtype, qkv, n_in), *y = device_memory(n_out * dtype_bytes(dtype));
+    struct kv_view both = sequences.kv;
+
+    both.k = upload_as(dtype, k, n_cache);
+    both.v = upload_as(dtype, v, n_cache);
+    dev->ops->rope(dev, alone, &rope, &sequences.kv, &sequences.batch, &heads, qkv_dtype);
+    download_f32(turned, alone, qkv_dtype, n_in);
+    download_f32(k, sequences.kv.k, dtype, n_cache);
+    download_f32(v, sequences.kv.v, dtype, n_cache);
+    for (size_t i = 0; i < n_in; i++) turned[i] = round_to(dtype, turned[i]);
+    for (int t = 0; t < Q; t++)
+        for (int h = 0; h < H; h++)
+            want_attention(want + (t * H + h) * d, turned + (t * (H + 2 * G) + h) * d, k, v,
+                           &sequences, &heads, t, h);
+
+    void *in = upload_as(qkv_dtype, qkv, n_in);
+    dev->ops->rope(dev, in, &rope, &both, &sequences.batch, &heads, qkv_dtype);
+    dev->ops->attention(dev, y, in, qkv_dtype, &both, &sequences.batch, &heads, dtype);
+    download_f32(got, y, dtype, n_out);
+    download_f32(got_k, both.k, dtype, n_cache);
+    download_f32(got_v, both.v, dtype, n_cache);
+    double absolute = 2e-5; /* as in check_types() */
+    if (!device_is_cpu() && dtype == DTYPE_BF16) absolute += 0x1p-9;
+    expect_near(got, want, n_out, absolute, half_ulp(dtype), "y");
+    cr_expect_arr_eq(got_k, k, n_cache * sizeof *k, "keys");
+    cr_expect_arr_eq(got_v, v, n_cache * sizeof *v, "values");
+    free(k);
+    free(v);
+    free(qkv);
+    free(turned);
+    free(got);
+    free(want);
+    free(got_k);
+    free(got_v);
+    free(frequency);
+    sequences_free(&sequences);
+}
+
+Test(attention, of_what_rope_turned_just_before)
+{
+    const int widths[] = {64, 80, 96, 128, 256, 32};
+
+    for (int i = 0; i < 6; i++) {
+        check_after_rope(8, 2, widths[i], 0, true, DTYPE_F32, DTYPE_BF16);
+        check_after_rope(12, 1, widths[i], 0, true, DTYPE_BF16, DTYPE_BF16);
+    }
+    check_after_rope(2, 2, 128, 20, true, DTYPE_F32, DTYPE_BF16);
+    check_after_rope(6, 3, 64, 0, false, DTYPE_F32, DTYPE_BF16);
+    check_after_rope(4, 2, 64, 0, true, DTYPE_F32, DTYPE_F32);
+}

@@ -169,12 +169,13 @@ static void check_norm(int D, int T, int mode, int type)
 }
 
 /* Queries in place, keys and values in the cache; with a norm of heads between, which is an op
- * that adds nothing itself. */
-static void check_rope(int d, int n_rows, int mode, bool has_norm, bool turns, int type)
+ * that adds nothing itself; with an attention after it, which may do all that rope does. */
+static void check_rope_and(bool attends, int d, int n_rows, int mode, bool has_norm, bool turns,
+                           int type)
 {
     const enum dtype dtype = dtype_of(type);
     enum { H = 4, G = 2 };
-    const struct heads heads = {.H = H, .G = G, .d = d};
+    const struct heads heads = {.H = H, .G = G, .d = d, .scale = 0.125f};
     const int N = (H + 2 * G) * d;
     const struct lora_site site = {LORA_Q, 3, K, N, {0, H * d, (H + G) * d}, {H * d, G * d, G * d},
                                    NULL};
@@ -192,6 +193,8 @@ static void check_rope(int d, int n_rows, int mode, bool has_norm, bool turns, i
     const float *weight = upload(frequency, (size_t)d * 4);
     void *want = device_memory(bytes), *k = device_memory(cache_bytes);
     void *v = device_memory(cache_bytes);
+    const size_t n_heads = (size_t)(T * H * d), heads_bytes = n_heads * dtype_bytes(dtype);
+    void *mixed = device_memory(heads_bytes), *want_mixed = device_memory(heads_bytes);
     const struct run_key key = {p.y, sequences.kv.k};
     void *none = zeros(n_cache, sizeof(float));
 
@@ -202,19 +205,30 @@ static void check_rope(int d, int n_rows, int mode, bool has_norm, bool turns, i
         project(&p, i < 0 ? MLORA_LORA_BGMV : mode, true);
         if (has_norm) dev->ops->head_norm(dev, p.y, weight, weight, &heads, T, 1e-5f, p.y_dtype);
         dev->ops->rope(dev, p.y, &rope, &sequences.kv, &sequences.batch, &heads, p.y_dtype);
+        if (i < 0) dev->ops->copy(dev, want, p.y, bytes); /* an attention finds it done */
+        if (attends)
+            dev->ops->attention(dev, i < 0 ? want_mixed : mixed, p.y, p.y_dtype, &sequences.kv,
+                                &sequences.batch, &heads, dtype);
         if (i >= 0) dev->ops->record_end(dev);
         if (i >= 0) continue;
-        dev->ops->copy(dev, want, p.y, bytes);
         dev->ops->copy(dev, k, sequences.kv.k, cache_bytes);
         dev->ops->copy(dev, v, sequences.kv.v, cache_bytes);
     }
-    expect_alike(p.y, want, p.y_dtype, n, "qkv");
+    if (attends)
+        expect_alike(mixed, want_mixed, dtype, n_heads, "heads");
+    else
+        expect_alike(p.y, want, p.y_dtype, n, "qkv");
     expect_alike(sequences.kv.k, k, dtype, n_cache, "keys");
     expect_alike(sequences.kv.v, v, dtype, n_cache, "values");
     free(none);
     free(frequency);
     sequences_free(&sequences);
     adapters_free(&p.adapters);
+}
+
+static void check_rope(int d, int n_rows, int mode, bool has_norm, bool turns, int type)
+{
+    check_rope_and(false, d, n_rows, mode, has_norm, turns, type);
 }
 
 /* The next op is one that knows nothing of adapters, or none comes. */
@@ -271,6 +285,18 @@ Test(lora_beside, rope_adds_it)
             check_rope(64, 4, modes[m], false, false, i); /* nothing is turned */
             check_rope(6, 4, modes[m], false, true, i);
         }
+}
+
+Test(lora_beside, attention_adds_it_and_turns)
+{
+    for (int i = 0; i < PRODUCT_TYPES; i++)
+        for (int m = 0; m < 3; m++) {
+            check_rope_and(true, 64, 2, modes[m], false, true, i);
+            check_rope_and(true, 64, 2, modes[m], true, false, i);
+            check_rope_and(true, 80, 1, modes[m], false, true, i);
+            check_rope_and(true, 64, 3, modes[m], false, true, i); /* a row of two tokens */
+        }
+    for (int m = 0; m < 2; m++) check_rope_and(true, 128, 2, modes[m], false, true, -16);
 }
 
 Test(lora_beside, any_other_op_finds_it_added)
