@@ -31,17 +31,69 @@ mlora_status source_read(const struct source *source, struct adapter *adapter,
 
 /* ---- the threads -------------------------------------------------------------------------- */
 
-static void bring(struct loader *loader, struct load *load, int lane)
-{
-    struct device *dev = loader->dev;
-    struct adapter *adapter = load->adapter;
+enum { PART_BYTES = 16 << 20 }; /* that a thread copies at a time */
 
-    load->status = MLORA_OK;
-    if (!adapter->memory) load->status = source_read(load->source, adapter, loader->config);
-    if (load->status == MLORA_OK)
-        load->status =
-            dev->ops->upload_beside(dev, lane, load->to, adapter->memory, (size_t)adapter->bytes);
-    if (load->status != MLORA_OK) snprintf(load->error, sizeof load->error, "%s", error_text());
+static size_t bytes_of(const struct load *load)
+{
+    return (size_t)load->adapter->bytes;
+}
+
+static void fail(struct load *load, mlora_status status)
+{
+    load->status = status;
+    snprintf(load->error, sizeof load->error, "%s", error_text());
+}
+
+/* The functions below are called, and return, with the lock; what takes long is done without it. */
+
+static void finish(struct loader *loader, struct load *load)
+{
+    load->next = loader->done;
+    loader->done = load;
+    pthread_cond_signal(&loader->finished);
+}
+
+/* Make the image of the first load that waits, if it has none, and let it be copied. */
+static void read_first(struct loader *loader)
+{
+    struct load *load = loader->first, **at = &loader->copying;
+    mlora_status status = MLORA_OK;
+
+    loader->first = load->next;
+    if (!load->adapter->memory) {
+        pthread_mutex_unlock(&loader->lock);
+        status = source_read(load->source, load->adapter, loader->config);
+        pthread_mutex_lock(&loader->lock);
+    }
+    if (status != MLORA_OK) {
+        fail(load, status);
+        finish(loader, load);
+        return;
+    }
+    while (*at) at = &(*at)->next;
+    *at = load;
+    load->next = NULL;
+    pthread_cond_broadcast(&loader->pushed);
+}
+
+/* Copy a part of the first load that has some left. Who is the last to end finishes the load. */
+static void copy_part(struct loader *loader, int lane)
+{
+    struct load *load = loader->copying;
+    struct device *dev = loader->dev;
+    const size_t at = load->taken, left = bytes_of(load) - at;
+    const size_t n = left < PART_BYTES ? left : (size_t)PART_BYTES;
+
+    load->taken += n;
+    load->n_copying++;
+    if (n == left) loader->copying = load->next;
+    pthread_mutex_unlock(&loader->lock);
+    const mlora_status status =
+        dev->ops->upload_beside(dev, lane, load->to + at, load->adapter->memory + at, n);
+    pthread_mutex_lock(&loader->lock);
+    if (status != MLORA_OK) fail(load, status);
+    load->n_copying--;
+    if (load->taken == bytes_of(load) && load->n_copying == 0) finish(loader, load);
 }
 
 static void *run(void *argument)
@@ -53,19 +105,14 @@ static void *run(void *argument)
     pthread_mutex_lock(&loader->lock);
     for (;;) {
         loader->n_idle++;
-        while (!loader->first && !loader->stop) pthread_cond_wait(&loader->pushed, &loader->lock);
+        while (!loader->first && !loader->copying && !loader->stop)
+            pthread_cond_wait(&loader->pushed, &loader->lock);
         loader->n_idle--;
         if (loader->stop) break;
-        struct load *load = loader->first;
-        loader->first = load->next;
-        pthread_mutex_unlock(&loader->lock);
-
-        bring(loader, load, lane);
-
-        pthread_mutex_lock(&loader->lock);
-        load->next = loader->done;
-        loader->done = load;
-        pthread_cond_signal(&loader->finished);
+        if (loader->copying)
+            copy_part(loader, lane);
+        else
+            read_first(loader);
     }
     pthread_mutex_unlock(&loader->lock);
     return NULL;
@@ -120,14 +167,21 @@ static mlora_status start(struct loader *loader)
 
 mlora_status loader_push(struct loader *loader, struct load *load)
 {
+    const size_t n_parts = 1 + bytes_of(load) / PART_BYTES; /* or one less */
+
     pthread_mutex_lock(&loader->lock);
-    const bool busy = loader->n_idle == 0 || loader->first;
+    size_t n_idle = loader->first ? 0 : (size_t)loader->n_idle;
     pthread_mutex_unlock(&loader->lock);
-    if (busy && loader->n_threads < UPLOAD_LANES) {
+    for (; n_idle < n_parts && loader->n_threads < UPLOAD_LANES; n_idle++) {
         const mlora_status status = start(loader);
-        if (status != MLORA_OK && loader->n_threads == 0) return status; /* else it waits */
+        if (status == MLORA_OK) continue;
+        if (loader->n_threads == 0) return status;
+        break; /* it waits */
     }
     load->next = NULL;
+    load->status = MLORA_OK;
+    load->taken = 0;
+    load->n_copying = 0;
     pthread_mutex_lock(&loader->lock);
     if (loader->first)
         loader->last->next = load;

@@ -1,6 +1,7 @@
-/* The threads that bring adapters to the device beside the steps: each reads and converts one that is
- * no longer in host memory, and copies it over. One starts with the first load, another where a load
- * finds all of them busy, up to as many as the device has lanes for. */
+/* The threads that bring adapters to the device beside the steps. One of them reads and converts an adapter
+ * that is no longer in host memory; then all that are idle copy parts of it, since one alone writes less
+ * than the bus carries. They start when a load has more parts than threads are idle, up to as many as the
+ * device has lanes for. */
 #ifndef MLORA_LORA_LOADER_H
 #define MLORA_LORA_LOADER_H
 
@@ -35,6 +36,10 @@ struct load {
     char *to;            /* where the image goes; device memory that nothing else touches */
     mlora_status status; /* once it is taken: OK, or what failed... */
     char error[1024];    /* ... and its text */
+
+    /* The loader's. */
+    size_t taken; /* bytes that are copied, or being copied */
+    int n_copying;
 };
 
 struct loader;
@@ -50,6 +55,7 @@ struct loader {
     pthread_mutex_t lock;
     pthread_cond_t pushed, finished;
     struct load *first, *last; /* that wait, in order */
+    struct load *copying;      /* of which parts are left to be copied, in order */
     struct load *done;         /* that have arrived or failed */
     int n_idle;                /* threads that wait for one */
     bool stop;

@@ -224,6 +224,7 @@ void write_tensor_data(const char *directory, const struct tensor_data *tensors,
 
 static int n_allocations;
 static bool allocations_fail;
+static atomic_bool uploads_fail;
 
 static mlora_status host_alloc(struct device *dev, size_t bytes, void **out)
 {
@@ -269,6 +270,7 @@ static mlora_status host_upload_beside(struct device *dev, int lane, void *to, c
         usleep(1000);
     }
     atomic_fetch_sub(&n_uploads, 1);
+    if (uploads_fail) return error_set(MLORA_EDEVICE, "no way to the device");
     memcpy(to, from, bytes);
     return MLORA_OK;
 }
@@ -290,6 +292,7 @@ struct device *host_device(void)
     static struct device device = {.ops = &ops, .backend = "host"};
 
     allocations_fail = false;
+    uploads_fail = false;
     return &device;
 }
 
@@ -307,6 +310,11 @@ void host_device_meet(int n)
 bool host_device_met(void)
 {
     return n_met == n_to_meet;
+}
+
+void host_device_fail_uploads(bool fail)
+{
+    uploads_fail = fail;
 }
 
 void host_device_fail(bool fail)

@@ -36,8 +36,9 @@ void write_tensor_data(const char *directory, const struct tensor_data *tensors,
 
 /* alloc and free count; the ops of a model are not there. */
 struct device *host_device(void);
-int host_device_allocations(void); /* that were not freed */
-void host_device_fail(bool fail);  /* allocations fail from now on */
+int host_device_allocations(void);        /* that were not freed */
+void host_device_fail(bool fail);         /* allocations fail from now on */
+void host_device_fail_uploads(bool fail); /* the same of uploads beside */
 
 /* Uploads beside wait for one another from now on until n of them are under way, or have waited for
  * too long; whether they met. */

@@ -270,6 +270,47 @@ Test(registry, several_come_at_a_time)
     }
 }
 
+/* An adapter of 50 MB, for which some threads are worth their while. */
+static struct registered *add_large(const char *name)
+{
+    enum { RANK = 64 };
+    open_again(64 << 20, 64 << 20);
+    config.mlp_size = 1 << 16;
+    add(name, RANK);
+    return acquire(name);
+}
+
+Test(registry, several_threads_copy_a_large_one)
+{
+    struct registered *entry = add_large("a");
+
+    host_device_meet(3);
+    bring(entry);
+    cr_expect(host_device_met());
+    expect_content(entry, 64, 'a');
+    registry_release(entry);
+}
+
+Test(registry, a_copy_that_fails_is_told_once_all_have_ended)
+{
+    struct registered *entry = add_large("a");
+
+    host_device_fail_uploads(true);
+    registry_want(entry);
+    for (int i = 0; !registry_failure(entry); i++) {
+        cr_assert_lt(i, 1000);
+        registry_wait(&registry);
+        registry_begin_step(&registry);
+    }
+    cr_expect_str_eq(registry_failure(entry), "no way to the device");
+    cr_expect_not(registry_ready(entry));
+    host_device_fail_uploads(false);
+    registry_prefetch(entry); /* a new request tries again */
+    bring(entry);
+    expect_content(entry, 64, 'a');
+    registry_release(entry);
+}
+
 Test(registry, what_runs_or_is_pinned_stays)
 {
     add("a", 2);
