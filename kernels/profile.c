@@ -91,10 +91,10 @@ __attribute__((format(printf, 3, 4))) static void end(struct device *dev, struct
     va_start(args, shape);
     vsnprintf(text, sizeof text, shape, args);
     va_end(args);
-    open_range(dev, NULL);
     note->line = (int)(find_line(profile, note->op, text) - profile->lines);
     note->to = profile->n_marks++;
-    profile->ops->mark(dev, note->to);
+    profile->ops->mark(dev, note->to); /* starts what the op has left to the next one */
+    open_range(dev, NULL);
 }
 
 /* Each row reads its sequence's keys and values once; a token attends to itself and all before. */

@@ -215,6 +215,29 @@ Test(profile, gives_profilers_a_range_for_each_layer_and_op)
     cr_expect_eq(find("silu_mul", "2 x 16")->n_calls, 9);
 }
 
+static void note_mark(struct device *device, int mark)
+{
+    (void)device, (void)mark;
+    strncat(ranges, ".", sizeof ranges - strlen(ranges) - 1);
+}
+
+/* What an op leaves to the next one, the mark after it starts: that is inside, too. */
+Test(profile, ends_a_range_after_the_mark_that_ends_the_op)
+{
+    float *x = device_memory(64 * sizeof *x), *y = device_memory(64 * sizeof *y);
+    static struct kernels ops; /* until the device is closed */
+
+    ops = *dev->ops;
+    ops.range = note_range;
+    ops.mark = note_mark;
+    dev->ops = &ops;
+    cr_assert_eq(profile_open(dev, true), MLORA_OK);
+    profile_start(dev);
+    ranges[0] = '\0'; /* it marked, too */
+    for (int i = 0; i < 2; i++) dev->ops->silu_mul(dev, y, x, DTYPE_F32, 2, 16, DTYPE_F32);
+    cr_expect_str_eq(ranges, ".silu_mul(.)silu_mul(.)");
+}
+
 Test(profile, makes_no_ranges_that_nobody_asked_for)
 {
     float *x = device_memory(64 * sizeof *x), *y = device_memory(64 * sizeof *y);
