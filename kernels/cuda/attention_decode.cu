@@ -58,7 +58,7 @@ struct decode_parts {
     int max_splits;
 };
 
-/* What a block turns itself, of its token: queries, then the key and the value. In rows as above. */
+/* What a block turns itself, of its token: queries, then the key and the value. In rows of pitch() elements. */
 enum { KEY = DECODE_HEADS, VALUE, TURNED };
 template <int D> struct turned {
     float cosine[D / 2], sine[D / 2];
@@ -83,12 +83,7 @@ static __device__ void turn_heads(struct turned<D> *to, const X *qkv, const stru
         const int h = is_value ? args.H + args.G + g : is_key ? args.H + g : h0 + which;
         const size_t at = ((size_t)t * (args.H + 2 * args.G) + h) * D + i;
         float a[GROUP], b[GROUP];
-        load_group(a, qkv + at);
-        load_group(b, qkv + at + D / 2);
-        if (is_added(turn.addend)) {
-            add_some<X>(a, turn.addend, at, GROUP, true);
-            add_some<X>(b, turn.addend, at + D / 2, GROUP, true);
-        }
+        load_halves(a, b, qkv + at, turn.addend, is_added(turn.addend), at, D / 2);
         if (turn.frequency && !is_value) turn_pairs<X>(a, b, to->cosine + i, to->sine + i);
         bf16 *head = to->head[is_value ? VALUE : is_key ? KEY : which];
         store_group(head + i, a);

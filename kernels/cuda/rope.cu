@@ -1,6 +1,6 @@
-/* Rotary positions, and the step's keys and values into the cache, in one pass over qkv. Bound by
- * latency at decode: a token's heads are shared out over several blocks, each of which makes the
- * token's angles once. */
+/* Rotary positions, and the step's keys and values into the cache, in one pass over qkv. A token's heads are
+ * shared out over several blocks, each of which makes the token's angles once: of few tokens it is bound by
+ * latency. For rows of one token attention_decode.cu does it, where it comes next. */
 #include "kernels/cuda/rope.cuh"
 
 /* ---- kernels ------------------------------------------------------------------------------ */
@@ -50,12 +50,7 @@ static __global__ void rope_kernel(X *qkv, C *k, C *v, const struct rope_args ar
         X *head = qkv + at - i;
         float a[WIDTH], b[WIDTH];
         if constexpr (WIDTH == GROUP) {
-            load_group(a, head + i);
-            load_group(b, head + i + half);
-            if (adds) {
-                add_some<X>(a, addend, at, GROUP, true);
-                add_some<X>(b, addend, at + half, GROUP, true);
-            }
+            load_halves(a, b, head + i, addend, adds, at, half);
         } else {
             a[0] = widen(head[i]), b[0] = widen(head[i + half]);
             if (adds) a[0] = add_one<X>(a[0], addend, at);

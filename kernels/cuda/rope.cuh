@@ -6,7 +6,7 @@
 
 /* By how much what is turned: element i < d / 2 of a head together with element i + d / 2. */
 struct turn {
-    bool is_wanted;
+    bool is_wanted;         /* by attention: false where rope has been */
     const float *frequency; /* [d / 2], or NULL: nothing is turned */
     float amplitude;
     struct addend addend; /* to qkv, before it is turned */
@@ -28,6 +28,21 @@ static inline __device__ void make_angles(float *cosine, float *sine, const stru
         sincosf((float)position * turn.frequency[i], &s, &c);
         cosine[i] = c * turn.amplitude;
         sine[i] = s * turn.amplitude;
+    }
+}
+
+/* Eight elements of each half of a head, at `from`, which is element `at` of qkv, and d / 2 further; where
+ * `adds`, with what is added to them. */
+template <typename X>
+static inline __device__ void load_halves(float (&a)[GROUP], float (&b)[GROUP], const X *from,
+                                          const struct addend &of_row, bool adds, size_t at,
+                                          int half)
+{
+    load_group(a, from);
+    load_group(b, from + half);
+    if (adds) {
+        add_some<X>(a, of_row, at, GROUP, true);
+        add_some<X>(b, of_row, at + half, GROUP, true);
     }
 }
 
