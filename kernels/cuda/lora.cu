@@ -50,10 +50,11 @@ void cuda_lora_shrink(struct device *dev, float *h, const void *x, const struct 
         cuda->left = {(const bf16 *)x, h, cuda->delta.z, tiles, lora->is_plain, args};
         return;
     }
-    cuda_fork(cuda); /* the base product reads the same x and writes another y */
+    const bool is_beside = lora->n_rows <= BESIDE_TOKENS;
+    if (is_beside) cuda_fork(cuda); /* the base product reads the same x and writes another y */
     for_parts(lora, &args,
               [&](const struct lora_args *part) { shrink(cuda, h, x, part, tiles, dtype); });
-    cuda_fork_end(cuda);
+    if (is_beside) cuda_fork_end(cuda);
 }
 
 void lora_make_left(struct cuda_device *cuda)

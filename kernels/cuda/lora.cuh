@@ -6,6 +6,10 @@
 #include "kernels/cuda/cuda.cuh"
 #include "kernels/cuda/lora_choice.h"
 
+/* Up to so many tokens shrink runs beside the base product of the same x. With more the product
+ * loses more by that than shrink takes alone. */
+enum { BESIDE_TOKENS = 192 };
+
 static inline struct lora_args lora_args(const struct lora_view *lora, const struct lora_site *site,
                                          int layer)
 {

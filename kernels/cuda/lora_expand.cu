@@ -367,14 +367,15 @@ static void expand_by_row(struct cuda_device *cuda, X *y, const float *h,
                 chunk);
 }
 
-/* Tiles of as many tokens as leave a wave of blocks: B is read once for each. Where that is small, half
- * of what a block does at once is better than multiprocessors that have none. */
+/* Tiles of as many tokens as leave half a wave of blocks, large ones a whole: B is read once for each.
+ * Where that is small, half of what a block does at once is better than multiprocessors that have none. */
 template <typename Y>
 static void expand_by_tile(struct cuda_device *cuda, Y *y, const float *h,
                            const struct lora_args *args)
 {
     const int chunks = lora_chunks(args, TILE_N);
     int size = min_int(TOKENS_MAX, ceil_div(args->max_segment, SIXTEEN) * SIXTEEN);
+    if (size == TOKENS_MAX && lora_tiles(args, size) * chunks < WAVE * cuda->n_sms) size /= 2;
     while (size > SIXTEEN && lora_tiles(args, size) * chunks < WAVE / 2 * cuda->n_sms)
         size = size / SIXTEEN / 2 * SIXTEEN;
     if (size == SIXTEEN && args->max_rank <= 16 && lora_tiles(args, size) * chunks < cuda->n_sms)

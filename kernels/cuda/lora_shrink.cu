@@ -437,8 +437,16 @@ static void launch_grouped(struct cuda_device *cuda, float *h, const bf16 *x,
         launch_tiles<shrink_shape<4, 1, NT, FEW ? 4 : 3, 3>>(cuda, h, x, args, 3 * cuda->n_sms);
 }
 
-/* The smallest tiles that are no more than the chip does at once, each a whole cluster; else as
- * large as the longest segment, up to 32 tokens. */
+/* Nothing runs beside it, and no segment is so long that tiles of sixteen tokens would lose more by
+ * reading its A again than they gain. */
+static bool is_alone(const struct lora_args *args)
+{
+    return args->n_tokens > BESIDE_TOKENS && args->max_segment > 16 && args->max_segment <= 256;
+}
+
+/* The smallest tiles that are no more than the chip does at once, each a whole cluster; alone, as
+ * many as there are multiprocessors, in two blocks or more each; else as large as the longest
+ * segment, up to 32 tokens. */
 void lora_shrink_by_tile(struct cuda_device *cuda, float *h, const bf16 *x,
                          const struct lora_args *args)
 {
@@ -450,6 +458,8 @@ void lora_shrink_by_tile(struct cuda_device *cuda, float *h, const bf16 *x,
 
     if (args->max_segment <= 8 || lora_tiles(args, 8) <= at_once)
         launch_tiles<shrink_shape<8, 1, 1, 4, 2>>(cuda, h, x, args, blocks);
+    else if (is_alone(args) && tiles * row_tiles <= cuda->n_sms)
+        launch_tiles<shrink_shape<8, 1, 2, 4, 2>>(cuda, h, x, args, 2 * cuda->n_sms);
     else if (args->max_segment > 16 && tiles > at_once)
         launch_grouped<4>(cuda, h, x, args, row_tiles);
     else if (args->max_rank > 32 && tiles * row_tiles > cuda->n_sms / 2)

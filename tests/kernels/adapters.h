@@ -4,7 +4,7 @@
 
 #include "tests/support.h"
 
-enum { T_MAX = 200, S_MAX = 6, L = 3, LAYER = 1 };
+enum { T_MAX = 320, S_MAX = 6, L = 3, LAYER = 1 };
 
 /* Adapters of one layer's linears, on the host and on the device. */
 struct adapters {

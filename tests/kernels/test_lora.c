@@ -252,6 +252,8 @@ Test(lora, is_right_for_plain_adapters_in_every_mode)
                 check_random(&down, 60, 3, type, (mlora_lora_mode)mode);
                 check_random(&odd, 5, 2, type, (mlora_lora_mode)mode);
                 check_random(&wide, 150, 4, type, (mlora_lora_mode)mode); /* long segments */
+                check_random(&wide, 320, 5, type, (mlora_lora_mode)mode);
+                check_random(&down, 300, 4, type, (mlora_lora_mode)mode);
             }
 }
 
