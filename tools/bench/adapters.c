@@ -110,11 +110,13 @@ static mlora_status run_case(json_t *report, const struct bench *bench, mlora_en
                  .temperature = 0.7,
                  .top_p = 0.9},
         .n_requests = (int)(bench->n_requests > 0 ? bench->n_requests : 4 * bench->batch),
+        .n_running = (int)bench->batch,
         .vary = bench->vary,
         .adapter = asked_adapter,
         .user = &demand,
     };
 
+    if (load.n_running > load.n_requests) load.n_running = load.n_requests;
     mlora_status status = demand_make(&demand, load.n_requests, n_adapters, bench->skew);
     for (int i = -WARM_UPS; i <= 0 && status == MLORA_OK; i++) { /* the last counts */
         stream_free(&times);
@@ -229,7 +231,8 @@ const struct command bench_adapters = {
         "ones more often than the others (Zipf's law). Each case runs four times with "
         "the same requests: three warm up, so that its adapters are loaded, plans and "
         "recordings of its steps made; the fourth counts. With --vary their lengths "
-        "are others each time, so that no run has the steps of another. \"% by bytes read\" "
+        "are others each time, so that no run has the steps of another. Tokens count while as "
+        "many requests run; what comes after fewer are left does not. \"% by bytes read\" "
         "is what would be left of the first case's throughput if steps took as long "
         "as reading weights, keys and values, and their adapters.",
     .groups = groups,

@@ -168,9 +168,13 @@ static void run_layers(void *context)
 /* x and y of all sites pass through memory at prefill; a batch's few rows stay in the cache. */
 static double activation_bytes(const struct addon *addon)
 {
-    double width = 0;
-    for (int s = 0; s < SITES; s++) width += addon->sites[s].K + 2.0 * addon->sites[s].N;
-    return width * addon->T * (double)dtype_bytes(addon->bench->dtype);
+    const enum dtype dtype = addon->bench->dtype;
+    const enum dtype y_dtype = product_dtype(addon->bench->dev, addon->T, dtype);
+    double bytes = 0; /* of a token */
+    for (int s = 0; s < SITES; s++)
+        bytes += (double)dtype_bytes(dtype) * addon->sites[s].K +
+                 2.0 * (double)dtype_bytes(y_dtype) * addon->sites[s].N;
+    return bytes * addon->T;
 }
 
 static void one_case(struct ops_bench *bench, int T, int A, int R, int mode, bool prefill)

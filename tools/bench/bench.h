@@ -136,6 +136,9 @@ mlora_status workload_run(struct measure *out, mlora_engine *engine, const struc
 struct stream_load {
     struct workload work;
     int n_requests;
+    /* Requests that are to run at any time: what comes after fewer of them are left does not count among
+     * tokens and seconds, else the throughput would be that of a batch which ends. 0: all counts. */
+    int n_running;
     double vary; /* by which part of max_tokens requests are longer or shorter, at most... */
     int draw;    /* ... each in its own way in every draw */
     /* The adapter of request i, "" for the base model, made ready if it is not; the request's time

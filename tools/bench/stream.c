@@ -77,6 +77,7 @@ mlora_status stream_run(struct stream_times *out, mlora_engine *engine,
     const size_t n = (size_t)load->n_requests;
     struct run run = {.times = out, .state = (uint64_t)load->draw};
     int n_submitted = 0;
+    int64_t n_counted = 0;
 
     *out = (struct stream_times){0};
     run.requests = calloc(n, sizeof *run.requests);
@@ -94,8 +95,15 @@ mlora_status stream_run(struct stream_times *out, mlora_engine *engine,
                n_submitted - run.n_ended < load->work.batch)
             status = submit(&run, engine, load, n_submitted++, ids);
         if (status == MLORA_OK) status = mlora_step(engine, NULL);
+        if (n_counted == 0 && load->n_requests - run.n_ended < load->n_running) {
+            n_counted = out->n_tokens;
+            out->seconds = seconds() - start;
+        }
     }
-    out->seconds = seconds() - start;
+    if (n_counted > 0)
+        out->n_tokens = n_counted;
+    else
+        out->seconds = seconds() - start;
     if (status == MLORA_OK && run.finish != MLORA_RUNNING)
         status = error_set(MLORA_EINVAL, "a request ended with \"%s\", not with its last token",
                            job_finish_name(run.finish));
