@@ -102,7 +102,7 @@ static mlora_status run_case(json_t *report, const struct bench *bench, mlora_en
 {
     struct demand demand = {0};
     struct stream_times times = {0};
-    mlora_stats before = {0}, after;
+    mlora_stats before = {0};
     struct stream_load load = {
         .work = {.batch = bench->batch + bench->waiting,
                  .prompt_tokens = bench->prompt_tokens,
@@ -124,7 +124,7 @@ static mlora_status run_case(json_t *report, const struct bench *bench, mlora_en
         load.draw = i + WARM_UPS;
         status = stream_run(&times, engine, &load);
     }
-    mlora_engine_stats(engine, &after);
+    const mlora_stats after = times.stats;
     const double n_steps = (double)(after.n_steps - before.n_steps);
     if (status == MLORA_OK)
         status = report_add(

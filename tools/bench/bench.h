@@ -150,8 +150,9 @@ struct stream_load {
 struct stream_times {
     double seconds;
     int64_t n_tokens;
-    double *first; /* [n_first] seconds to each request's first token        */
-    double *next;  /* [n_next] seconds between two tokens of one request     */
+    mlora_stats stats; /* of the engine when these ended */
+    double *first;     /* [n_first] seconds to each request's first token        */
+    double *next;      /* [n_next] seconds between two tokens of one request     */
     size_t n_first, n_next;
 };
 

@@ -98,12 +98,15 @@ mlora_status stream_run(struct stream_times *out, mlora_engine *engine,
         if (n_counted == 0 && load->n_requests - run.n_ended < load->n_running) {
             n_counted = out->n_tokens;
             out->seconds = seconds() - start;
+            mlora_engine_stats(engine, &out->stats);
         }
     }
-    if (n_counted > 0)
+    if (n_counted > 0) {
         out->n_tokens = n_counted;
-    else
+    } else {
         out->seconds = seconds() - start;
+        mlora_engine_stats(engine, &out->stats);
+    }
     if (status == MLORA_OK && run.finish != MLORA_RUNNING)
         status = error_set(MLORA_EINVAL, "a request ended with \"%s\", not with its last token",
                            job_finish_name(run.finish));
