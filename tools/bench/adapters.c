@@ -116,7 +116,6 @@ static mlora_status run_case(json_t *report, const struct bench *bench, mlora_en
         .user = &demand,
     };
 
-    if (load.n_running > load.n_requests) load.n_running = load.n_requests;
     mlora_status status = demand_make(&demand, load.n_requests, n_adapters, bench->skew);
     for (int i = -WARM_UPS; i <= 0 && status == MLORA_OK; i++) { /* the last counts */
         stream_free(&times);

@@ -19,6 +19,7 @@ struct run {
     struct stream_times *times;
     struct one_request *requests;
     uint64_t state; /* of the random lengths */
+    int64_t n_tokens;
     int n_ended;
     mlora_finish finish; /* of the last that ended otherwise than by length */
 };
@@ -31,7 +32,7 @@ static void on_event(void *user, const mlora_event *event)
     const double now = seconds();
 
     if (event->token >= 0) {
-        times->n_tokens++;
+        run->n_tokens++;
         if (event->n_completion_tokens == 1)
             times->first[times->n_first++] = now - request->last;
         else
@@ -76,8 +77,8 @@ mlora_status stream_run(struct stream_times *out, mlora_engine *engine,
 {
     const size_t n = (size_t)load->n_requests;
     struct run run = {.times = out, .state = (uint64_t)load->draw};
+    const int n_full = load->n_running < load->n_requests ? load->n_running : load->n_requests;
     int n_submitted = 0;
-    int64_t n_counted = 0;
 
     *out = (struct stream_times){0};
     run.requests = calloc(n, sizeof *run.requests);
@@ -94,16 +95,10 @@ mlora_status stream_run(struct stream_times *out, mlora_engine *engine,
         while (status == MLORA_OK && n_submitted < load->n_requests &&
                n_submitted - run.n_ended < load->work.batch)
             status = submit(&run, engine, load, n_submitted++, ids);
+        const bool is_full = load->n_requests - run.n_ended >= n_full;
         if (status == MLORA_OK) status = mlora_step(engine, NULL);
-        if (n_counted == 0 && load->n_requests - run.n_ended < load->n_running) {
-            n_counted = out->n_tokens;
-            out->seconds = seconds() - start;
-            mlora_engine_stats(engine, &out->stats);
-        }
-    }
-    if (n_counted > 0) {
-        out->n_tokens = n_counted;
-    } else {
+        if (!is_full) continue;
+        out->n_tokens = run.n_tokens;
         out->seconds = seconds() - start;
         mlora_engine_stats(engine, &out->stats);
     }
