@@ -1,7 +1,7 @@
-/* LoRA inside the streaming product: four more warps of its blocks make h while the others read the
- * weights, which takes longer. They ask for A before x is there, like the copy engine for w, and share
- * out K; then the warps that multiply add B times h to their sums. No launch, nothing read or written
- * but A, B and h. A fifth warp minds where h passes.
+/* LoRA inside the streaming product: four more warps of its blocks make h, and B times h, while the others
+ * read the weights, which takes longer. They ask for A before x is there, like the copy engine for w, and
+ * share out K; the warps that multiply x by w only add what has been made to their sums. No launch,
+ * nothing read or written but A, B and h. A fifth warp minds where h passes.
  *
  * Beside a stream every load waits as long as the queue before it: so h passes from block to block in
  * one store and one load, with no fence and no counter. */
@@ -20,7 +20,7 @@ enum {
     INSIDE_AHEAD = 8,  /* such steps that it asks for at once */
     INSIDE_STEPS = 16, /* tiles of the rank of all adapters, of a slice, at most */
     INSIDE_TILES = 4,  /* of one adapter, at most */
-    INSIDE_ADAPTERS = 12,
+    INSIDE_ADAPTERS = 16,
     INSIDE_TOKENS = 64,
     INSIDE_ROW = SIXTEEN * 2,                             /* bytes, in shared memory */
     INSIDE_STAGED = INSIDE_BLOCK * INSIDE_AHEAD * 2 * 16, /* bytes of A, or of x */
@@ -48,6 +48,7 @@ struct lora_inside {
     int tiles_a_slice;    /* of 16 of the rank */
     int row_tiles;        /* of all slices */
     int steps;            /* tiles of all adapters, of a slice */
+    int band_bytes;       /* of sixteen rows of B, where what they add is put, too */
     int b_bytes, h_bytes; /* in shared memory: B, then h; before them, A and x of who makes h */
 };
 struct lora_not_inside {
@@ -79,7 +80,9 @@ struct inside_shared {
     uint32_t room;                      /* where A and x, then B and h are */
     int turn;                           /* of the exchange, once it is known */
     signed char segment[INSIDE_TOKENS]; /* of a token; -1: none */
-    short rank[2][INSIDE_TOKENS];       /* of its adapter, in the block's slices */
+    signed char lowest[INSIDE_TOKENS / SIXTEEN]; /* of sixteen tokens' segments */
+    signed char highest[INSIDE_TOKENS / SIXTEEN];
+    short rank[2][INSIDE_TOKENS]; /* of its adapter, in the block's slices */
 };
 
 /* By one thread, before the others begin. */
@@ -332,76 +335,103 @@ static inline __device__ void for_b(const struct lora_inside &in, int rows, int 
     for (int row = thread / units; row < rows; row += rows_at_once) visit(row, thread % units);
 }
 
-/* Into [HALVES, steps, ROWS / HALVES, 16] at `to`. */
+/* Into [ROWS / 16, steps, 16, 16] at `to`: bands of sixteen rows, band_bytes each. */
 template <int ROWS, int HALVES>
 static inline __device__ void fetch_b(const struct lora_inside &in, const struct b_rows &rows,
                                       int thread, uint32_t to)
 {
+    enum { STEP = SIXTEEN * INSIDE_ROW };
     for_b<HALVES>(in, ROWS / HALVES, thread, [&](int row, int unit) {
-        copy_async_once(to + unit / 2 * (ROWS / HALVES * INSIDE_ROW) + inside_at(row, unit % 2),
+        const int half = HALVES > 1 ? unit / (2 * in.steps) : 0;
+        const int band = (half * (ROWS / HALVES) + row) / SIXTEEN;
+        copy_async_once(to + band * in.band_bytes + (unit / 2 - half * in.steps) * STEP +
+                            inside_at(row % SIXTEEN, unit % 2),
                         rows.from ? rows.from + (size_t)row * rows.R : in.x, rows.from);
     });
     copy_commit();
 }
 
-/* sum [64, TOKENS] of a warpgroup += rows of B, from `row` on for this warp, times h. Where none of
- * sixteen tokens has the adapter there is nothing to do, so that it is well to have those of an adapter
- * side by side. */
+/* sum [16, TOKENS] of a warp = a band of B times h. For sixteen tokens that is done with each adapter from
+ * the lowest to the highest of theirs, so that it is well to have those of an adapter side by side. */
 template <int TOKENS, int ROWS, int HALVES>
-static inline __device__ void add_inside(float (&sum)[TOKENS / 2], const struct lora_inside &in,
-                                         const struct inside_shared *shared, int row)
+static inline __device__ void multiply_band(float (&sum)[TOKENS / 2], const struct lora_inside &in,
+                                            const struct inside_shared *shared, int band)
 {
-    enum { HALF = ROWS / HALVES };
-    const int lane = threadIdx.x % WARP;
-    uint32_t segments = 0; /* of this lane's tokens, one of each eight, in 4 bits; 15: none */
-#pragma unroll
-    for (int j = 0; j < TOKENS / 8; j++)
-        segments |= (uint32_t)(shared->segment[j * 8 + lane / 4] & 15) << 4 * j;
+    enum { STEP = SIXTEEN * INSIDE_ROW };
+    const int lane = threadIdx.x % WARP, half = band / (ROWS / HALVES / SIXTEEN);
     const uint32_t h = shared->room + in.b_bytes +
-                       row / HALF * in.tiles_a_slice * (H_PARTS * TOKENS * INSIDE_ROW) +
+                       half * in.tiles_a_slice * (H_PARTS * TOKENS * INSIDE_ROW) +
                        inside_at(lane / 16 * 8 + lane % 8, lane / 8 % 2);
-    const uint32_t b = shared->room + row / HALF * in.steps * (HALF * INSIDE_ROW) +
-                       inside_at(row % HALF + lane % 16, lane / 16);
-    if (in.args.n_segments == 1) { /* what has no adapter, has zeros as h */
+    const uint32_t b = shared->room + band * in.band_bytes + inside_at(lane % 16, lane / 16);
+#pragma unroll
+    for (int i = 0; i < TOKENS / 2; i++) sum[i] = 0.0f;
+#pragma unroll
+    for (int j = 0; j < TOKENS / 8; j += 2) {
+        const signed char *of = &shared->segment[j * 8 + lane / 4];
+        const int of_first = of[0], of_second = of[8];
+        const int lowest = shared->lowest[j / 2], end = shared->highest[j / 2] + 1;
 #pragma unroll 1
-        for (int step = 0; step < in.steps; step++) {
-            uint32_t b_part[4];
-            load_matrices(b_part, b + step * (HALF * INSIDE_ROW));
-#pragma unroll
-            for (int i = 0; i < H_PARTS; i++)
-#pragma unroll
-                for (int j = 0; j < TOKENS / 8; j += 2) {
-                    uint32_t h_part[4];
-                    load_matrices(h_part, h + (step * H_PARTS + i) * (TOKENS * INSIDE_ROW) +
-                                              j * (8 * INSIDE_ROW));
-                    mma_bf16(sum + 4 * j, b_part, h_part[0], h_part[1]);
-                    mma_bf16(sum + 4 * j + 4, b_part, h_part[2], h_part[3]);
-                }
-        }
-        return;
-    }
-#pragma unroll 1
-    for (int step = 0; step < in.steps; step++) {
-        const uint32_t segment = step / in.tiles_a_slice, tile = step % in.tiles_a_slice;
-        uint32_t b_part[4];
-        load_matrices(b_part, b + step * (HALF * INSIDE_ROW));
-#pragma unroll
-        for (int j = 0; j < TOKENS / 8; j += 2) {
-            const bool first = (segments >> 4 * j & 15) == segment;
-            const bool second = (segments >> 4 * (j + 1) & 15) == segment;
-            if (!__any_sync(~0u, first || second)) continue;
+        for (int tile = 0; tile < in.tiles_a_slice; tile++) {
             uint32_t h_part[H_PARTS][4];
 #pragma unroll
             for (int i = 0; i < H_PARTS; i++)
                 load_matrices(h_part[i], h + (tile * H_PARTS + i) * (TOKENS * INSIDE_ROW) +
                                              j * (8 * INSIDE_ROW));
+            uint32_t b_at = b + (lowest * in.tiles_a_slice + tile) * STEP, next[4];
+            if (lowest < end) load_matrices(next, b_at);
+#pragma unroll 1
+            for (int segment = lowest; segment < end; segment++) {
+                const uint32_t b_part[4] = {next[0], next[1], next[2], next[3]};
+                if (segment + 1 < end) load_matrices(next, b_at += in.tiles_a_slice * STEP);
+                const uint32_t first = segment == of_first ? ~0u : 0;
+                const uint32_t second = segment == of_second ? ~0u : 0;
 #pragma unroll
-            for (int i = 0; i < H_PARTS; i++) {
-                mma_bf16(sum + 4 * j, b_part, first ? h_part[i][0] : 0, first ? h_part[i][1] : 0);
-                mma_bf16(sum + 4 * j + 4, b_part, second ? h_part[i][2] : 0,
-                         second ? h_part[i][3] : 0);
+                for (int i = 0; i < H_PARTS; i++) {
+                    mma_bf16(sum + 4 * j, b_part, h_part[i][0] & first, h_part[i][1] & first);
+                    mma_bf16(sum + 4 * j + 4, b_part, h_part[i][2] & second, h_part[i][3] & second);
+                }
             }
         }
+    }
+}
+
+/* Where elements (row, t) and (row, t + 1) of a band's sums [16, TOKENS] are: those of a product's four
+ * neighbouring rows lie in different banks. */
+template <int TOKENS> static inline __device__ float2 *sums_at(uint32_t sums, int row, int t)
+{
+    const int turned = TOKENS > SIXTEEN ? row % 4 * 8 : row / 2 % 2 * 8;
+    return (float2 *)__cvta_shared_to_generic(sums + (row * TOKENS + (t ^ turned)) * 4);
+}
+
+/* B times h for the block's rows, put in the place of B. */
+template <int TOKENS, int ROWS, int HALVES>
+static inline __device__ void multiply_inside(const struct lora_inside &in, int thread,
+                                              const struct inside_shared *shared)
+{
+    const int lane = thread % WARP;
+#pragma unroll 1
+    for (int band = thread / WARP; band < ROWS / SIXTEEN; band += INSIDE_WARPS) {
+        float sum[TOKENS / 2];
+        multiply_band<TOKENS, ROWS, HALVES>(sum, in, shared, band);
+        __syncwarp(); /* the band has been read */
+#pragma unroll
+        for (int i = 0; i < TOKENS / 4; i++)
+            *sums_at<TOKENS>(shared->room + band * in.band_bytes, lane / 4 + i % 2 * 8,
+                             i / 2 * 8 + lane % 4 * 2) = make_float2(sum[2 * i], sum[2 * i + 1]);
+    }
+}
+
+/* sum [64, TOKENS] of a warpgroup += what has been put there for this warp's rows. */
+template <int TOKENS>
+static inline __device__ void add_inside(float (&sum)[TOKENS / 2], const struct lora_inside &in,
+                                         const struct inside_shared *shared, int band)
+{
+    const int lane = threadIdx.x % WARP;
+#pragma unroll
+    for (int i = 0; i < TOKENS / 4; i++) {
+        const float2 two = *sums_at<TOKENS>(shared->room + band * in.band_bytes,
+                                            lane / 4 + i % 2 * 8, i / 2 * 8 + lane % 4 * 2);
+        sum[2 * i] += two.x, sum[2 * i + 1] += two.y;
     }
 }
 
@@ -430,6 +460,17 @@ static inline __device__ void find_tokens(const struct lora_inside &in, int slic
         }
     }
     inside_sync();
+    const int own = thread < INSIDE_TOKENS ? shared->segment[thread] : -1;
+    int lowest = own < 0 ? INSIDE_ADAPTERS : own, highest = own;
+#pragma unroll
+    for (int lane = SIXTEEN / 2; lane > 0; lane /= 2) {
+        lowest = min_int(lowest, __shfl_xor_sync(~0u, lowest, lane));
+        highest = max_int(highest, __shfl_xor_sync(~0u, highest, lane));
+    }
+    if (thread < INSIDE_TOKENS && thread % SIXTEEN == 0) {
+        shared->lowest[thread / SIXTEEN] = lowest;
+        shared->highest[thread / SIXTEEN] = highest;
+    }
 }
 
 static inline __device__ int slice_of(const struct lora_args &args, int n0)
@@ -497,23 +538,22 @@ static inline __device__ void lora_work(const struct lora_inside &in, int thread
         for (; unit < in.n_units; unit += stride)
             shrink_inside(in, unit, anew(thread), shared,
                           shared->room - (stride > 1 ? 0 : 2 * INSIDE_STAGED));
-        if (!owns) break;
+        if (!owns) return;
         fetch_b<ROWS, HALVES>(in, shared->b[thread], anew(thread), shared->room);
         barrier_wait(shared_address(&shared->turn_known), 0);
         const bool is_there =
             take_h<TOKENS, HALVES>(in, slice_of(args, anew(n0)), anew(thread), shared,
                                    in.exchange->h[shared->turn], shared->room + in.b_bytes);
         copy_wait<0>();
-        if (is_there) {
-            barrier_arrive(shared_address(&shared->ready));
-            break;
-        }
+        inside_sync(); /* B and h are there */
+        if (is_there) break;
         /* Who is to make it may wait for a multiprocessor that others' kernels hold: make all of it,
          * through the end of the ring. */
-        inside_sync();
         barrier_wait(shared_address(&shared->idle), 0);
         unit = 0, stride = 1;
     }
+    multiply_inside<TOKENS, ROWS, HALVES>(in, anew(thread), shared);
+    barrier_arrive(shared_address(&shared->ready));
 }
 
 #endif

@@ -231,7 +231,7 @@ static __global__ void __maxnreg__(Lora::THREADS > 0 ? LORA_REGISTERS : STREAM_R
         if (share == 0) {
             if (threadIdx.x % 128 == 0) barrier_arrive(shared_address(&shared.idle));
             barrier_wait(shared_address(&shared.ready), 0);
-            add_inside<TOKENS, ROWS, R::HALVES>(sum, lora, &shared, threadIdx.x / WARP * 16);
+            add_inside<TOKENS>(sum, lora, &shared, threadIdx.x / WARP);
         }
     if constexpr (IS_GATE) {
         store_gated<TOKENS>((bf16 *)result, sum, bias, T, N / 2, n0, x_ring,
@@ -371,7 +371,8 @@ static bool take_up_lora(struct cuda_device *cuda, struct streamed *s)
         return false;
     const int tokens = s->T <= FEW_TOKENS ? FEW_TOKENS : STREAM_TOKENS;
     const int slices = args->n_slices == 2 ? 2 : 1; /* of a block, where it may be a gate's */
-    lora.b_bytes = lora.steps * ROWS * INSIDE_ROW;
+    lora.band_bytes = SIXTEEN * max_int(lora.steps * INSIDE_ROW, tokens * (int)sizeof(float));
+    lora.b_bytes = ROWS / SIXTEEN * lora.band_bytes;
     lora.h_bytes = slices * lora.tiles_a_slice * H_PARTS * tokens * INSIDE_ROW;
     if (lora.b_bytes + lora.h_bytes > INSIDE_ROOM) return false;
     s->lora = lora;

@@ -340,6 +340,17 @@ Test(lora_beside, a_product_takes_it_up_however_long_a_row_is)
     }
 }
 
+/* Blocks that have all of a long row, of which there are fewer and more than multiprocessors. */
+Test(lora_beside, a_product_takes_it_up_with_its_silu_mul)
+{
+    K = 2080;
+    check_silu_mul(4608, 64, MLORA_LORA_AUTO, -16);
+    n_slots = 2;
+    check_silu_mul(4608, 9, MLORA_LORA_FUSED, -64);
+    K = 1088;
+    check_silu_mul(8704, 33, MLORA_LORA_AUTO, -48);
+}
+
 Test(lora_beside, a_product_takes_up_high_ranks)
 {
     for (n_slots = 1; n_slots <= 3; n_slots++) {
