@@ -19,10 +19,10 @@ enum {
     INSIDE_STEP = 32,  /* k that a warp takes at once */
     INSIDE_AHEAD = 8,  /* such steps that it asks for at once */
     INSIDE_STEPS = 16, /* tiles of the rank of all adapters, of a slice, at most */
-    INSIDE_TILES = 4,  /* of one adapter, at most */
-    INSIDE_ADAPTERS = 16,
+    INSIDE_TILES = 4,  /* of one adapter, at most; each has one or more */
     INSIDE_TOKENS = 64,
     INSIDE_ROW = SIXTEEN * 2,                             /* bytes, in shared memory */
+    INSIDE_TILE = SIXTEEN * INSIDE_ROW,                   /* the same, of 16 rows of B */
     INSIDE_STAGED = INSIDE_BLOCK * INSIDE_AHEAD * 2 * 16, /* bytes of A, or of x */
     INSIDE_ROOM = 104 * 1024,                             /* in shared memory, for B and h */
 };
@@ -340,11 +340,10 @@ template <int ROWS, int HALVES>
 static inline __device__ void fetch_b(const struct lora_inside &in, const struct b_rows &rows,
                                       int thread, uint32_t to)
 {
-    enum { STEP = SIXTEEN * INSIDE_ROW };
     for_b<HALVES>(in, ROWS / HALVES, thread, [&](int row, int unit) {
         const int half = HALVES > 1 ? unit / (2 * in.steps) : 0;
         const int band = (half * (ROWS / HALVES) + row) / SIXTEEN;
-        copy_async_once(to + band * in.band_bytes + (unit / 2 - half * in.steps) * STEP +
+        copy_async_once(to + band * in.band_bytes + (unit / 2 - half * in.steps) * INSIDE_TILE +
                             inside_at(row % SIXTEEN, unit % 2),
                         rows.from ? rows.from + (size_t)row * rows.R : in.x, rows.from);
     });
@@ -357,7 +356,6 @@ template <int TOKENS, int ROWS, int HALVES>
 static inline __device__ void multiply_band(float (&sum)[TOKENS / 2], const struct lora_inside &in,
                                             const struct inside_shared *shared, int band)
 {
-    enum { STEP = SIXTEEN * INSIDE_ROW };
     const int lane = threadIdx.x % WARP, half = band / (ROWS / HALVES / SIXTEEN);
     const uint32_t h = shared->room + in.b_bytes +
                        half * in.tiles_a_slice * (H_PARTS * TOKENS * INSIDE_ROW) +
@@ -377,12 +375,12 @@ static inline __device__ void multiply_band(float (&sum)[TOKENS / 2], const stru
             for (int i = 0; i < H_PARTS; i++)
                 load_matrices(h_part[i], h + (tile * H_PARTS + i) * (TOKENS * INSIDE_ROW) +
                                              j * (8 * INSIDE_ROW));
-            uint32_t b_at = b + (lowest * in.tiles_a_slice + tile) * STEP, next[4];
+            uint32_t b_at = b + (lowest * in.tiles_a_slice + tile) * INSIDE_TILE, next[4];
             if (lowest < end) load_matrices(next, b_at);
 #pragma unroll 1
             for (int segment = lowest; segment < end; segment++) {
                 const uint32_t b_part[4] = {next[0], next[1], next[2], next[3]};
-                if (segment + 1 < end) load_matrices(next, b_at += in.tiles_a_slice * STEP);
+                if (segment + 1 < end) load_matrices(next, b_at += in.tiles_a_slice * INSIDE_TILE);
                 const uint32_t first = segment == of_first ? ~0u : 0;
                 const uint32_t second = segment == of_second ? ~0u : 0;
 #pragma unroll
@@ -395,10 +393,11 @@ static inline __device__ void multiply_band(float (&sum)[TOKENS / 2], const stru
     }
 }
 
-/* Where elements (row, t) and (row, t + 1) of a band's sums [16, TOKENS] are: those of a product's four
- * neighbouring rows lie in different banks. */
-template <int TOKENS> static inline __device__ float2 *sums_at(uint32_t sums, int row, int t)
+/* Where a lane's pair i of a band's sums [16, TOKENS] is, in the order of mma_bf16() with eight tokens
+ * after eight: those of a product's four neighbouring rows lie in different banks. */
+template <int TOKENS> static inline __device__ float2 *sums_at(uint32_t sums, int lane, int i)
 {
+    const int row = lane / 4 + i % 2 * 8, t = i / 2 * 8 + lane % 4 * 2;
     const int turned = TOKENS > SIXTEEN ? row % 4 * 8 : row / 2 % 2 * 8;
     return (float2 *)__cvta_shared_to_generic(sums + (row * TOKENS + (t ^ turned)) * 4);
 }
@@ -416,8 +415,8 @@ static inline __device__ void multiply_inside(const struct lora_inside &in, int 
         __syncwarp(); /* the band has been read */
 #pragma unroll
         for (int i = 0; i < TOKENS / 4; i++)
-            *sums_at<TOKENS>(shared->room + band * in.band_bytes, lane / 4 + i % 2 * 8,
-                             i / 2 * 8 + lane % 4 * 2) = make_float2(sum[2 * i], sum[2 * i + 1]);
+            *sums_at<TOKENS>(shared->room + band * in.band_bytes, lane, i) =
+                make_float2(sum[2 * i], sum[2 * i + 1]);
     }
 }
 
@@ -429,8 +428,7 @@ static inline __device__ void add_inside(float (&sum)[TOKENS / 2], const struct 
     const int lane = threadIdx.x % WARP;
 #pragma unroll
     for (int i = 0; i < TOKENS / 4; i++) {
-        const float2 two = *sums_at<TOKENS>(shared->room + band * in.band_bytes,
-                                            lane / 4 + i % 2 * 8, i / 2 * 8 + lane % 4 * 2);
+        const float2 two = *sums_at<TOKENS>(shared->room + band * in.band_bytes, lane, i);
         sum[2 * i] += two.x, sum[2 * i + 1] += two.y;
     }
 }
@@ -461,7 +459,7 @@ static inline __device__ void find_tokens(const struct lora_inside &in, int slic
     }
     inside_sync();
     const int own = thread < INSIDE_TOKENS ? shared->segment[thread] : -1;
-    int lowest = own < 0 ? INSIDE_ADAPTERS : own, highest = own;
+    int lowest = own < 0 ? INSIDE_STEPS : own, highest = own;
 #pragma unroll
     for (int lane = SIXTEEN / 2; lane > 0; lane /= 2) {
         lowest = min_int(lowest, __shfl_xor_sync(~0u, lowest, lane));

@@ -366,9 +366,7 @@ static bool take_up_lora(struct cuda_device *cuda, struct streamed *s)
     lora.row_tiles = args->n_slices * lora.tiles_a_slice;
     lora.n_units = lora_tiles(args, SIXTEEN) * lora.row_tiles * INSIDE_PARTS;
     lora.steps = args->n_segments * lora.tiles_a_slice;
-    if (args->n_segments > INSIDE_ADAPTERS || lora.steps > INSIDE_STEPS ||
-        lora.tiles_a_slice > INSIDE_TILES)
-        return false;
+    if (lora.steps > INSIDE_STEPS || lora.tiles_a_slice > INSIDE_TILES) return false;
     const int tokens = s->T <= FEW_TOKENS ? FEW_TOKENS : STREAM_TOKENS;
     const int slices = args->n_slices == 2 ? 2 : 1; /* of a block, where it may be a gate's */
     lora.band_bytes = SIXTEEN * max_int(lora.steps * INSIDE_ROW, tokens * (int)sizeof(float));
