@@ -129,11 +129,11 @@ static inline __device__ void grid_begin()
 }
 
 /* What other blocks have stored there by now. */
-static inline __device__ uint4 load_now(const void *from)
+static inline __device__ uint2 load_now(const void *from)
 {
-    uint4 bits;
-    asm volatile("ld.relaxed.gpu.global.v4.b32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
+    uint2 bits;
+    asm volatile("ld.relaxed.gpu.global.v2.b32 {%0, %1}, [%2];"
+                 : "=r"(bits.x), "=r"(bits.y)
                  : "l"(from)
                  : "memory");
     return bits;

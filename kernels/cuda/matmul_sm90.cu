@@ -7,7 +7,7 @@
  * that reads y adds up what they have summed: a cluster of blocks that did so here could begin only
  * when the kernel before has left that many multiprocessors. How a row is summed depends on N and K
  * alone, not on the tokens beside it. */
-#include "kernels/cuda/lora_inside.cuh"
+#include "kernels/cuda/lora_inside_add.cuh"
 #include "kernels/cuda/wgmma.cuh"
 
 /* ---- kernels ------------------------------------------------------------------------------ */
@@ -26,6 +26,9 @@ enum {
      * while small kernels run. With a branch beside the product room is left for its kernels. */
     STAGES_MAX = 12,
     STAGES_BESIDE = 6,
+    /* Bytes of shared memory, of 227 KB: a block of norm or rope finds room beside it, or it would begin
+     * only when this one has ended. */
+    SHARED_MAX = 225 * 1024,
 };
 
 /* Rings of buffers: panels of TOKENS of x, then of ROWS rows of w, then what LoRA has. */
@@ -35,18 +38,20 @@ template <int TOKENS, typename Lora, bool IS_GATE> struct ring {
         W_BYTES = ROWS * PANEL_ROW,
         X_BYTES = TOKENS * PANEL_ROW,
         X_STAGES = TOKENS > FEW_TOKENS ? 4 : 7,
-        W_AT = X_STAGES * X_BYTES,
-        FIXED = W_AT + 1024, /* of shared memory: to begin at a multiple of 1,024 */
+        BARRIERS = 2 * STAGES_MAX + 2 * X_STAGES,
+        X_AT = 1024, /* bytes, in shared memory: a multiple of this; barriers are before */
+        W_AT = X_AT + X_STAGES * X_BYTES,
     };
 };
 
-/* Where the next panel lies in a ring, and how often the ring was gone through before. */
+/* Where the next panel lies in a ring, and how often the ring was gone through before: the first time all
+ * of its stages, then those that are kept. */
 struct place {
     int stage, turn;
 
-    __device__ void advance(int stages)
+    __device__ void advance(int stages, int kept)
     {
-        if (++stage < stages) return;
+        if (++stage < (turn > 0 ? kept : stages)) return;
         stage = 0;
         turn++;
     }
@@ -56,20 +61,20 @@ struct place {
  * where that is another box, from n1 on. */
 template <typename R>
 static __device__ void copy_w(uint32_t stages, uint32_t w_full, uint32_t empty, int w_stages,
-                              const CUtensorMap *w, int n0, int n1, int begin, int n)
+                              int kept, const CUtensorMap *w, int n0, int n1, int begin, int n)
 {
     struct place at = {0, 0}, before = {0, 0}; /* panel i, and the one IN_FLIGHT before it */
     for (int i = 0; i < n; i++) {
         if (i >= IN_FLIGHT) {
             barrier_wait(w_full + before.stage * 8, before.turn);
-            before.advance(w_stages);
+            before.advance(w_stages, kept);
         }
-        if (i >= w_stages) barrier_wait(empty + at.stage * 8, at.turn - 1);
+        if (at.turn > 0) barrier_wait(empty + at.stage * 8, at.turn - 1);
         const uint32_t full = w_full + at.stage * 8, to = stages + at.stage * R::W_BYTES;
         barrier_expect(full, R::W_BYTES);
         copy_box_once(to, w, n0, (begin + i) * PANEL, full);
         if (R::HALVES > 1) copy_box_once(to + R::W_BYTES / 2, w, n1, (begin + i) * PANEL, full);
-        at.advance(w_stages);
+        at.advance(w_stages, kept);
     }
 }
 
@@ -146,8 +151,8 @@ static __device__ void store_gated(bf16 *out, float (&sum)[TOKENS / 2], const fl
  *   x [T, K], w [N, K]: maps with boxes of x_bytes / PANEL_ROW and ROWS / HALVES rows    n_panels of k
  *   grid tiles of N / ROWS times shares, and what more blocks `lora` gets
  *   block STREAM_BLOCK + Lora::THREADS
- *   shared ring<...>::FIXED, panels of w, and what `lora` has: `stages` panels, fewer where a block
- *          makes parts of h, which need more room
+ *   shared ring<...>::W_AT, `stages` panels of w, fewer where a block makes parts of h, and what
+ *          lora_inside needs behind those that are kept
  * With LoRA it takes as many registers as leave room for small kernels beside it. */
 template <int TOKENS, typename Lora, bool IS_GATE>
 static __global__ void __maxnreg__(Lora::THREADS > 0 ? LORA_REGISTERS : STREAM_REGISTERS)
@@ -158,14 +163,20 @@ static __global__ void __maxnreg__(Lora::THREADS > 0 ? LORA_REGISTERS : STREAM_R
 {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     using R = ring<TOKENS, Lora, IS_GATE>;
-    int w_stages = stages;
-    if constexpr (Lora::THREADS > 0)
-        if (first_unit(lora, blockIdx.x) < lora.n_units) w_stages = stages_of_makers;
-    extern __shared__ unsigned char unaligned[];
-    __shared__ struct inside_shared shared;
-    __shared__ uint64_t barriers[2 * STAGES_MAX + 2 * R::X_STAGES];
-    const uint32_t x_ring = (shared_address(unaligned) + 1023) / 1024 * 1024;
-    const uint32_t w_ring = x_ring + R::W_AT;
+    /* Those that multiply, be it for LoRA, in fours of warps, then the two that copy, then LoRA's keeper. */
+    constexpr int COPIERS = CONSUMERS + Lora::WORKERS, KEEPER = COPIERS + 2 * WARP;
+    int w_stages = stages, kept = stages;
+    if constexpr (Lora::THREADS > 0) {
+        const bool makes = makes_h(lora);
+        w_stages = makes ? stages_of_makers : stages;
+        kept = makes ? lora.kept_of_makers : lora.kept;
+    }
+    extern __shared__ __align__(1024) unsigned char memory[];
+    uint64_t *barriers = (uint64_t *)memory;
+    struct inside_shared &shared = *(struct inside_shared *)(barriers + R::BARRIERS);
+    static_assert(R::BARRIERS * sizeof *barriers + sizeof shared <= R::X_AT);
+    const uint32_t x_ring = shared_address(memory) + R::X_AT;
+    const uint32_t w_ring = shared_address(memory) + R::W_AT;
     const uint32_t w_full = shared_address(barriers), w_empty = w_full + STAGES_MAX * 8;
     const uint32_t x_full = w_empty + STAGES_MAX * 8, x_empty = x_full + R::X_STAGES * 8;
     const int n0 = blockIdx.x % tiles * (ROWS / R::HALVES), share = blockIdx.x / tiles;
@@ -180,15 +191,20 @@ static __global__ void __maxnreg__(Lora::THREADS > 0 ? LORA_REGISTERS : STREAM_R
             barrier_make(x_full + s * 8, 1);
             barrier_make(x_empty + s * 8, CONSUMERS / 128);
         }
-        if constexpr (Lora::THREADS > 0)
-            inside_make(&shared, w_ring + w_stages * R::W_BYTES, CONSUMERS / 128);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
+    if constexpr (Lora::THREADS > 0)
+        if (threadIdx.x == KEEPER)
+            inside_make(lora, &shared, n0, share, {w_ring, w_empty, w_stages, kept, R::W_BYTES, n},
+                        CONSUMERS / 128);
     __syncthreads();
     if constexpr (Lora::THREADS > 0) {
-        if (threadIdx.x >= STREAM_BLOCK) {
-            lora_work<TOKENS, ROWS, R::HALVES>(lora, threadIdx.x - STREAM_BLOCK, &shared,
-                                               share == 0, n0);
+        if (threadIdx.x >= KEEPER) {
+            keep_inside<R::HALVES>(lora, threadIdx.x - KEEPER, &shared);
+            return;
+        }
+        if (threadIdx.x >= CONSUMERS && threadIdx.x < COPIERS) {
+            work_inside<TOKENS, R::HALVES>(lora, threadIdx.x - CONSUMERS, &shared);
             return;
         }
         if (share >= shares) {
@@ -196,10 +212,10 @@ static __global__ void __maxnreg__(Lora::THREADS > 0 ? LORA_REGISTERS : STREAM_R
             return;
         }
     }
-    if (threadIdx.x >= CONSUMERS) {
-        if (threadIdx.x == CONSUMERS)
-            copy_w<R>(w_ring, w_full, w_empty, w_stages, &w, n0, N / 2 + n0, begin, n);
-        if (threadIdx.x == CONSUMERS + WARP)
+    if (threadIdx.x >= COPIERS) {
+        if (threadIdx.x == COPIERS)
+            copy_w<R>(w_ring, w_full, w_empty, w_stages, kept, &w, n0, N / 2 + n0, begin, n);
+        if (threadIdx.x == COPIERS + WARP)
             copy_x<R>(x_ring, x_full, x_empty, &x, begin, n, x_bytes);
         return;
     }
@@ -224,18 +240,17 @@ static __global__ void __maxnreg__(Lora::THREADS > 0 ? LORA_REGISTERS : STREAM_R
             barrier_arrive(w_empty + ws * 8);
             barrier_arrive(x_empty + xs * 8);
         }
-        at.advance(w_stages);
+        at.advance(w_stages, kept);
     }
     products_land(sum);
     if constexpr (Lora::THREADS > 0)
-        if (share == 0) {
+        if (shared.share.tiles > 0) {
             if (threadIdx.x % 128 == 0) barrier_arrive(shared_address(&shared.idle));
             barrier_wait(shared_address(&shared.ready), 0);
-            add_inside<TOKENS>(sum, lora, &shared, threadIdx.x / WARP);
+            add_inside<TOKENS>(sum, lora, &shared);
         }
     if constexpr (IS_GATE) {
-        store_gated<TOKENS>((bf16 *)result, sum, bias, T, N / 2, n0, x_ring,
-                            unaligned + (x_ring - shared_address(unaligned)));
+        store_gated<TOKENS>((bf16 *)result, sum, bias, T, N / 2, n0, x_ring, memory + R::X_AT);
         return;
     }
     float *y = (float *)result;
@@ -292,13 +307,6 @@ static int own_blocks(const struct streamed *s)
     return s->tiles * s->shares;
 }
 
-/* That a block may ask for when it is launched. */
-static int shared_room(bool has_lora)
-{
-    enum { OF_BLOCK = 227 * 1024, BARRIERS = 512 };
-    return OF_BLOCK - BARRIERS - (has_lora ? (int)sizeof(struct inside_shared) : 0);
-}
-
 template <int TOKENS, typename Lora, bool IS_GATE>
 static void launch_kernel(struct cuda_device *cuda, const struct streamed *s, const Lora &lora)
 {
@@ -310,19 +318,25 @@ static void launch_kernel(struct cuda_device *cuda, const struct streamed *s, co
     const CUtensorMap w_map =
         map_panels(cuda, (const bf16 *)s->w.data, N, K, ROWS / R::HALVES, "matmul");
     const auto kernel = matmul_stream_kernel<TOKENS, Lora, IS_GATE>;
-    const int of_lora = has_lora ? s->lora.b_bytes + s->lora.h_bytes : 0;
-    const int of_makers = has_lora ? max_int(of_lora, 2 * INSIDE_STAGED) : 0;
-    const int room = shared_room(has_lora) - R::FIXED;
-    const int stages = min_int(s->stages, (room - of_lora) / R::W_BYTES);
-    const int stages_of_makers = min_int(s->stages, (room - of_makers) / R::W_BYTES);
-    const int shared =
-        max_int(stages * R::W_BYTES + of_lora, stages_of_makers * R::W_BYTES + of_makers);
+    const int room = SHARED_MAX - R::W_AT;
+    const int stages = min_int(s->stages, room / R::W_BYTES);
+    const int stages_of_makers = min_int(s->stages, (room - 2 * INSIDE_STAGED) / R::W_BYTES);
+    int shared = stages * R::W_BYTES;
+    Lora with = lora;
 
-    assert(stages_of_makers > IN_FLIGHT && stages <= STAGES_MAX);
-    cuda_allow_shared(cuda, kernel, shared_room(has_lora), "matmul");
-    cuda_launch(cuda, "matmul", kernel, blocks, STREAM_BLOCK + Lora::THREADS, R::FIXED + shared, 1,
+    assert(stages <= STAGES_MAX);
+    if constexpr (Lora::THREADS > 0) {
+        const int added = 2 * (with.b_bytes + with.added_bytes);
+        with.kept = min_int(stages, (room - added) / R::W_BYTES);
+        with.kept_of_makers = min_int(stages_of_makers, with.kept);
+        assert(with.kept_of_makers > IN_FLIGHT);
+        shared = max_int(shared, with.kept * R::W_BYTES + added);
+        shared = max_int(shared, stages_of_makers * R::W_BYTES + 2 * INSIDE_STAGED);
+    }
+    cuda_allow_shared(cuda, kernel, SHARED_MAX, "matmul");
+    cuda_launch(cuda, "matmul", kernel, blocks, STREAM_BLOCK + Lora::THREADS, R::W_AT + shared, 1,
                 s->y, s->parts, x_map, w_map, s->bias, s->T, N, ceil_div(K, PANEL),
-                x_rows * PANEL_ROW, s->tiles, s->shares, stages, stages_of_makers, lora);
+                x_rows * PANEL_ROW, s->tiles, s->shares, stages, stages_of_makers, with);
 }
 
 template <int TOKENS, bool IS_GATE>
@@ -358,21 +372,21 @@ static bool take_up_lora(struct cuda_device *cuda, struct streamed *s)
     lora.x = s->x;
     lora.exchange = cuda->exchange;
     lora.T = s->T;
-    /* Those that start first, but for those that wait for h: the last wait for a multiprocessor. */
-    const int own = own_blocks(s);
-    lora.n_blocks = own < cuda->n_sms / 2 ? cuda->n_sms : min_int(own, cuda->n_sms);
+    /* Those at first that need not add anything: of a tile's blocks the later ones, and those that have no
+     * tile where there are more multiprocessors. */
+    lora.n_blocks = cuda->n_sms;
     lora.first = s->shares > 1 ? s->tiles : 0;
     lora.tiles_a_slice = ceil_div(args->max_rank, SIXTEEN);
     lora.row_tiles = args->n_slices * lora.tiles_a_slice;
     lora.n_units = lora_tiles(args, SIXTEEN) * lora.row_tiles * INSIDE_PARTS;
-    lora.steps = args->n_segments * lora.tiles_a_slice;
-    if (lora.steps > INSIDE_STEPS || lora.tiles_a_slice > INSIDE_TILES) return false;
+    lora.tiles_a_share = INSIDE_TILES / s->shares; /* whatever the other adapters' ranks are */
     const int tokens = s->T <= FEW_TOKENS ? FEW_TOKENS : STREAM_TOKENS;
-    const int slices = args->n_slices == 2 ? 2 : 1; /* of a block, where it may be a gate's */
-    lora.band_bytes = SIXTEEN * max_int(lora.steps * INSIDE_ROW, tokens * (int)sizeof(float));
-    lora.b_bytes = ROWS / SIXTEEN * lora.band_bytes;
-    lora.h_bytes = slices * lora.tiles_a_slice * H_PARTS * tokens * INSIDE_ROW;
-    if (lora.b_bytes + lora.h_bytes > INSIDE_ROOM) return false;
+    lora.b_bytes =
+        args->n_segments * min_int(lora.tiles_a_slice, lora.tiles_a_share) * (64 * INSIDE_ROW);
+    lora.added_bytes = 64 * tokens * (int)sizeof(float);
+    if (lora.tiles_a_slice > INSIDE_TILES || cuda->beside.n > 0 ||
+        args->n_segments * lora.tiles_a_slice > INSIDE_STEPS)
+        return false;
     s->lora = lora;
     s->has_lora = true;
     cuda->left.x = NULL;

@@ -154,6 +154,13 @@ static inline __device__ uint64_t operand(uint32_t at, int panel_bytes)
            (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
 }
 
+/* The same of 16 columns alone: rows of 32 bytes, in which 16-byte unit u of row r is at u ^ r / 4 % 2. */
+static inline __device__ uint64_t operand_of_16(uint32_t at)
+{
+    return (uint64_t)(at >> 4 & 0x3fff) | (uint64_t)1 << 16 | (uint64_t)(256 >> 4) << 32 |
+           (uint64_t)3 << 62;
+}
+
 /* Registers that products read or write belong to them from products_begin() until products_wait()
  * has returned for their group. */
 static inline __device__ void products_begin()
@@ -231,6 +238,22 @@ static inline __device__ void product_rows(float (&c)[32], uint64_t a, uint64_t 
                    "+f"(c[24]), "+f"(c[25]), "+f"(c[26]), "+f"(c[27]), "+f"(c[28]), "+f"(c[29]),
                    "+f"(c[30]), "+f"(c[31])
                  : "l"(a), "l"(b));
+}
+
+/* c [64, 64] += a B^T, 16 columns of B [64, .]; a [64, 16] as mma_bf16() has it. */
+static inline __device__ void product_rows(float (&c)[32], const uint32_t (&a)[4], uint64_t b)
+{
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
+                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+                 "{%32, %33, %34, %35}, %36, 1, 1, 1, 0;"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]),
+                   "+f"(c[6]), "+f"(c[7]), "+f"(c[8]), "+f"(c[9]), "+f"(c[10]), "+f"(c[11]),
+                   "+f"(c[12]), "+f"(c[13]), "+f"(c[14]), "+f"(c[15]), "+f"(c[16]), "+f"(c[17]),
+                   "+f"(c[18]), "+f"(c[19]), "+f"(c[20]), "+f"(c[21]), "+f"(c[22]), "+f"(c[23]),
+                   "+f"(c[24]), "+f"(c[25]), "+f"(c[26]), "+f"(c[27]), "+f"(c[28]), "+f"(c[29]),
+                   "+f"(c[30]), "+f"(c[31])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
 /* c [64, 128] += a B, 16 rows of B [., 128]; a [64, 16] as mma_bf16() has it. */

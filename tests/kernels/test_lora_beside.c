@@ -369,9 +369,13 @@ Test(lora_beside, a_product_takes_up_high_ranks)
 Test(lora_beside, a_product_takes_up_many_adapters)
 {
     has_many_segments = true;
-    check_silu_mul(1024, 14, MLORA_LORA_AUTO, -16);
+    check_silu_mul(1024, 16, MLORA_LORA_AUTO, -16);
+    check_silu_mul(2560, 16, MLORA_LORA_AUTO, -16);
     check_silu_mul(128, 8, MLORA_LORA_AUTO, -32);
+    check_norm(4096, 16, MLORA_LORA_AUTO, -16);
     check_norm(4096, 13, MLORA_LORA_AUTO, -16);
+    check_norm(4096, 18, MLORA_LORA_AUTO, -16);
+    check_silu_mul(1024, 18, MLORA_LORA_AUTO, -16);
     check_norm(1024, 12, MLORA_LORA_FUSED, -16);
     check_norm(512, 9, MLORA_LORA_AUTO, -8);
     check_rope(128, 4, MLORA_LORA_AUTO, false, true, -64);
