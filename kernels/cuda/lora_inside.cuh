@@ -18,10 +18,9 @@ enum {
     INSIDE_PARTS = 4,  /* of a sum of h, however many tokens and adapters there are */
     INSIDE_STEP = 32,  /* k that a warp takes at once */
     INSIDE_AHEAD = 8,  /* such steps that it asks for at once */
-    INSIDE_STEPS = 16, /* tiles of the rank of all adapters that a block adds, at most */
+    INSIDE_STEPS = 16, /* tiles of the rank of all adapters, of a slice, at most */
     INSIDE_TILES = 4,  /* of one adapter, at most; each has one or more */
     INSIDE_TOKENS = 64,
-    INSIDE_ROW = SIXTEEN * 2,                             /* bytes, in shared memory */
     INSIDE_STAGED = INSIDE_BLOCK * INSIDE_AHEAD * 2 * 16, /* bytes of A, or of x */
 };
 
@@ -54,13 +53,6 @@ struct lora_not_inside {
 };
 
 #ifdef __CUDACC__
-
-/* Rows of 16 of the rank: byte of 16-byte unit `unit` of row `row`. Eight rows' lie in different
- * banks. */
-static inline __device__ uint32_t inside_at(int row, int unit)
-{
-    return row * INSIDE_ROW + (unit ^ row / 4 % 2) * 16;
-}
 
 /* A segment's rows of B from a block's first on, R elements each. R 0: there are none. */
 struct b_rows {

@@ -9,7 +9,7 @@
 #ifdef __CUDACC__
 
 enum { GROUP_ROWS = 64 /* of y, that a warpgroup multiplies x by */ };
-enum { B_STEP = GROUP_ROWS * INSIDE_ROW /* bytes */ };
+enum { B_STEP = GROUP_ROWS * NARROW_ROW /* bytes */ };
 
 static inline __device__ uint32_t kept_end(const struct ring_of_w &ring)
 {
@@ -83,7 +83,7 @@ static inline __device__ void ask_for_b(const struct lora_inside &in,
 #pragma unroll 1
     for (int group = 0; group < 2; group++) {
         const int n = HALVES > 1 ? row : group * GROUP_ROWS + row;
-        uint32_t to = b_of(in, shared, group) + inside_at(row, unit);
+        uint32_t to = b_of(in, shared, group) + narrow_at(row, unit);
 #pragma unroll 1
         for (int tile = 0; tile < shared->share.tiles; tile++) {
             const int r = (shared->share.first + tile) * SIXTEEN + unit * GROUP;
@@ -199,7 +199,7 @@ multiply_tile(const struct lora_inside &in, const struct inside_shared *shared,
     uint32_t its[H_PARTS][4];
 #pragma unroll 1
     for (int segment = 0; segment < in.args.n_segments; segment++, b_at += B_STEP) {
-        const uint64_t b = operand_of_16(b_at);
+        const uint64_t b = operand_of_narrow(b_at);
 #pragma unroll
         for (int i = 0; i < H_PARTS; i++) {
             products_wait<H_PARTS - 1>(); /* its[i] has been read */

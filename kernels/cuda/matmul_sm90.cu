@@ -381,9 +381,8 @@ static bool take_up_lora(struct cuda_device *cuda, struct streamed *s)
     lora.n_units = lora_tiles(args, SIXTEEN) * lora.row_tiles * INSIDE_PARTS;
     lora.tiles_a_share = INSIDE_TILES / s->shares; /* whatever the other adapters' ranks are */
     const int tokens = s->T <= FEW_TOKENS ? FEW_TOKENS : STREAM_TOKENS;
-    lora.b_bytes =
-        args->n_segments * min_int(lora.tiles_a_slice, lora.tiles_a_share) * (64 * INSIDE_ROW);
-    lora.added_bytes = 64 * tokens * (int)sizeof(float);
+    lora.b_bytes = args->n_segments * min_int(lora.tiles_a_slice, lora.tiles_a_share) * B_STEP;
+    lora.added_bytes = GROUP_ROWS * tokens * (int)sizeof(float);
     if (lora.tiles_a_slice > INSIDE_TILES || cuda->beside.n > 0 ||
         args->n_segments * lora.tiles_a_slice > INSIDE_STEPS)
         return false;

@@ -14,11 +14,19 @@
 #include <cudaTypedefs.h>
 
 enum { PANEL = 64, PANEL_ROW = 128 /* bytes */ };
+enum { NARROW_ROW = 32 };
 
 /* Byte of 16-byte unit `unit` of row `row` in its panel. */
 static inline __device__ uint32_t panel_at(int row, int unit)
 {
     return row * PANEL_ROW + (unit ^ row % 8) * 16;
+}
+
+/* The same of a narrow panel, of 16 columns: rows of 32 bytes, unit u of row r at u ^ r / 4 % 2. It begins at a
+ * multiple of 256 bytes. */
+static inline __device__ uint32_t narrow_at(int row, int unit)
+{
+    return row * NARROW_ROW + (unit ^ row / 4 % 2) * 16;
 }
 
 static inline __device__ void store_shared(uint32_t to, uint4 bits)
@@ -154,8 +162,8 @@ static inline __device__ uint64_t operand(uint32_t at, int panel_bytes)
            (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
 }
 
-/* The same of 16 columns alone: rows of 32 bytes, in which 16-byte unit u of row r is at u ^ r / 4 % 2. */
-static inline __device__ uint64_t operand_of_16(uint32_t at)
+/* The same of a narrow panel: an eight of rows every 256 bytes. */
+static inline __device__ uint64_t operand_of_narrow(uint32_t at)
 {
     return (uint64_t)(at >> 4 & 0x3fff) | (uint64_t)1 << 16 | (uint64_t)(256 >> 4) << 32 |
            (uint64_t)3 << 62;
