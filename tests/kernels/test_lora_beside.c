@@ -353,7 +353,7 @@ Test(lora_beside, a_product_takes_it_up_with_its_silu_mul)
 
 Test(lora_beside, a_product_takes_up_high_ranks)
 {
-    for (n_slots = 1; n_slots <= 3; n_slots++) {
+    for (n_slots = 1; n_slots <= 4; n_slots++) {
         check_silu_mul(1024, 64, MLORA_LORA_AUTO, -64);
         check_silu_mul(256, 17, MLORA_LORA_FUSED, -56);
         check_norm(4096, 64, MLORA_LORA_AUTO, -64);
