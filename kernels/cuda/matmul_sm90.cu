@@ -383,9 +383,9 @@ static bool take_up_lora(struct cuda_device *cuda, struct streamed *s)
     const int tokens = s->T <= FEW_TOKENS ? FEW_TOKENS : STREAM_TOKENS;
     lora.b_bytes = args->n_segments * min_int(lora.tiles_a_slice, lora.tiles_a_share) * B_STEP;
     lora.added_bytes = GROUP_ROWS * tokens * (int)sizeof(float);
-    if (lora.tiles_a_slice > INSIDE_TILES || cuda->beside.n > 0 ||
-        args->n_segments * lora.tiles_a_slice > INSIDE_STEPS)
+    if (lora.tiles_a_slice > INSIDE_TILES || args->n_segments * lora.tiles_a_slice > INSIDE_STEPS)
         return false;
+    if (cuda->beside.n > 0) return false; /* STAGES_BESIDE are too few to take some of them */
     s->lora = lora;
     s->has_lora = true;
     cuda->left.x = NULL;
