@@ -248,22 +248,6 @@ static inline __device__ void product_rows(float (&c)[32], uint64_t a, uint64_t 
                  : "l"(a), "l"(b));
 }
 
-/* c [64, 64] += a B^T, 16 columns of B [64, .]; a [64, 16] as mma_bf16() has it. */
-static inline __device__ void product_rows(float (&c)[32], const uint32_t (&a)[4], uint64_t b)
-{
-    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
-                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-                 "{%32, %33, %34, %35}, %36, 1, 1, 1, 0;"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]),
-                   "+f"(c[6]), "+f"(c[7]), "+f"(c[8]), "+f"(c[9]), "+f"(c[10]), "+f"(c[11]),
-                   "+f"(c[12]), "+f"(c[13]), "+f"(c[14]), "+f"(c[15]), "+f"(c[16]), "+f"(c[17]),
-                   "+f"(c[18]), "+f"(c[19]), "+f"(c[20]), "+f"(c[21]), "+f"(c[22]), "+f"(c[23]),
-                   "+f"(c[24]), "+f"(c[25]), "+f"(c[26]), "+f"(c[27]), "+f"(c[28]), "+f"(c[29]),
-                   "+f"(c[30]), "+f"(c[31])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-
 /* c [64, 128] += a B, 16 rows of B [., 128]; a [64, 16] as mma_bf16() has it. */
 static inline __device__ void product_columns(float (&c)[64], const uint32_t (&a)[4], uint64_t b)
 {
@@ -287,20 +271,33 @@ static inline __device__ void product_columns(float (&c)[64], const uint32_t (&a
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
-/* c [64, 64] += a B, 16 rows of B [., 64]. */
-static inline __device__ void product_columns(float (&c)[32], const uint32_t (&a)[4], uint64_t b)
+/* c [64, 64] += a B^T, 16 columns of B [64, .], or, where `COLUMNS` is 1, a B, 16 rows of B [., 64]; a [64, 16]
+ * as mma_bf16() has it. */
+template <int COLUMNS>
+static inline __device__ void product_of_registers(float (&c)[32], const uint32_t (&a)[4],
+                                                   uint64_t b)
 {
     asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
                  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
                  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-                 "{%32, %33, %34, %35}, %36, 1, 1, 1, 1;"
+                 "{%32, %33, %34, %35}, %36, 1, 1, 1, %37;"
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]),
                    "+f"(c[6]), "+f"(c[7]), "+f"(c[8]), "+f"(c[9]), "+f"(c[10]), "+f"(c[11]),
                    "+f"(c[12]), "+f"(c[13]), "+f"(c[14]), "+f"(c[15]), "+f"(c[16]), "+f"(c[17]),
                    "+f"(c[18]), "+f"(c[19]), "+f"(c[20]), "+f"(c[21]), "+f"(c[22]), "+f"(c[23]),
                    "+f"(c[24]), "+f"(c[25]), "+f"(c[26]), "+f"(c[27]), "+f"(c[28]), "+f"(c[29]),
                    "+f"(c[30]), "+f"(c[31])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(COLUMNS));
+}
+
+static inline __device__ void product_rows(float (&c)[32], const uint32_t (&a)[4], uint64_t b)
+{
+    product_of_registers<0>(c, a, b);
+}
+
+static inline __device__ void product_columns(float (&c)[32], const uint32_t (&a)[4], uint64_t b)
+{
+    product_of_registers<1>(c, a, b);
 }
 
 #endif

@@ -369,6 +369,7 @@ Test(lora_beside, a_product_takes_up_high_ranks)
 Test(lora_beside, a_product_takes_up_many_adapters)
 {
     has_many_segments = true;
+    check_silu_mul(1024, 14, MLORA_LORA_AUTO, -16);
     check_silu_mul(1024, 16, MLORA_LORA_AUTO, -16);
     check_silu_mul(2560, 16, MLORA_LORA_AUTO, -16);
     check_silu_mul(128, 8, MLORA_LORA_AUTO, -32);
