@@ -156,38 +156,59 @@ static inline __device__ bool lora_find_chunk(struct lora_chunk *out, int index,
     return false;
 }
 
+/* A lane's segment; n: its tokens, 0 where there is nothing to do. */
+struct lora_segment {
+    int slot, start, n;
+};
+
+static inline __device__ struct lora_segment lora_segment_at(const struct lora_args &args,
+                                                             int segment)
+{
+    const bool valid = segment < args.n_segments;
+    /* Asked for at once, whatever the slot is. */
+    const int start = valid ? args.segment_start[segment] : 0;
+    const int end = valid ? args.segment_start[segment + 1] : 0;
+    const int slot = valid ? args.segment_slot[segment] : -1;
+    return {slot, start, slot < 0 ? 0 : max_int(0, end - start)};
+}
+
+/* Find tile number `index` of `size` tokens among those of the lanes' segments, of which `before` come first.
+ * False, and `before` has these too: it is not there. */
+static inline __device__ bool lora_tile_among(struct lora_tile *out,
+                                              const struct lora_segment &segment, int index,
+                                              int size, int *before)
+{
+    const int lane = threadIdx.x % WARP, tiles = ceil_div(segment.n, size);
+    int upto = tiles;
+#pragma unroll
+    for (int step = 1; step < WARP; step *= 2) {
+        const int other = __shfl_up_sync(~0u, upto, step);
+        if (lane >= step) upto += other;
+    }
+    const unsigned reach = __ballot_sync(~0u, *before + upto > index);
+    if (!reach) {
+        *before += __shfl_sync(~0u, upto, WARP - 1);
+        return false;
+    }
+    const int found = __ffs(reach) - 1;
+    const int skip = (index - *before - __shfl_sync(~0u, upto - tiles, found)) * size;
+    out->slot = __shfl_sync(~0u, segment.slot, found);
+    out->first = __shfl_sync(~0u, segment.start, found) + skip;
+    out->n = min_int(size, __shfl_sync(~0u, segment.n, found) - skip);
+    out->leads = skip == 0;
+    return true;
+}
+
 /* Find tile number `index` among the segments' tiles of `size` tokens. Every warp of the block
  * does the same work and all get the same answer, so no barrier is needed. False: no such tile. */
 static inline __device__ bool lora_find_tile(struct lora_tile *out, int index,
                                              const struct lora_args &args, int size)
 {
-    const int lane = threadIdx.x % WARP;
     int before = 0; /* tiles of earlier segments */
 
     for (int base = 0; base < args.n_segments; base += WARP) {
-        const int segment = base + lane;
-        const bool valid = segment < args.n_segments;
-        const int start = valid ? args.segment_start[segment] : 0;
-        const int slot = valid ? args.segment_slot[segment] : -1;
-        const int n = slot < 0 ? 0 : max_int(0, args.segment_start[segment + 1] - start);
-        const int tiles = ceil_div(n, size);
-        int upto = tiles;
-#pragma unroll
-        for (int step = 1; step < WARP; step *= 2) {
-            const int other = __shfl_up_sync(~0u, upto, step);
-            if (lane >= step) upto += other;
-        }
-        const unsigned reach = __ballot_sync(~0u, before + upto > index);
-        if (reach) {
-            const int found = __ffs(reach) - 1;
-            const int skip = (index - before - __shfl_sync(~0u, upto - tiles, found)) * size;
-            out->slot = __shfl_sync(~0u, slot, found);
-            out->first = __shfl_sync(~0u, start, found) + skip;
-            out->n = min_int(size, __shfl_sync(~0u, n, found) - skip);
-            out->leads = skip == 0;
-            return true;
-        }
-        before += __shfl_sync(~0u, upto, WARP - 1);
+        const struct lora_segment segment = lora_segment_at(args, base + threadIdx.x % WARP);
+        if (lora_tile_among(out, segment, index, size, &before)) return true;
     }
     return false;
 }

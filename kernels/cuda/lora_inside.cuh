@@ -16,12 +16,13 @@ enum {
     INSIDE_WARPS = 4,
     INSIDE_BLOCK = INSIDE_WARPS * WARP,
     INSIDE_PARTS = 4,  /* of a sum of h, however many tokens and adapters there are */
-    INSIDE_STEP = 32,  /* k that a warp takes at once */
-    INSIDE_AHEAD = 8,  /* such steps that it asks for at once */
+    INSIDE_STEP = 64,  /* k that a warp takes at once: a line of memory of each row */
+    INSIDE_AHEAD = 4,  /* such steps that it asks for at once */
     INSIDE_STEPS = 16, /* tiles of the rank of all adapters, of a slice, at most */
     INSIDE_TILES = 4,  /* of one adapter, at most; each has one or more */
     INSIDE_TOKENS = 64,
-    INSIDE_STAGED = INSIDE_BLOCK * INSIDE_AHEAD * 2 * 16, /* bytes of A, or of x */
+    INSIDE_STAGED =
+        INSIDE_WARPS * INSIDE_AHEAD * SIXTEEN * INSIDE_STEP * 2, /* bytes of A, or of x */
 };
 
 /* Where the blocks of a product leave each other parts of h: [INSIDE_PARTS, T, n_slices tiles_a_slice,
@@ -54,10 +55,13 @@ struct lora_not_inside {
 
 #ifdef __CUDACC__
 
-/* A segment's rows of B from a block's first on, R elements each. R 0: there are none. */
-struct b_rows {
-    const bf16 *from;
-    int R;
+/* A unit of h: 16 rows of A, 16 tokens of an adapter, a part of K. */
+struct unit {
+    const bf16 *a; /* [n_rows, K] */
+    int number;
+    float scale;
+    short part, begin, end; /* steps of k */
+    short row_tile, n_rows, n_tokens;
 };
 
 /* What a block adds of each adapter's rank: `tiles` of 16 from `first` on; 0: nothing. */
@@ -79,12 +83,16 @@ struct inside_shared {
     int slice, row; /* of the block's rows: the first's, and which of the slice's that is */
     struct inside_share share;
     struct ring_of_w ring;
-    struct b_rows b[2][INSIDE_STEPS]; /* of a segment, in the block's slices */
+    /* Of a segment, in the block's slices: its rows of B from the block's first on, and how many elements
+     * each of them has; 0: it has none. */
+    const bf16 *b[2][INSIDE_STEPS];
+    short R[2][INSIDE_STEPS];
     /* Barriers: that the segments are known, and the turn; that all of w has been multiplied; that what
      * is added is there. */
     uint64_t segments_known, turn_known, idle, ready;
-    int turn; /* of the exchange, once it is known */
-    int unit_token[SIXTEEN];
+    int turn;         /* of the exchange, once it is known */
+    struct unit unit; /* that is being made, and its tokens */
+    signed char unit_token[SIXTEEN];
     signed char segment[INSIDE_TOKENS]; /* of a token; -1: none */
 };
 
@@ -157,6 +165,14 @@ static inline __device__ int anew(int number)
     return number;
 }
 
+/* Which of the threads that make h, and what it adds, this one is: read anew, not kept in a register. */
+static inline __device__ int worker()
+{
+    int thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return thread % INSIDE_BLOCK; /* those before them are as many, or a multiple */
+}
+
 /* Of the multiprocessor's clock; it begins anew every few seconds. */
 static inline __device__ uint32_t cycles()
 {
@@ -165,96 +181,154 @@ static inline __device__ uint32_t cycles()
     return count;
 }
 
-/* A unit of h: 16 rows of A, 16 tokens of its adapter, a part of K. A lane holds 8 elements of a step
- * of k of two rows and of two tokens: which k they are does not matter, both are held the same way. They
- * pass through INSIDE_STAGED bytes each. */
-static inline __device__ void shrink_inside(const struct lora_inside &in, int unit, int thread,
-                                            struct inside_shared *shared, uint32_t staged)
+/* By a warp: what a unit of h is made of. */
+static inline __device__ void find_unit(const struct lora_inside &in, int number, int lane,
+                                        struct inside_shared *shared)
 {
+    static_assert(INSIDE_STEPS <= WARP); /* segments */
     const struct lora_args &args = in.args;
-    const int lane = thread % WARP, warp = thread / WARP;
-    const int part = unit % INSIDE_PARTS, row_tile = unit / INSIDE_PARTS % in.row_tiles;
-    const int slice = row_tile / in.tiles_a_slice, first = row_tile % in.tiles_a_slice * SIXTEEN;
-    struct lora_tile tokens;
-    if (!lora_find_tile(&tokens, unit / INSIDE_PARTS / in.row_tiles, args, SIXTEEN)) return;
-    int t[2]; /* asked for at once: each load waits long */
-#pragma unroll
-    for (int i = 0; i < 2; i++)
-        t[i] = args.order[tokens.first + min_int(lane / 4 + i * 8, tokens.n - 1)];
-    const struct lora_factors f = *lora_factors_of(args, tokens.slot, slice);
-    if (!f.a || first >= f.R) return; /* all warps */
-
-    const int steps = args.K / INSIDE_STEP, a_part = ceil_div(steps, INSIDE_PARTS);
-    const int begin = part * a_part, end = min_int(steps, begin + a_part);
-    const bf16 *a_rows[2], *x_rows[2];
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const int r = min_int(first + lane / 4 + i * 8, f.R - 1);
-        a_rows[i] = (const bf16 *)f.a + (size_t)r * args.K + lane % 4 * GROUP;
-        x_rows[i] = in.x + (size_t)t[i] * args.K + lane % 4 * GROUP;
-        if (warp == 0 && lane % 4 == 0) shared->unit_token[lane / 4 + i * 8] = t[i];
+    const struct lora_segment segment = lora_segment_at(args, lane);
+    const int steps = ceil_div(args.K, INSIDE_STEP), a_part = ceil_div(steps, INSIDE_PARTS);
+    struct unit unit = {};
+    unit.number = number;
+    unit.part = number % INSIDE_PARTS;
+    unit.begin = unit.part * a_part, unit.end = min_int(steps, unit.begin + a_part);
+    unit.row_tile = number / INSIDE_PARTS % in.row_tiles;
+    const int slice = unit.row_tile / in.tiles_a_slice;
+    const int first = unit.row_tile % in.tiles_a_slice * SIXTEEN;
+    struct lora_tile tile;
+    int before = 0;
+    if (lora_tile_among(&tile, segment, number / INSIDE_PARTS / in.row_tiles, SIXTEEN, &before)) {
+        /* Asked for at once: each load waits long. */
+        const int t = args.order[tile.first + min_int(lane, tile.n - 1)];
+        const struct lora_factors f = *lora_factors_of(args, tile.slot, slice);
+        unit.a = (const bf16 *)f.a + (size_t)first * args.K;
+        unit.scale = f.scale;
+        unit.n_tokens = tile.n;
+        unit.n_rows = f.a ? min_int(SIXTEEN, f.R - first) : 0;
+        if (lane < SIXTEEN) shared->unit_token[lane] = (signed char)t;
     }
-    const uint32_t a_at = staged + thread * 16, x_at = a_at + INSIDE_STAGED;
-    float sum[2][4] = {};
-    int step = begin + warp;
+    if (lane == 0) shared->unit = unit;
+}
+
+/* Where 16-byte unit `unit` of row `row` of A, or of a token of x, of a warp's first step lies in shared memory;
+ * that of the next is 16 rows further. Units of neighbouring rows lie in different banks. */
+static inline __device__ uint32_t staged_at(uint32_t staged, int row, int unit)
+{
+    static_assert(INSIDE_STEP * 2 == PANEL_ROW);
+    return staged + worker() / WARP * (INSIDE_STAGED / INSIDE_WARPS) + row * PANEL_ROW +
+           (unit ^ row % 2 * 4) * 16;
+}
+enum { STAGED_STEP = SIXTEEN * PANEL_ROW };
+
+/* Ask for a unit's rows of A from step `step` of k on. */
+static inline __device__ void ask_for_a(const struct lora_inside &in, int step,
+                                        const struct unit &unit, uint32_t staged)
+{
+    const int lane = worker() % WARP, k = step * INSIDE_STEP + lane % 8 * GROUP;
+    const int end = min_int(unit.end * INSIDE_STEP, in.args.K);
 #pragma unroll 1
-    do { /* once at least: it may have nothing to do */
-#pragma unroll
-        for (int i = 0; i < 2 * INSIDE_AHEAD; i++) {
-            const int at = step + i / 2 * INSIDE_WARPS;
-            copy_async_once(a_at + i * (INSIDE_BLOCK * 16),
-                            a_rows[i % 2] + (at < end ? at * INSIDE_STEP : 0), at < end);
-        }
-        grid_wait(); /* x is there, and h has been read */
-#pragma unroll
-        for (int i = 0; i < 2 * INSIDE_AHEAD; i++) {
-            const int at = step + i / 2 * INSIDE_WARPS;
-            const bool valid = at < end && i % 2 * 8 < tokens.n;
-            copy_async(x_at + i * (INSIDE_BLOCK * 16),
-                       x_rows[i % 2] + (valid ? at * INSIDE_STEP : 0), valid);
-        }
-        copy_commit();
-        copy_wait<0>();
+    for (int r = lane / 8; r < SIXTEEN; r += 4) {
+        const bf16 *row = unit.a + (size_t)min_int(r, unit.n_rows - 1) * in.args.K;
+        const uint32_t to = staged_at(staged, r, lane % 8);
 #pragma unroll
         for (int i = 0; i < INSIDE_AHEAD; i++) {
-            const uint4 low = load_shared(a_at + 2 * i * (INSIDE_BLOCK * 16));
-            const uint4 high = load_shared(a_at + (2 * i + 1) * (INSIDE_BLOCK * 16));
-            const uint32_t a0[4] = {low.x, high.x, low.y, high.y};
-            const uint32_t a1[4] = {low.z, high.z, low.w, high.w};
-#pragma unroll
-            for (int n = 0; n < 2; n++) {
-                const uint4 b = load_shared(x_at + (2 * i + n) * (INSIDE_BLOCK * 16));
-                mma_bf16(sum[n], a0, b.x, b.y);
-                mma_bf16(sum[n], a1, b.z, b.w);
-            }
+            const int at = k + i * (INSIDE_WARPS * INSIDE_STEP);
+            copy_async_once(to + i * STAGED_STEP, row + (at < end ? at : 0), at < end);
         }
-        step += INSIDE_AHEAD * INSIDE_WARPS;
-    } while (step < end);
-    inside_sync(); /* A and x have been read: sums take their place, [INSIDE_WARPS, 16 tokens, 16] */
-    float *sums = (float *)__cvta_shared_to_generic(staged);
+    }
+}
+
+/* Ask for the same of x. */
+static inline __device__ void ask_for_x(const struct lora_inside &in, int step,
+                                        const struct inside_shared *shared, uint32_t staged)
+{
+    const struct unit &unit = shared->unit;
+    const int lane = worker() % WARP, k = step * INSIDE_STEP + lane % 8 * GROUP;
+    const int end = min_int(unit.end * INSIDE_STEP, in.args.K);
+#pragma unroll 1
+    for (int token = lane / 8; token < SIXTEEN; token += 4) {
+        const bf16 *row = in.x + (size_t)shared->unit_token[token] * in.args.K;
+        const uint32_t to = staged_at(staged, token, lane % 8);
+#pragma unroll
+        for (int i = 0; i < INSIDE_AHEAD; i++) {
+            const int at = k + i * (INSIDE_WARPS * INSIDE_STEP);
+            const bool valid = at < end && token < unit.n_tokens;
+            copy_async(to + i * STAGED_STEP, row + (valid ? at : 0), valid);
+        }
+    }
+}
+
+/* What 16 rows of A and 16 tokens give over a part of K, of which each warp has summed its share: to the
+ * exchange. The sums pass through shared memory, where A was. */
+static inline __device__ void share_h(const struct lora_inside &in, const float (&sum)[2][4],
+                                      const struct inside_shared *shared, uint32_t room)
+{
+    const struct unit &unit = shared->unit;
+    const int thread = worker(), lane = thread % WARP;
+    float *sums = (float *)__cvta_shared_to_generic(room); /* [INSIDE_WARPS, 16 tokens, 16] */
+    inside_sync();                                         /* A has been read */
 #pragma unroll
     for (int n = 0; n < 2; n++)
 #pragma unroll
         for (int e = 0; e < 4; e++) {
             const int token = n * 8 + lane % 4 * 2 + e % 2, r = lane / 4 + e / 2 * 8;
-            sums[(warp * SIXTEEN + token) * SIXTEEN + r] = sum[n][e];
+            sums[(thread / WARP * SIXTEEN + token) * SIXTEEN + r] = sum[n][e];
         }
     inside_sync();
-    unit = anew(unit);
     barrier_wait(shared_address(&shared->turn_known), 0);
     uint32_t *h = in.exchange->h[shared->turn] +
-                  unit % INSIDE_PARTS * (in.T * in.row_tiles * SIXTEEN) +
-                  unit / INSIDE_PARTS % in.row_tiles * SIXTEEN + thread % SIXTEEN;
+                  (unit.part * in.T * in.row_tiles + unit.row_tile) * SIXTEEN + thread % SIXTEEN;
 #pragma unroll 1
-    for (int i = thread; i < tokens.n * SIXTEEN; i += INSIDE_BLOCK) {
+    for (int i = thread; i < unit.n_tokens * SIXTEEN; i += INSIDE_BLOCK) {
         float total = 0.0f;
 #pragma unroll
         for (int w = 0; w < INSIDE_WARPS; w++) total += sums[w * (SIXTEEN * SIXTEEN) + i];
-        const uint32_t bits = __float_as_uint(f.scale * total);
+        const uint32_t bits = __float_as_uint(unit.scale * total);
         __stcg(&h[shared->unit_token[i / SIXTEEN] * in.row_tiles * SIXTEEN],
                bits == NOTHING ? bits >> 1 : bits);
     }
+}
+
+/* Make unit `number` of h. A and x pass through INSIDE_STAGED bytes each. Of a 16-byte unit a lane holds 8
+ * elements of two rows, and of two tokens, in the products: which k they are does not matter, both are
+ * held the same way. */
+static inline __device__ void shrink_inside(const struct lora_inside &in, int number,
+                                            struct inside_shared *shared, uint32_t staged)
+{
+    const struct unit &unit = shared->unit;
+    const uint32_t x_staged = staged + INSIDE_STAGED;
+    if (worker() < WARP) find_unit(in, number, worker(), shared);
     inside_sync();
+    if (unit.n_rows <= 0) return; /* all warps */
+    float sum[2][4] = {};
+    int step = unit.begin + worker() / WARP;
+#pragma unroll 1
+    do { /* once at least: it may have nothing to do */
+        ask_for_a(in, step, unit, staged);
+        grid_wait(); /* x is there, and h has been read */
+        ask_for_x(in, step, shared, x_staged);
+        copy_commit();
+        copy_wait<0>();
+        __syncwarp();
+        const int row = worker() % WARP / 4, column = worker() % 4;
+        uint32_t a_at = staged_at(staged, row, column), x_at = staged_at(x_staged, row, column);
+#pragma unroll
+        for (int i = 0; i < 2 * INSIDE_AHEAD; i++) { /* units `column` and 4 further of a step */
+            const uint4 low = load_shared(a_at), high = load_shared(a_at + 8 * PANEL_ROW);
+            const uint32_t a0[4] = {low.x, high.x, low.y, high.y};
+            const uint32_t a1[4] = {low.z, high.z, low.w, high.w};
+#pragma unroll
+            for (int n = 0; n < 2; n++) {
+                const uint4 b = load_shared(x_at + n * (8 * PANEL_ROW));
+                mma_bf16(sum[n], a0, b.x, b.y);
+                mma_bf16(sum[n], a1, b.z, b.w);
+            }
+            a_at = (a_at ^ 64) + i % 2 * STAGED_STEP, x_at = (x_at ^ 64) + i % 2 * STAGED_STEP;
+        }
+        step += INSIDE_AHEAD * INSIDE_WARPS;
+    } while (step < unit.end);
+    share_h(in, sum, shared, staged);
 }
 
 /* The warp that keeps the exchange: it tells the others their turn, and clears what the product before

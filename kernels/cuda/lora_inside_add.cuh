@@ -50,12 +50,13 @@ static inline __device__ void find_segments(const struct lora_inside &in, int la
         t[i] = lane + i * WARP < args.n_tokens ? args.order[lane + i * WARP] : 0;
 #pragma unroll
     for (int half = 0; half < HALVES; half++) {
-        struct b_rows rows = {NULL, 0};
+        const bf16 *b = NULL;
+        int R = 0;
         if (slot >= 0) {
             const struct lora_factors *f = lora_factors_of(args, slot, shared->slice + half);
-            if (f->a) rows = {(const bf16 *)f->b + (size_t)shared->row * f->R, f->R};
+            if (f->a) R = f->R, b = (const bf16 *)f->b + (size_t)shared->row * R;
         }
-        if (is_segment) shared->b[half][lane] = rows;
+        if (is_segment) shared->b[half][lane] = b, shared->R[half][lane] = (short)R;
     }
 #pragma unroll
     for (int i = 0; i < A_LANE; i++) shared->segment[lane + i * WARP] = -1;
@@ -73,25 +74,41 @@ static inline __device__ void find_segments(const struct lora_inside &in, int la
     barrier_arrive(shared_address(&shared->segments_known));
 }
 
-/* Ask for all rows of B. */
+/* Ask for all rows of B. Where they are is looked up for several segments at once: between the copies each
+ * look would wait for those before it. */
 template <int HALVES>
 static inline __device__ void ask_for_b(const struct lora_inside &in,
-                                        const struct inside_shared *shared, int thread)
+                                        const struct inside_shared *shared)
 {
-    static_assert(2 * GROUP_ROWS == INSIDE_BLOCK);
-    const int row = thread / 2, unit = thread % 2;
+    enum { AT_ONCE = 4 /* segments */, ROWS_APART = HALVES > 1 ? 0 : GROUP_ROWS };
+    static_assert(2 * GROUP_ROWS == INSIDE_BLOCK && INSIDE_STEPS % AT_ONCE == 0);
+    const int row = worker() / 2, unit = worker() % 2, n_segments = in.args.n_segments;
+    uint32_t to = b_of(in, shared, 0) + narrow_at(row, unit);
 #pragma unroll 1
-    for (int group = 0; group < 2; group++) {
-        const int n = HALVES > 1 ? row : group * GROUP_ROWS + row;
-        uint32_t to = b_of(in, shared, group) + narrow_at(row, unit);
+    for (int tile = 0; tile < shared->share.tiles; tile++) {
+        const int r = (shared->share.first + tile) * SIXTEEN + unit * GROUP;
 #pragma unroll 1
-        for (int tile = 0; tile < shared->share.tiles; tile++) {
-            const int r = (shared->share.first + tile) * SIXTEEN + unit * GROUP;
-#pragma unroll 1
-            for (int segment = 0; segment < in.args.n_segments; segment++, to += B_STEP) {
-                const struct b_rows rows = shared->b[HALVES > 1 ? group : 0][segment];
-                const bool valid = r < rows.R;
-                copy_async_once(to, valid ? rows.from + (size_t)n * rows.R + r : in.x, valid);
+        for (int first = 0; first < n_segments; first += AT_ONCE) {
+            const bf16 *b[AT_ONCE][HALVES];
+            int R[AT_ONCE][HALVES];
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; i++)
+#pragma unroll
+                for (int half = 0; half < HALVES; half++) {
+                    b[i][half] = shared->b[half][first + i];
+                    R[i][half] = shared->R[half][first + i];
+                }
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; i++) {
+                if (first + i >= n_segments) break;
+#pragma unroll
+                for (int group = 0; group < 2; group++) {
+                    const int half = group % HALVES, n = row + group * ROWS_APART;
+                    const bool valid = r < R[i][half];
+                    copy_async_once(to + group * in.b_bytes,
+                                    valid ? b[i][half] + n * R[i][half] + r : in.x, valid);
+                }
+                to += B_STEP;
             }
         }
     }
@@ -127,7 +144,7 @@ static inline __device__ bool take_h(uint32_t (&h)[H_PARTS][4], const struct lor
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         const int segment = shared->segment[t0 + i * 8];
-        units[i] = segment < 0 ? 0 : (shared->b[half][segment].R - r0) / GROUP;
+        units[i] = segment < 0 ? 0 : (shared->R[half][segment] - r0) / GROUP;
     }
     wait_for_h(units[0] > 0 ? from : from + 8 * in.row_tiles * SIXTEEN,
                units[0] > 0 || units[1] > 0);
@@ -270,14 +287,17 @@ static inline __device__ void work_inside(const struct lora_inside &in, int thre
 #pragma unroll 1
     for (;;) {
 #pragma unroll 1
-        for (; unit < in.n_units; unit += stride)
-            shrink_inside(in, unit, anew(thread), shared,
+        while (unit < in.n_units) {
+            shrink_inside(in, unit, shared,
                           shared->ring.at +
                               (stride > 1 ? shared->ring.stages * shared->ring.stage_bytes : 0));
+            unit = shared->unit.number + stride;
+            inside_sync(); /* that unit and its sums have been read */
+        }
         if (shared->share.tiles == 0) return;
         barrier_wait(shared_address(&shared->segments_known), 0);
         wait_for_stages(shared);
-        ask_for_b<HALVES>(in, shared, anew(thread));
+        ask_for_b<HALVES>(in, shared);
         barrier_wait(shared_address(&shared->turn_known), 0);
         if (multiply_inside<TOKENS, HALVES>(in, anew(thread), shared)) break;
         /* Who is to make it may wait for a multiprocessor that others' kernels hold: make all of it,

@@ -364,7 +364,7 @@ static bool take_up_lora(struct cuda_device *cuda, struct streamed *s)
     struct lora_inside lora = {};
 
     if (!left->x || !left->is_plain || left->x != s->x || args->K != s->w.K ||
-        args->K % INSIDE_STEP != 0)
+        args->K % (INSIDE_STEP / 2) != 0) /* half a step may be the last */
         return false;
     for (int i = 0; i < args->n_slices; i++)
         if (args->width[i] % ROWS != 0) return false; /* a tile would be of two slices */
