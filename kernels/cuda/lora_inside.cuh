@@ -55,7 +55,8 @@ struct lora_not_inside {
 
 #ifdef __CUDACC__
 
-/* A unit of h: 16 rows of A, 16 tokens of an adapter, a part of K. */
+/* A unit of h: 16 rows of A, 16 tokens of an adapter, a part of K. It lies in shared memory, since no register
+ * is left to keep it in. */
 struct unit {
     const bf16 *a; /* [n_rows, K] */
     int number;
