@@ -141,6 +141,8 @@ struct cuda_device {
     bool edges_are_set;          /* the next launch has them from cuda_join() */
     struct clock_marks *marks;   /* NULL before the first mark */
     struct transfer *transfer;
+    /* For the copy engine, one for each rank of B; NULL where there is no wgmma. */
+    struct CUtensorMap_st *maps_of_memory;
     /* [COUNTERS] zero between ops: blocks count here who of them is the last to finish a common
      * sum; that one adds the parts up in their order and sets the counter back. */
     int *counters;

@@ -215,6 +215,7 @@ static void device_close(struct device *dev)
     for (int i = 0; i < cuda->parts.n; i++) cudaFree(cuda->parts.memory[i]);
     cudaFree(cuda->counters);
     cudaFree(cuda->exchange);
+    cudaFree(cuda->maps_of_memory);
     free(cuda->held);
     cudaFreeHost(cuda->staging.up);
     cudaFreeHost(cuda->staging.down);

@@ -44,6 +44,15 @@ template <int TOKENS, typename Lora, bool IS_GATE> struct ring {
     };
 };
 
+/* Bytes that a product may use for what adapters add, with the panels of w that it has to keep. */
+static int room_of_places(int tokens)
+{
+    using many = ring<STREAM_TOKENS, struct lora_inside, false>;
+    using few = ring<FEW_TOKENS, struct lora_inside, false>;
+    return SHARED_MAX - (tokens > FEW_TOKENS ? (int)many::W_AT : (int)few::W_AT) -
+           (IN_FLIGHT + 1) * many::W_BYTES;
+}
+
 /* Where the next panel lies in a ring, and how often the ring was gone through before: the first time all
  * of its stages, then those that are kept. */
 struct place {
@@ -204,7 +213,7 @@ static __global__ void __maxnreg__(Lora::THREADS > 0 ? LORA_REGISTERS : STREAM_R
             return;
         }
         if (threadIdx.x >= CONSUMERS && threadIdx.x < COPIERS) {
-            work_inside<TOKENS, R::HALVES>(lora, threadIdx.x - CONSUMERS, &shared);
+            work_inside<TOKENS, R::HALVES>(lora, &shared);
             return;
         }
         if (share >= shares) {
@@ -247,7 +256,7 @@ static __global__ void __maxnreg__(Lora::THREADS > 0 ? LORA_REGISTERS : STREAM_R
         if (shared.share.tiles > 0) {
             if (threadIdx.x % 128 == 0) barrier_arrive(shared_address(&shared.idle));
             barrier_wait(shared_address(&shared.ready), 0);
-            add_inside<TOKENS>(sum, lora, &shared);
+            add_inside<TOKENS, R::HALVES>(sum, lora, &shared);
         }
     if constexpr (IS_GATE) {
         store_gated<TOKENS>((bf16 *)result, sum, bias, T, N / 2, n0, x_ring, memory + R::X_AT);
@@ -307,6 +316,21 @@ static int own_blocks(const struct streamed *s)
     return s->tiles * s->shares;
 }
 
+/* Of `room` bytes of shared memory: h, what is added, and so many places of so many segments of B as there is
+ * room for, which are two segments at least, so that one comes while the other is read. What they all take;
+ * 0: there is too little room. */
+static int plan_places(struct lora_inside *lora, int room, int halves)
+{
+    const int a_segment = 2 / halves * GROUP_ROWS * lora->row_bytes;
+    const int others = h_bytes(lora) + 2 * lora->added_bytes;
+    const int at_once = min_int((room - others) / a_segment, lora->args.n_segments * halves);
+
+    if (at_once < min_int(2, lora->args.n_segments * halves)) return 0;
+    lora->segments_a_place = ceil_div(at_once, INSIDE_PLACES);
+    lora->n_places = at_once / lora->segments_a_place;
+    return lora->n_places * lora->segments_a_place * a_segment + others;
+}
+
 template <int TOKENS, typename Lora, bool IS_GATE>
 static void launch_kernel(struct cuda_device *cuda, const struct streamed *s, const Lora &lora)
 {
@@ -326,11 +350,11 @@ static void launch_kernel(struct cuda_device *cuda, const struct streamed *s, co
 
     assert(stages <= STAGES_MAX);
     if constexpr (Lora::THREADS > 0) {
-        const int added = 2 * (with.b_bytes + with.added_bytes);
-        with.kept = min_int(stages, (room - added) / R::W_BYTES);
+        const int used = plan_places(&with, room - (IN_FLIGHT + 1) * R::W_BYTES, R::HALVES);
+        with.kept = min_int(stages, (room - used) / R::W_BYTES);
         with.kept_of_makers = min_int(stages_of_makers, with.kept);
         assert(with.kept_of_makers > IN_FLIGHT);
-        shared = max_int(shared, with.kept * R::W_BYTES + added);
+        shared = max_int(shared, with.kept * R::W_BYTES + used);
         shared = max_int(shared, stages_of_makers * R::W_BYTES + 2 * INSIDE_STAGED);
     }
     cuda_allow_shared(cuda, kernel, SHARED_MAX, "matmul");
@@ -363,27 +387,38 @@ static bool take_up_lora(struct cuda_device *cuda, struct streamed *s)
     const struct lora_args *args = &left->args;
     struct lora_inside lora = {};
 
-    if (!left->x || !left->is_plain || left->x != s->x || args->K != s->w.K ||
-        args->K % (INSIDE_STEP / 2) != 0) /* half a step may be the last */
+    if (!left->x || !left->is_plain || !cuda->maps_of_memory || left->x != s->x ||
+        args->K != s->w.K || args->K % (INSIDE_STEP / 2) != 0) /* half a step may be the last */
         return false;
     for (int i = 0; i < args->n_slices; i++)
         if (args->width[i] % ROWS != 0) return false; /* a tile would be of two slices */
     lora.args = *args;
     lora.x = s->x;
     lora.exchange = cuda->exchange;
-    lora.T = s->T;
+    lora.maps = cuda->maps_of_memory;
     /* Those at first that need not add anything: of a tile's blocks the later ones, and those that have no
      * tile where there are more multiprocessors. */
     lora.n_blocks = cuda->n_sms;
     lora.first = s->shares > 1 ? s->tiles : 0;
     lora.tiles_a_slice = ceil_div(args->max_rank, SIXTEEN);
     lora.row_tiles = args->n_slices * lora.tiles_a_slice;
-    lora.n_units = lora_tiles(args, SIXTEEN) * lora.row_tiles * INSIDE_PARTS;
+    /* Units of one round of the blocks, if the tokens' part of x is one that they can keep. */
+    const int token_tiles = lora_tiles(args, SIXTEEN);
+    const int units = token_tiles * lora.row_tiles * INSIDE_PARTS;
+    lora.tiles_a_unit = ceil_div(args->K, INSIDE_STEP) <= INSIDE_PARTS * INSIDE_WARPS * INSIDE_AHEAD
+                            ? min_int(ceil_div(units, lora.n_blocks), UNIT_TILES)
+                            : 1;
+    lora.n_units = token_tiles * ceil_div(lora.row_tiles, lora.tiles_a_unit) * INSIDE_PARTS;
     lora.tiles_a_share = INSIDE_TILES / s->shares; /* whatever the other adapters' ranks are */
     const int tokens = s->T <= FEW_TOKENS ? FEW_TOKENS : STREAM_TOKENS;
-    lora.b_bytes = args->n_segments * min_int(lora.tiles_a_slice, lora.tiles_a_share) * B_STEP;
+    lora.row_bytes = min_int(lora.tiles_a_slice, lora.tiles_a_share) * SIXTEEN * (int)sizeof(bf16);
+    if (lora.row_bytes == 3 * SIXTEEN * (int)sizeof(bf16)) lora.row_bytes = PANEL_ROW;
+    /* The rows of a small product that begins at the last eight are all there. */
+    lora.h_columns = GROUP + min_int(args->n_segments * ceil_div(args->max_segment, GROUP) * GROUP,
+                                     (args->n_tokens / GROUP + args->n_segments) * GROUP);
     lora.added_bytes = GROUP_ROWS * tokens * (int)sizeof(float);
-    if (lora.tiles_a_slice > INSIDE_TILES || args->n_segments * lora.tiles_a_slice > INSIDE_STEPS)
+    if (lora.tiles_a_slice > INSIDE_TILES || args->n_segments > INSIDE_SEGMENTS ||
+        args->n_tokens > s->T || plan_places(&lora, room_of_places(tokens), 1) == 0)
         return false;
     if (cuda->beside.n > 0) return false; /* STAGES_BESIDE are too few to take some of them */
     s->lora = lora;
@@ -446,6 +481,22 @@ bool matmul_takes_silu(struct cuda_device *cuda, void *y, const void *gate_up,
     return true;
 }
 
+/* Maps for B of each rank that a product takes up, in the device's memory: map_of_b(). Where the driver makes
+ * none, products take up nothing. */
+static cudaError_t make_maps(struct cuda_device *cuda)
+{
+    CUtensorMap maps[B_MAPS] = {};
+
+    if (!cuda->encode_tensor_map) return cudaSuccess;
+    for (int row_bytes = 32; row_bytes <= PANEL_ROW; row_bytes *= 2)
+        for (int R = GROUP; R <= INSIDE_TILES * SIXTEEN; R += GROUP)
+            if (!map_memory(cuda, &maps[map_of_b(row_bytes, R)], R, GROUP_ROWS, row_bytes))
+                return cudaSuccess;
+    cudaError_t error = cudaMalloc((void **)&cuda->maps_of_memory, sizeof maps);
+    if (error != cudaSuccess) return error;
+    return cudaMemcpy(cuda->maps_of_memory, maps, sizeof maps, cudaMemcpyHostToDevice);
+}
+
 cudaError_t matmul_open(struct cuda_device *cuda)
 {
     struct exchange *exchange;
@@ -455,6 +506,8 @@ cudaError_t matmul_open(struct cuda_device *cuda)
     cudaError_t error = cudaMalloc((void **)&exchange, sizeof *exchange);
     if (error != cudaSuccess) return error;
     cuda->exchange = exchange;
+    error = make_maps(cuda);
+    if (error != cudaSuccess) return error;
     error = cudaMemsetAsync(exchange->h, 0xff, sizeof exchange->h, cuda->stream); /* NOTHING */
     if (error != cudaSuccess) return error;
     return cudaMemsetAsync(&exchange->turn, 0, sizeof *exchange - sizeof exchange->h, cuda->stream);

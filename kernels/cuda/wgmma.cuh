@@ -46,6 +46,26 @@ static inline __device__ uint4 load_shared(uint32_t from)
     return bits;
 }
 
+static inline __device__ uint2 load_shared_pair(uint32_t from)
+{
+    uint2 bits;
+    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];"
+                 : "=r"(bits.x), "=r"(bits.y)
+                 : "r"(from)
+                 : "memory");
+    return bits;
+}
+
+static inline __device__ void store_shared_float(uint32_t to, float value)
+{
+    asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(value) : "memory");
+}
+
+static inline __device__ void store_shared_pair(uint32_t to, uint2 bits)
+{
+    asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(to), "r"(bits.x), "r"(bits.y) : "memory");
+}
+
 /* ---- barriers ----------------------------------------------------------------------------- */
 
 /* In shared memory, 8 bytes: a phase ends when `arrivals` have arrived and all bytes that were
@@ -132,6 +152,27 @@ static inline CUtensorMap map_cache(struct cuda_device *cuda, const bf16 *cache,
     return map_panels(cuda, cache, INT32_MAX, d, KV_BLOCK, "attention");
 }
 
+/* All memory as a matrix [., n_columns] of bf16 that begins wherever copy_rows_once() is told, in boxes of
+ * `box_rows` rows of `row_bytes`: 32, 64 or 128. What lies past n_columns arrives as zeros. The third
+ * coordinate counts 16 bytes, the fourth MEMORY_LOW bits of those. False: the driver makes no such map. */
+enum { MEMORY_LOW = 24, MEMORY_BITS = 49 /* of an address of the GPU */ };
+static inline bool map_memory(const struct cuda_device *cuda, CUtensorMap *map, int n_columns,
+                              int box_rows, int row_bytes)
+{
+    const cuuint64_t size[4] = {(cuuint64_t)n_columns, (cuuint64_t)box_rows, 1u << MEMORY_LOW,
+                                1u << (MEMORY_BITS - MEMORY_LOW - 4)};
+    const cuuint64_t stride[3] = {(cuuint64_t)n_columns * sizeof(bf16), 16, 16ull << MEMORY_LOW};
+    const cuuint32_t box[4] = {(cuuint32_t)row_bytes / 2, (cuuint32_t)box_rows, 1, 1};
+    const cuuint32_t step[4] = {1, 1, 1, 1};
+    const CUtensorMapSwizzle order = row_bytes == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
+                                     : row_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
+                                                       : CU_TENSOR_MAP_SWIZZLE_32B;
+    return ((PFN_cuTensorMapEncodeTiled_v12000)cuda->encode_tensor_map)(
+               map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, NULL, size, stride, box, step,
+               CU_TENSOR_MAP_INTERLEAVE_NONE, order, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+               CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
 /* Begin to copy the box of `map` at (row, column) to shared memory; it arrives at `barrier`. */
 static inline __device__ void copy_box(uint32_t to, const CUtensorMap *map, int row, int column,
                                        uint32_t barrier)
@@ -152,6 +193,34 @@ static inline __device__ void copy_box_once(uint32_t to, const CUtensorMap *map,
                  : "memory");
 }
 
+/* The same of a box of map_memory(): the first rows of the matrix that begins at `from`, a multiple of 16
+ * bytes, from column `column` on. */
+static inline __device__ void copy_rows_once(uint32_t to, const CUtensorMap *map, const bf16 *from,
+                                             int column, uint32_t barrier)
+{
+    const uint64_t unit = (uint64_t)from >> 4;
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
+                 ".L2::cache_hint [%0], [%1, {%2, %3, %4, %5}], [%6], %7;" ::"r"(to),
+                 "l"(map), "r"(column), "r"(0), "r"((int)(unit & ((1u << MEMORY_LOW) - 1))),
+                 "r"((int)(unit >> MEMORY_LOW)), "r"(barrier), "l"(once_policy())
+                 : "memory");
+}
+
+/* Begin to read a map itself, which lies in memory. */
+static inline __device__ void prefetch_map(const CUtensorMap *map)
+{
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+/* Begin to copy `bytes`, a multiple of 16, that follow each other. */
+static inline __device__ void copy_bulk(uint32_t to, const void *from, int bytes, uint32_t barrier)
+{
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
+                 "[%0], [%1], %2, [%3];" ::"r"(to),
+                 "l"(from), "r"(bytes), "r"(barrier)
+                 : "memory");
+}
+
 /* ---- products ----------------------------------------------------------------------------- */
 
 /* An operand: rows of panels from `at` on, an eight of rows every 1,024 bytes, the next panel
@@ -162,11 +231,12 @@ static inline __device__ uint64_t operand(uint32_t at, int panel_bytes)
            (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
 }
 
-/* The same of a narrow panel: an eight of rows every 256 bytes. */
-static inline __device__ uint64_t operand_of_narrow(uint32_t at)
+/* The same of a panel whose rows have `row_bytes`: 32, 64 or 128. */
+static inline __device__ uint64_t operand_of_rows(uint32_t at, int row_bytes)
 {
-    return (uint64_t)(at >> 4 & 0x3fff) | (uint64_t)1 << 16 | (uint64_t)(256 >> 4) << 32 |
-           (uint64_t)3 << 62;
+    const int order = row_bytes == 128 ? 1 : row_bytes == 64 ? 2 : 3;
+    return (uint64_t)(at >> 4 & 0x3fff) | (uint64_t)1 << 16 | (uint64_t)(row_bytes / 2) << 32 |
+           (uint64_t)order << 62;
 }
 
 /* Registers that products read or write belong to them from products_begin() until products_wait()
@@ -271,33 +341,20 @@ static inline __device__ void product_columns(float (&c)[64], const uint32_t (&a
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
-/* c [64, 64] += a B^T, 16 columns of B [64, .], or, where `COLUMNS` is 1, a B, 16 rows of B [., 64]; a [64, 16]
- * as mma_bf16() has it. */
-template <int COLUMNS>
-static inline __device__ void product_of_registers(float (&c)[32], const uint32_t (&a)[4],
-                                                   uint64_t b)
+/* c [64, 64] += a B, 16 rows of B [., 64]. */
+static inline __device__ void product_columns(float (&c)[32], const uint32_t (&a)[4], uint64_t b)
 {
     asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
                  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
                  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-                 "{%32, %33, %34, %35}, %36, 1, 1, 1, %37;"
+                 "{%32, %33, %34, %35}, %36, 1, 1, 1, 1;"
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]),
                    "+f"(c[6]), "+f"(c[7]), "+f"(c[8]), "+f"(c[9]), "+f"(c[10]), "+f"(c[11]),
                    "+f"(c[12]), "+f"(c[13]), "+f"(c[14]), "+f"(c[15]), "+f"(c[16]), "+f"(c[17]),
                    "+f"(c[18]), "+f"(c[19]), "+f"(c[20]), "+f"(c[21]), "+f"(c[22]), "+f"(c[23]),
                    "+f"(c[24]), "+f"(c[25]), "+f"(c[26]), "+f"(c[27]), "+f"(c[28]), "+f"(c[29]),
                    "+f"(c[30]), "+f"(c[31])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(COLUMNS));
-}
-
-static inline __device__ void product_rows(float (&c)[32], const uint32_t (&a)[4], uint64_t b)
-{
-    product_of_registers<0>(c, a, b);
-}
-
-static inline __device__ void product_columns(float (&c)[32], const uint32_t (&a)[4], uint64_t b)
-{
-    product_of_registers<1>(c, a, b);
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
 #endif

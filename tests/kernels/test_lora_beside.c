@@ -353,7 +353,7 @@ Test(lora_beside, a_product_takes_it_up_with_its_silu_mul)
 
 Test(lora_beside, a_product_takes_up_high_ranks)
 {
-    for (n_slots = 1; n_slots <= 4; n_slots++) {
+    for (n_slots = 1; n_slots <= S_MAX; n_slots++) {
         check_silu_mul(1024, 64, MLORA_LORA_AUTO, -64);
         check_silu_mul(256, 17, MLORA_LORA_FUSED, -56);
         check_norm(4096, 64, MLORA_LORA_AUTO, -64);
@@ -380,12 +380,16 @@ Test(lora_beside, a_product_takes_up_many_adapters)
     check_norm(1024, 12, MLORA_LORA_FUSED, -16);
     check_norm(512, 9, MLORA_LORA_AUTO, -8);
     check_rope(128, 4, MLORA_LORA_AUTO, false, true, -64);
+    check_norm(4096, 14, MLORA_LORA_AUTO, -64);
+    check_silu_mul(1024, 9, MLORA_LORA_AUTO, -64);
     K = 4160;
     check_norm(2048, 11, MLORA_LORA_AUTO, -16);
     check_norm(2048, 9, MLORA_LORA_AUTO, -32);
+    check_norm(512, 12, MLORA_LORA_AUTO, -64);
+    check_silu_mul(2560, 13, MLORA_LORA_AUTO, -48);
 }
 
-/* Of more adapters than there is room for in a product, or for outputs that are no whole tiles of it. */
+/* Of more adapters, or higher ranks, than a product takes up, or for outputs that are no whole tiles of it. */
 Test(lora_beside, of_plain_adapters_that_no_product_takes_up)
 {
     static const int ranks[] = {16, 32, 48, 64, 80};
@@ -397,8 +401,9 @@ Test(lora_beside, of_plain_adapters_that_no_product_takes_up)
             check_norm(1000, 1, modes[m], -ranks[i]);
             check_rope(6, 4, modes[m], false, true, -ranks[i]);
         }
-    check_silu_mul(1024, 64, MLORA_LORA_AUTO, -64);
-    check_norm(4096, 64, MLORA_LORA_AUTO, -64);
+    has_many_segments = true;
+    check_silu_mul(1024, 20, MLORA_LORA_AUTO, -64);
+    check_norm(4096, 33, MLORA_LORA_AUTO, -16);
 }
 
 /* Beyond forty adapters expand comes after the product. */
