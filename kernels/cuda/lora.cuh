@@ -172,6 +172,17 @@ static inline __device__ struct lora_segment lora_segment_at(const struct lora_a
     return {slot, start, slot < 0 ? 0 : max_int(0, end - start)};
 }
 
+/* The sum of the lanes' numbers up to this one's. */
+static inline __device__ int sum_upto(int number, int lane)
+{
+#pragma unroll
+    for (int step = 1; step < WARP; step *= 2) {
+        const int other = __shfl_up_sync(~0u, number, step);
+        if (lane >= step) number += other;
+    }
+    return number;
+}
+
 /* Find tile number `index` of `size` tokens among those of the lanes' segments, of which `before` come first.
  * False, and `before` has these too: it is not there. */
 static inline __device__ bool lora_tile_among(struct lora_tile *out,
@@ -179,12 +190,7 @@ static inline __device__ bool lora_tile_among(struct lora_tile *out,
                                               int size, int *before)
 {
     const int lane = threadIdx.x % WARP, tiles = ceil_div(segment.n, size);
-    int upto = tiles;
-#pragma unroll
-    for (int step = 1; step < WARP; step *= 2) {
-        const int other = __shfl_up_sync(~0u, upto, step);
-        if (lane >= step) upto += other;
-    }
+    const int upto = sum_upto(tiles, lane);
     const unsigned reach = __ballot_sync(~0u, *before + upto > index);
     if (!reach) {
         *before += __shfl_sync(~0u, upto, WARP - 1);

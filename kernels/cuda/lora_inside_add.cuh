@@ -18,8 +18,7 @@ static inline __host__ __device__ int map_of_b(int row_bytes, int R)
 /* h of the block's tiles of the rank in shared memory, [tiles, H_PARTS, h_columns, 16]. */
 static inline __host__ __device__ int h_bytes(const struct lora_inside *in)
 {
-    return (in->tiles_a_slice < in->tiles_a_share ? in->tiles_a_slice : in->tiles_a_share) *
-           H_PARTS * in->h_columns * NARROW_ROW;
+    return min_int(in->tiles_a_slice, in->tiles_a_share) * H_PARTS * in->h_columns * NARROW_ROW;
 }
 
 #ifdef __CUDACC__
@@ -62,18 +61,6 @@ static inline __device__ void wait_for_stages(const struct inside_shared *shared
         barrier_wait(ring.empty + stage * 8, 0);
 }
 
-/* The sum of the lanes' numbers before this one. */
-static inline __device__ int sum_before(int number, int lane)
-{
-    int upto = number;
-#pragma unroll
-    for (int step = 1; step < WARP; step *= 2) {
-        const int other = __shfl_up_sync(~0u, upto, step);
-        if (lane >= step) upto += other;
-    }
-    return upto - number;
-}
-
 /* A product of a segment's B with h of up to 16 of its tokens. */
 struct job {
     int slot;     /* of B in shared memory: of all places' segments */
@@ -89,6 +76,9 @@ struct job {
 
 static inline __device__ uint32_t bits_of(const struct job &job)
 {
+    static_assert(2 * INSIDE_SEGMENTS <= 32 && INSIDE_PLACES <= 4 && INSIDE_TILES < 8);
+    static_assert(INSIDE_TOKENS <= 64 &&
+                  INSIDE_TOKENS + GROUP * INSIDE_SEGMENTS <= 256); /* columns */
     return job.slot | job.place << 5 | job.turn << 7 | job.begins << 8 | job.ends << 9 |
            job.tiles << 10 | job.n_tokens << 13 | job.first << 18 | job.eights << 24;
 }
@@ -134,7 +124,8 @@ static inline __device__ int list_jobs(const struct lora_inside &in, int lane,
     const int n_passing = __popc(passing), before = __popc(passing & ((1u << lane) - 1));
     const int in_place = before % in.segments_a_place;
     const int place = places + before / in.segments_a_place;
-    const int n = passage.tiles > 0 ? ceil_div(segment.n, SIXTEEN) : 0, j = sum_before(n, lane);
+    const int n = passage.tiles > 0 ? ceil_div(segment.n, SIXTEEN) : 0;
+    const int j = sum_upto(n, lane) - n;
     const int most = __reduce_max_sync(~0u, passage.tiles);
     const bool is_last = in_place == in.segments_a_place - 1 || before == n_passing - 1;
     struct job job = {};
@@ -177,7 +168,7 @@ static inline __device__ void find_segments(const struct lora_inside &in, int la
         t[i] = lane + i * WARP < args.n_tokens ? args.order[lane + i * WARP] : 0;
 #pragma unroll
     for (int half = 0; half < HALVES; half++) passages[half] = passage_of(in, own, half, shared);
-    const int column = sum_before(ceil_div(own.n, GROUP) * GROUP, lane);
+    const int columns = ceil_div(own.n, GROUP) * GROUP, column = sum_upto(columns, lane) - columns;
     int places = 0;
 #pragma unroll
     for (int half = 0; half < HALVES; half++)

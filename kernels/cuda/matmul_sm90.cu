@@ -350,7 +350,7 @@ static void launch_kernel(struct cuda_device *cuda, const struct streamed *s, co
 
     assert(stages <= STAGES_MAX);
     if constexpr (Lora::THREADS > 0) {
-        const int used = plan_places(&with, room - (IN_FLIGHT + 1) * R::W_BYTES, R::HALVES);
+        const int used = plan_places(&with, room_of_places(TOKENS), R::HALVES);
         with.kept = min_int(stages, (room - used) / R::W_BYTES);
         with.kept_of_makers = min_int(stages_of_makers, with.kept);
         assert(with.kept_of_makers > IN_FLIGHT);
@@ -411,8 +411,8 @@ static bool take_up_lora(struct cuda_device *cuda, struct streamed *s)
     lora.n_units = token_tiles * ceil_div(lora.row_tiles, lora.tiles_a_unit) * INSIDE_PARTS;
     lora.tiles_a_share = INSIDE_TILES / s->shares; /* whatever the other adapters' ranks are */
     const int tokens = s->T <= FEW_TOKENS ? FEW_TOKENS : STREAM_TOKENS;
-    lora.row_bytes = min_int(lora.tiles_a_slice, lora.tiles_a_share) * SIXTEEN * (int)sizeof(bf16);
-    if (lora.row_bytes == 3 * SIXTEEN * (int)sizeof(bf16)) lora.row_bytes = PANEL_ROW;
+    const int tiles = min_int(lora.tiles_a_slice, lora.tiles_a_share);
+    lora.row_bytes = (tiles == 3 ? 4 : tiles) * NARROW_ROW; /* the copies know no row of three */
     /* The rows of a small product that begins at the last eight are all there. */
     lora.h_columns = GROUP + min_int(args->n_segments * ceil_div(args->max_segment, GROUP) * GROUP,
                                      (args->n_tokens / GROUP + args->n_segments) * GROUP);
